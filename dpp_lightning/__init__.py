@@ -1,0 +1,32 @@
+"""Delta parameter pruning on PyTorch Lightning: train with AdamR, prune the delta at the end of fit, ship a small file.
+
+Importing this package costs no torch, transformers or lightning: the public names load on first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dpp_lightning.delta import SparseDelta
+    from dpp_lightning.methods import METHODS
+    from dpp_lightning.pruning import prune
+
+__all__ = ["METHODS", "SparseDelta", "__version__", "prune"]
+
+_HOME = {
+    "METHODS": "dpp_lightning.methods",
+    "SparseDelta": "dpp_lightning.delta",
+    "prune": "dpp_lightning.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

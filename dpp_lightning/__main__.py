@@ -1,0 +1,7 @@
+"""``python -m dpp_lightning`` is the console command ``dpp``."""
+
+import sys
+
+from dpp_lightning.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tasks: one LightningModule and one LightningDataModule each."""
