@@ -1,4 +1,5 @@
-"""Lightning callbacks of dpp_lightning. The folder is mapped into the package: always import ``dpp_lightning.callbacks``."""
+"""Lightning callbacks of dpp_lightning. The folder is mapped into the package: always import
+``dpp_lightning.callbacks``."""
 
 if __name__ != "dpp_lightning.callbacks":
     raise ImportError(

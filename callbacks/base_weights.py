@@ -1,0 +1,132 @@
+"""The base of a fine-tuning run, where it is found, and how it is exchanged with the fine-tuned weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpp_lightning.checkpoints import load_tensors
+from dpp_lightning.fingerprint import hash_tensors
+from dpp_lightning.names import align, canonical_names, canonical_tensors, check_prunable
+
+
+class BaseWeights:
+    """theta_0 of one LightningModule, under canonical names.
+
+    It comes from a checkpoint (``pretrained``), else from the module's values before training; where an optimizer holds
+    theta_0 as AdamR does (``state[p]["pretrained"]``), that very tensor is used and no second copy kept.
+
+    Args:
+        tensors: canonical name to theta_0.
+        explicit: they come from a checkpoint the user named, so nothing else may replace them.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], *, explicit: bool) -> None:
+        self.tensors = tensors
+        self.explicit = explicit
+
+    @classmethod
+    def from_checkpoint(cls, module: pl.LightningModule, pretrained: str, revision: str | None) -> BaseWeights:
+        """Load a local folder, file or hub id and match it with the module's tensors.
+
+        Raises:
+            ValueError: nothing matches by name and shape.
+            FileNotFoundError: no such checkpoint.
+        """
+        loaded = canonical_tensors(load_tensors(pretrained, revision))
+        own = canonical_tensors(module)
+        matched = {name: loaded[other] for name, other in align(own, loaded).items()}
+        matched = {name: t.clone() for name, t in matched.items() if t.shape == own[name].shape}
+        if not matched:
+            raise ValueError(
+                f"pretrained={pretrained!r} has no tensor in common with {type(module).__name__}: its names begin with "
+                f"{sorted(loaded)[:3]}, the module's with {sorted(own)[:3]}"
+            )
+        return cls(matched, explicit=True)
+
+    @classmethod
+    def from_module(cls, module: pl.LightningModule) -> BaseWeights:
+        """Copy the module's present values."""
+        return cls({n: t.detach().clone() for n, t in canonical_tensors(module).items()}, explicit=False)
+
+    def adopt_optimizer_copies(self, module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
+        """Use theta_0 out of the optimizers' state in place of own copies; returns the names that were found there."""
+        if self.explicit:
+            return set()
+        names = {id(t): name for name, t in canonical_tensors(module).items()}
+        found = set()
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                name = names.get(id(parameter))
+                if name is not None and isinstance(state, dict) and isinstance(state.get("pretrained"), Tensor):
+                    self.tensors[name] = state["pretrained"]
+                    found.add(name)
+        return found
+
+    def settle(self, module: pl.LightningModule) -> None:
+        """Bring every tensor to the dtype of the module's (a precision plugin may have converted it since)."""
+        own = canonical_tensors(module)
+        self.tensors = {n: t.to(own[n].dtype) for n, t in self.tensors.items() if n in own}
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """xxh3-128 over theta_0 of the tensors of these names."""
+        return hash_tensors({name: self.tensors[name] for name in names if name in self.tensors})
+
+    @contextmanager
+    def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:
+        """Inside the block the module holds theta_0 and this object the fine-tuned values, tensor by tensor.
+
+        No third copy of the model is made, and the exchange back restores both sides bit for bit, also after an
+        exception.
+        """
+        own, done = canonical_tensors(module), []
+        try:
+            for name in names:
+                _swap(own[name], self.tensors[name])
+                done.append(name)
+            yield
+        finally:
+            for name in done:
+                _swap(own[name], self.tensors[name])
+
+
+def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
+    """Canonical names of the parameters that were new in this training, such as a fresh head.
+
+    They are told by the module (``new_parameter_names``) and by optimizer groups with ``new=True``; never guessed.
+    """
+    own = canonical_names(module)
+    names = {own[name] for name in getattr(module, "new_parameter_names", ()) if name in own}
+    by_tensor = {id(t): name for name, t in canonical_tensors(module).items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("new"):
+                names |= {by_tensor[id(p)] for p in group["params"] if id(p) in by_tensor}
+    return names
+
+
+def check_module(module: pl.LightningModule) -> None:
+    """Refuse early what cannot be pruned.
+
+    Raises:
+        ValueError: meta, quantised, integer or sharded parameters.
+    """
+    check_prunable(canonical_tensors(module))
+
+
+def has_weights(module: pl.LightningModule) -> bool:
+    """Whether the module holds materialised parameters by now (one with ``configure_model`` may not)."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.is_meta or isinstance(p, torch.nn.UninitializedParameter) for p in parameters)
+
+
+@torch.no_grad()
+def _swap(a: Tensor, b: Tensor) -> None:
+    kept = a.detach().clone()
+    a.detach().copy_(b)
+    b.detach().copy_(kept)

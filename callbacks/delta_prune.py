@@ -1,0 +1,290 @@
+"""DeltaPruneCallback: at the end of fit, prune the delta, find q, score every pruned model and save its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn import Parameter
+
+from dpp_lightning.atomic import check_writable
+from dpp_lightning.calibration import resolve_layer
+from dpp_lightning.callbacks.base_weights import BaseWeights, check_module, has_weights, new_names
+from dpp_lightning.callbacks.calibration_data import labelled_loader
+from dpp_lightning.callbacks.passes import ForwardFn, Passes, read_monitor
+from dpp_lightning.callbacks.prune_run import PruneRun
+from dpp_lightning.callbacks.settings import check_settings, listed
+from dpp_lightning.experiment import Result
+from dpp_lightning.names import canonical_tensors
+from dpp_lightning.scope import Scope
+
+
+class DeltaPruneCallback(pl.Callback):
+    """Prune the delta (fine-tuned minus base weights) at the end of fit and score every pruned model.
+
+    For each method, rate and mask seed: prune, find q where the method searches it, run the validation loop, save a
+    delta folder. Then the fine-tuned weights are put back bit for bit, unless ``apply=True``. ``Trainer.validate``
+    and ``Trainer.test`` with a fine-tuned checkpoint give the same table without training.
+
+    Args:
+        method: a name of ``METHODS`` or several.
+        pruning_rate: fraction of the delta dropped, in [0, 1), or several.
+        seeds: mask seeds; q is found on the first one's mask.
+        monitor: the logged validation metric that is the score.
+        mode: whether the best score is the ``max`` or the ``min``.
+        output_dir: where delta folders and ``results.jsonl`` go; default ``deltas`` in the trainer's log folder.
+        pretrained: local folder, file or hub id of the base; default the weights at the start of training (AdamR's
+            theta_0 where the optimizer holds it).
+        revision: of a hub id.
+        objective: how q is searched: ``output_change`` on one unlabelled batch, or ``metric`` on labelled data held out
+            from training and from the scored split.
+        calibration_samples: size of the batch for the output change.
+        calibration_dataloader: data for q; default the DataModule's ``calibration_dataloader()``, else, without labels,
+            fixed items of the training data.
+        output_layer: submodule whose output is compared; default the module's own ``output_layer``, else the last
+            submodule with parameters.
+        forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step.
+        scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
+        dtype: dtype of the kept values in the file (and in the score); default the weights', at most 32 bits.
+        apply: leave the pruned weights in the model; needs a single method, rate and seed.
+        ckpt: prune the weights at the end of training (``last``) or ModelCheckpoint's ``best``.
+        plot: also plot score and output change over q for each rate, ``q_curve.png``.
+
+    Raises:
+        ValueError: at construction or before training starts: a rate outside [0, 1), an unknown method, settings that
+            contradict each other, a monitor that is not logged, no validation data, an output folder that cannot be
+            written, weights that cannot be pruned, a base that is not the one training started from.
+    """
+
+    def __init__(
+        self,
+        method: str | Sequence[str] = "darex-q",
+        pruning_rate: float | Sequence[float] = 0.9,
+        seeds: int | Sequence[int] = 0,
+        monitor: str = "val_score",
+        mode: Literal["max", "min"] = "max",
+        output_dir: str | None = None,
+        pretrained: str | None = None,
+        revision: str | None = None,
+        objective: Literal["output_change", "metric"] = "output_change",
+        calibration_samples: int = 64,
+        calibration_dataloader: Iterable[Any] | None = None,
+        output_layer: str | None = None,
+        forward_fn: ForwardFn | None = None,
+        scope: Literal["all", "linear"] = "all",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        outside: Literal["carry", "revert"] = "carry",
+        carry: Sequence[str] = (),
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        apply: bool = False,
+        ckpt: Literal["last", "best"] = "last",
+        plot: bool = False,
+    ) -> None:
+        self.methods = [method] if isinstance(method, str) else list(method)
+        self.rates = [float(r) for r in listed(pruning_rate)]
+        self.seeds = list(listed(seeds))
+        self.monitor, self.mode = monitor, mode
+        self.output_dir = output_dir
+        self.pretrained, self.revision = pretrained, revision
+        self.objective = objective
+        self.calibration_samples = calibration_samples
+        self.calibration_dataloader = calibration_dataloader
+        self.output_layer, self.forward_fn = output_layer, forward_fn
+        self.scope = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
+        self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
+        check_settings(self)
+        self.results: list[Result] = []
+        self._base: BaseWeights | None = None
+        self._folder: Path | None = None
+        self._fitted = self._monitor_seen = self._running = False
+        self._restored: str | None = None
+        self._fingerprint: str | None = None
+
+    # ------------------------------------------------------------------ before training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check all that can be checked, and take the base's weights where they exist by now."""
+        if stage == "predict" or (self._fitted and stage != "fit"):
+            return
+        self._fitted = self._fitted or stage == "fit"
+        self._base, self._restored, self._monitor_seen, self._running = None, None, False, False
+        # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]
+        if stage == "fit":
+            self.results = []
+        if stage == "fit" and not trainer.enable_validation:
+            raise ValueError(
+                "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
+                "validation data and a validation_step, with limit_val_batches above 0"
+            )
+        if self.objective == "metric":
+            labelled_loader(trainer, self.calibration_dataloader)
+        self._folder = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
+        if trainer.is_global_zero:
+            check_writable(self._folder)
+        if has_weights(pl_module):
+            self._take_base(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the base of a module that made its weights in ``configure_model``, and check the output layer."""
+        if self._base is None:
+            restored = trainer.ckpt_path is not None and not trainer.strategy.restore_checkpoint_after_setup
+            if restored and self.pretrained is None:
+                self._base = BaseWeights({}, explicit=False)  # only an optimizer can still know theta_0
+            else:
+                self._take_base(pl_module)
+        if self.forward_fn is None:
+            resolve_layer(pl_module, self._layer(pl_module))
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a monitor that is never logged now, not after hours."""
+        read_monitor(trainer.callback_metrics, self.monitor)
+        self._monitor_seen = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle on the base, now that optimizers and checkpoint are restored; verify it against the checkpoint's."""
+        assert self._base is not None
+        self._base.adopt_optimizer_copies(pl_module, trainer.optimizers)
+        self._base.settle(pl_module)
+        own, new = canonical_tensors(pl_module), new_names(pl_module, trainer.optimizers)
+        trainable = {name for name, tensor in own.items() if tensor.requires_grad}
+        if missing := sorted(trainable - new - set(self._base.tensors)):
+            raise ValueError(
+                f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
+                "weights were restored before they could be seen. Pass "
+                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
+            )
+        self._fingerprint = self._base_fingerprint(pl_module, new)
+        self._verify(self._fingerprint)
+        self._scope(pl_module, trainer).fates(self._base.tensors, own)
+        if not self._monitor_seen:
+            self._check_monitor(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
+        return {"base_fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self._restored = state_dict.get("base_fingerprint")
+
+    # ------------------------------------------------------------------ the job
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune, calibrate, score, save; then put the fine-tuned weights back."""
+        last = None
+        if self.ckpt == "best":
+            last = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
+            _load_best(trainer, pl_module)
+        try:
+            self._run(trainer, pl_module)
+        finally:
+            if last is not None and not self.apply:
+                pl_module.load_state_dict(last)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """``Trainer.validate`` on a fine-tuned checkpoint: the same table without training."""
+        if trainer.state.fn == TrainerFn.VALIDATING and not self._running:
+            self._evaluate(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """``Trainer.test`` on a fine-tuned checkpoint: the same table on the test split."""
+        if trainer.state.fn == TrainerFn.TESTING and not self._running:
+            self._evaluate(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what was not done when a fit is stopped."""
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(exception, KeyboardInterrupt):
+            rank_zero_warn(
+                "fit was stopped before its end: no delta was pruned or saved. Resume from the last checkpoint with "
+                "ckpt_path= (--ckpt_path on the command line); the base stays the original one"
+            )
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The run outside a fit, if it is known which weights are the base; after a fit the table is made already."""
+        if self._fitted or self._base is None:
+            return
+        self._base.settle(pl_module)
+        declared = getattr(pl_module, "pretrained", None) is not None or self._restored is not None
+        if not self._base.explicit and not (declared and trainer.ckpt_path is not None):
+            rank_zero_warn(
+                "DeltaPruneCallback did not prune: nothing tells which weights are the base. Pass "
+                "DeltaPruneCallback(pretrained=<folder or hub id of the base>), or a checkpoint (ckpt_path) written in "
+                "a fit with this callback"
+            )
+            return
+        self._verify(self._base_fingerprint(pl_module, new_names(pl_module, ())))
+        self._run(trainer, pl_module)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._base is not None
+        assert self._folder is not None
+        self._running = True
+        try:
+            run = PruneRun(self, trainer, pl_module, self._base, self._scope(pl_module, trainer), self._folder)
+            self.results = run.run()
+        finally:
+            self._running = False
+
+    # ------------------------------------------------------------------ pieces
+
+    def _take_base(self, module: pl.LightningModule) -> None:
+        check_module(module)
+        if self.pretrained is not None:
+            self._base = BaseWeights.from_checkpoint(module, self.pretrained, self.revision)
+        else:
+            self._base = BaseWeights.from_module(module)
+
+    def _verify(self, fingerprint: str) -> None:
+        if self._restored is not None and fingerprint != self._restored:
+            raise ValueError(
+                f"the base now seen (fingerprint {fingerprint}) is not the one the checkpoint's training started from "
+                f"({self._restored}); build the module from the original base, or pass "
+                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
+            )
+
+    def _base_fingerprint(self, module: pl.LightningModule, new: set[str]) -> str:
+        """Of the parameters but heads that are new or always carried, whose first values mean nothing."""
+        assert self._base is not None
+        names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n not in new}
+        return self._base.fingerprint(n for n in names if not any(fnmatchcase(n, p) for p in self.scope.carry))
+
+    def _check_monitor(self, trainer: pl.Trainer) -> None:
+        """One validation batch of its own, where the sanity check was off or a resumed fit skipped it."""
+        limit = trainer.limit_val_batches
+        trainer.limit_val_batches = 1
+        self._running = True
+        try:
+            Passes(trainer, self.monitor).score()
+        finally:
+            trainer.limit_val_batches = limit
+            self._running = False
+
+    def _layer(self, module: pl.LightningModule) -> str | None:
+        return self.output_layer or getattr(module, "output_layer", None)
+
+    def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
+        """The scope with the heads that were new in this training carried."""
+        new = new_names(module, trainer.optimizers)
+        return replace(self.scope, carry=(*self.scope.carry, *(escape(name) for name in sorted(new))))
+
+
+def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Load ModelCheckpoint's best weights into the module.
+
+    Raises:
+        ValueError: no ModelCheckpoint kept one.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
+    checkpoint = trainer.strategy.load_checkpoint(path)
+    module.load_state_dict(checkpoint["state_dict"])

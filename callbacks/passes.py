@@ -1,0 +1,160 @@
+"""Extra passes of a trainer's own evaluation loop, in place: the module's own steps, hooks and metrics score it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from dpp_lightning.calibration import recorded_outputs
+
+ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
+
+
+class Passes:
+    """Runs the validation (or test) loop of a trainer without the trainer noticing.
+
+    No logger is written, ModelCheckpoint and EarlyStopping do not react (the trainer is not in its fitting state
+    meanwhile); training mode, random state, limits and metrics are as before. All ranks must call.
+
+    Args:
+        trainer: inside a fit, a validate or a test.
+        monitor: name of the logged metric that is the score.
+    """
+
+    def __init__(self, trainer: pl.Trainer, monitor: str) -> None:
+        self.trainer = trainer
+        self.testing = trainer.state.fn == TrainerFn.TESTING
+        self.monitor = monitor
+        if self.testing and monitor.startswith("val_"):
+            self.monitor = "test_" + monitor.removeprefix("val_")
+
+    @property
+    def split(self) -> str:
+        """Name of the scored split."""
+        return "test" if self.testing else "validation"
+
+    def score(self, loader: Any = None) -> float:
+        """The monitored metric of the weights as they stand, on the scored split or on another loader.
+
+        Raises:
+            ValueError: the metric was not logged.
+        """
+        return read_monitor(self._run(loader), self.monitor)
+
+    def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None = None) -> list[Tensor]:
+        """What the output layer returns on one batch, in the module's own evaluation step (or ``forward_fn``)."""
+        module = self.trainer.lightning_module
+        if forward_fn is None:
+            with recorded_outputs(module, layer) as outputs:
+                self._run(OneBatch(batch))
+        else:
+            training, batch = module.training, self.trainer.strategy.batch_to_device(batch)
+            module.eval()
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                outputs = [forward_fn(module, batch).detach().clone()]
+            module.train(training)
+        if not outputs:
+            raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
+        return outputs
+
+    def _run(self, loader: Any) -> dict[str, Any]:
+        """One pass; returns the metrics as callbacks see them."""
+        trainer = self.trainer
+        loop = trainer.test_loop if self.testing else trainer.validate_loop
+        with isolate_rng(), _metrics_kept(trainer), _quiet(trainer, loop, self.testing), _data(trainer, loop, loader):
+            loop.run()
+            metrics = dict(trainer.callback_metrics)
+            loop.teardown()
+        return metrics
+
+
+class OneBatch(Sized):
+    """A loader of one ready batch: an iterable that is no DataLoader, so no sampler is put into it."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch])
+
+
+def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
+    """The value of a metric, also where several loaders gave it a suffix (the first loader's then).
+
+    Raises:
+        ValueError: it was not logged; lists what was.
+    """
+    for name in (monitor, f"{monitor}/dataloader_idx_0"):
+        if name in metrics:
+            return float(metrics[name])
+    raise ValueError(
+        f"monitor={monitor!r} was not logged in the evaluation step; logged were {sorted(metrics) or 'no metrics'}. "
+        "Log it with self.log in validation_step (on_epoch) or set monitor= to one of these"
+    )
+
+
+@contextmanager
+def _metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
+    """Empty the trainer's metrics for one pass and give them back after it."""
+    kept = [(metrics, dict(metrics)) for metrics in (trainer.callback_metrics, trainer.logged_metrics)]
+    kept.append((trainer.progress_bar_metrics, dict(trainer.progress_bar_metrics)))
+    for metrics, _ in kept:
+        metrics.clear()
+    try:
+        yield
+    finally:
+        for metrics, before in kept:
+            metrics.clear()
+            metrics.update(before)
+
+
+@contextmanager
+def _quiet(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
+    """Put the trainer into its evaluating state, with loggers, printing and progress bar off, and back.
+
+    The loop may be inside a pass of the user's own (``Trainer.validate``): it gets results and a record of the modules'
+    training mode of its own, so that those of the outer pass survive.
+    """
+    saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
+    bar = trainer.progress_bar_callback
+    bar_was_on = bar is not None and bar.is_enabled if hasattr(bar, "is_enabled") else bar is not None
+    if bar is not None:
+        bar.disable()
+    loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)
+    trainer.state.fn = TrainerFn.TESTING if testing else TrainerFn.VALIDATING
+    trainer.state.stage = RunningStage.TESTING if testing else RunningStage.VALIDATING
+    loop.verbose, trainer.loggers = False, []
+    try:
+        yield
+    finally:
+        trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results = saved
+        if bar is not None and bar_was_on:
+            bar.enable()
+
+
+@contextmanager
+def _data(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[None]:
+    """Let the loop read another loader, whole, in place of its own."""
+    if loader is None:
+        yield
+        return
+    source, limit = loop._data_source, "limit_test_batches" if trainer.testing else "limit_val_batches"
+    saved = (source.instance, getattr(trainer, limit))
+    source.instance = loader
+    setattr(trainer, limit, 1.0)
+    try:
+        yield
+    finally:
+        source.instance = saved[0]
+        setattr(trainer, limit, saved[1])
+        loop._combined_loader = None

@@ -1,0 +1,63 @@
+"""The callback's settings, checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dpp_lightning.methods import get_method
+from dpp_lightning.pruning import VALUE_DTYPES
+from dpp_lightning.sampling import exact_rate, stream_key
+
+if TYPE_CHECKING:
+    from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """A setting that may be one value or several, as several."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def check_settings(settings: DeltaPruneCallback) -> None:
+    """Report everything that is wrong with the settings in one error.
+
+    Raises:
+        ValueError: a rate outside [0, 1), an unknown method or choice, an empty or repeating list, ``apply`` with many.
+    """
+    faults = [
+        *_refused(get_method, settings.methods),
+        *_refused(exact_rate, settings.rates),
+        *_refused(lambda seed: stream_key("", seed), settings.seeds),
+    ]
+    for what, value, choices in (
+        ("mode", settings.mode, ("max", "min")),
+        ("objective", settings.objective, ("output_change", "metric")),
+        ("ckpt", settings.ckpt, ("last", "best")),
+        ("dtype", settings.dtype, (None, *VALUE_DTYPES)),
+    ):
+        if value not in choices:
+            faults.append(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    lists: tuple[tuple[str, Sequence[Any]], ...] = (
+        ("method", settings.methods),
+        ("pruning_rate", settings.rates),
+        ("seeds", settings.seeds),
+    )
+    for what, values in lists:
+        if not values or len(set(values)) != len(values):
+            faults.append(f"{what} must name at least one value and none twice, got {list(values)}")
+    if settings.calibration_samples < 1:
+        faults.append(f"calibration_samples must be at least 1, got {settings.calibration_samples}")
+    if settings.apply and len(settings.methods) * len(settings.rates) * len(settings.seeds) != 1:
+        faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
+    if faults:
+        raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
+
+
+def _refused(check: Callable[[Any], Any], values: Sequence[Any]) -> list[str]:
+    faults = []
+    for value in values:
+        try:
+            check(value)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults

@@ -1,0 +1,54 @@
+"""The model card of a delta folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpp_lightning.methods import METHODS
+
+if TYPE_CHECKING:
+    from dpp_lightning.delta import SparseDelta
+
+
+def model_card(delta: SparseDelta, num_bytes: int, scores: Mapping[str, float]) -> str:
+    """Markdown with the hub's metadata block: base, method, rate, q, true size, scores.
+
+    Args:
+        delta: the delta.
+        num_bytes: true bytes of the folder's model and config files.
+        scores: name to figure; left out if empty.
+    """
+    info, row = delta.info, METHODS.get(delta.info.method)
+    head = ["---", "library_name: dpp_lightning", "tags:", "- delta-parameter-pruning"]
+    if info.base_name and not Path(info.base_name).is_absolute():
+        head.insert(1, f"base_model: {info.base_name}")
+    carried = sum(t.numel() * t.element_size() for t in delta.carried.values())
+    ratio = info.dense_bytes / max(num_bytes, 1)
+    lines = [
+        *head,
+        "---",
+        "",
+        "# Pruned delta",
+        "",
+        f"Fine-tuned minus base weights, {100 * info.pruning_rate:g} % of them dropped with `{info.method}`"
+        + (f" ([{row.paper}]({row.url}))." if row else "."),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {info.base_name or 'unnamed'} (fingerprint `{info.base_fingerprint}`) |",
+        f"| pruning rate, q, mask seed | {info.pruning_rate:g}, {info.q:.6g}, {info.seed} |",
+        f"| kept entries, carried tensors | {delta.num_kept:,}, {len(delta.carried)} ({carried:,} bytes) |",
+        f"| bytes, ratio to the dense model | {num_bytes:,}, {ratio:.1f} |",
+        *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
+        "",
+        "```python",
+        "from dpp_lightning import SparseDelta",
+        "",
+        'delta = SparseDelta.from_pretrained("this/folder")',
+        "delta.apply_(base_model)   # and delta.revert_(base_model) restores it bit for bit",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

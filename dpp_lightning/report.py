@@ -1,0 +1,110 @@
+"""Tables and plots of an experiment's results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dpp_lightning.atomic import whole_file
+from dpp_lightning.experiment import QCurve, Result, mean_and_deviation
+
+_COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
+
+
+def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+    """One row per method and rate, in order: mean and sample deviation over mask seeds; MB are 10**6 true bytes."""
+    groups: dict[tuple[str, float | None], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.method, result.pruning_rate), []).append(result)
+    return [_row(method, rate, group) for (method, rate), group in groups.items()]
+
+
+def _row(method: str, rate: float | None, group: list[Result]) -> tuple[str, ...]:
+    first = group[0]
+    mean, deviation = mean_and_deviation([r.score for r in group])
+    size, _ = mean_and_deviation([float(r.num_bytes) for r in group])
+    density, _ = mean_and_deviation([r.density for r in group])
+    ratio, _ = mean_and_deviation([r.ratio or 0.0 for r in group])
+    seconds, _ = mean_and_deviation([r.seconds for r in group])
+    qs = sorted({r.q for r in group if r.q is not None})
+    return (
+        method,
+        "" if rate is None else f"{rate:g}",
+        f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(group) > 1 else ""),
+        "" if not qs else f"{qs[0]:.4g}" + (f" … {qs[-1]:.4g}" if len(qs) > 1 else ""),
+        f"{100 * density:.3g} %",
+        f"{size / 1e6:.3f}",
+        f"{ratio:.1f}" if first.ratio else "",
+        f"{seconds:.1f}",
+    )
+
+
+def console_table(results: Sequence[Result], monitor: str, console: Console | None = None) -> None:
+    """Show the summary on the console.
+
+    Args:
+        results: base, fine-tuned and pruned rows.
+        monitor: name of the score.
+        console: where to; default the standard output.
+    """
+    pruned = [r for r in results if r.pruning_rate is not None]
+    searched = next((r.q_split for r in pruned if r.q_split), "")
+    seeds = len({r.seed for r in pruned})
+    caption = f"score: {monitor} on {results[0].split}, mean ± deviation over {seeds} mask seeds"
+    caption += f"; q found on {searched}" if searched else ""
+    table = Table(title="Pruned deltas", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row in summary_rows(results):
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
+def markdown_table(results: Iterable[Result]) -> str:
+    """The summary as a Markdown table."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in summary_rows(results))]) + "\n"
+
+
+def plot_over_q(
+    curves: Sequence[QCurve], path: Path, *, monitor: str, finetuned: float | None = None, base: float | None = None
+) -> Path:
+    """Plot score and output change over q, one panel a rate (DARE the Extreme, Fig. 1).
+
+    Args:
+        curves: one per rate.
+        path: PNG or PDF; appears whole or not at all.
+        monitor: name of the score.
+        finetuned, base: levels drawn as lines.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(5.2 * len(curves), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, curve in enumerate(curves):
+        axes = figure.add_subplot(1, len(curves), index + 1)
+        axes.plot(curve.q, curve.score, "o-", color="tab:blue", label=monitor)
+        for level, style, name in ((finetuned, "--", "fine-tuned"), (base, ":", "base")):
+            if level is not None:
+                axes.axhline(level, color="tab:blue", linestyle=style, linewidth=1, label=name)
+        other = axes.twinx()
+        other.plot(curve.q, curve.change, "s-", color="tab:red", label="output change")
+        if curve.chosen is not None:
+            axes.axvline(curve.chosen, color="black", linewidth=1, label=f"chosen q = {curve.chosen:.3g}")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("q (left end: 1 - p, DARE)")
+        axes.set_ylabel(monitor, color="tab:blue")
+        other.set_ylabel("output change", color="tab:red")
+        axes.set_title(f"p = {curve.pruning_rate:g}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    return path
