@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from dpp_lightning.callbacks.passes import ForwardFn, Passes, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
 from dpp_lightning.callbacks.settings import check_settings, listed
 from dpp_lightning.experiment import Result
-from dpp_lightning.names import canonical_tensors
+from dpp_lightning.names import buffer_names, canonical_tensors
 from dpp_lightning.scope import Scope
 
 
@@ -117,7 +115,7 @@ class DeltaPruneCallback(pl.Callback):
         self._fitted = self._fitted or stage == "fit"
         self._base, self._restored, self._monitor_seen, self._running = None, None, False, False
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
-        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
         if stage == "fit":
             self.results = []
         if stage == "fit" and not trainer.enable_validation:
@@ -146,6 +144,8 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
+        if len(trainer.num_sanity_val_batches) > 1:
+            return  # the trainer keeps no metrics of a sanity check of several loaders: on_train_start looks
         read_monitor(trainer.callback_metrics, self.monitor)
         self._monitor_seen = True
 
@@ -272,9 +272,8 @@ class DeltaPruneCallback(pl.Callback):
         return self.output_layer or getattr(module, "output_layer", None)
 
     def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
-        """The scope with the heads that were new in this training carried."""
-        new = new_names(module, trainer.optimizers)
-        return replace(self.scope, carry=(*self.scope.carry, *(escape(name) for name in sorted(new))))
+        """The scope with buffers and the heads that were new in this training carried."""
+        return self.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
 
 
 def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:

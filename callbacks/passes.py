@@ -106,8 +106,8 @@ def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
 @contextmanager
 def _metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
     """Empty the trainer's metrics for one pass and give them back after it."""
-    kept = [(metrics, dict(metrics)) for metrics in (trainer.callback_metrics, trainer.logged_metrics)]
-    kept.append((trainer.progress_bar_metrics, dict(trainer.progress_bar_metrics)))
+    live: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
+    kept = [(metrics, dict(metrics)) for metrics in live]
     for metrics, _ in kept:
         metrics.clear()
     try:

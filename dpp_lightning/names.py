@@ -17,6 +17,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _BASE_MODEL_PREFIXES = frozenset(
     {"albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "model", "roberta", "transformer", "vit"}
 )
+_RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
@@ -41,6 +42,14 @@ def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
     short = _strip_shared({name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in own})
     prefixes = _module_prefixes(source) if isinstance(source, nn.Module) else _BASE_MODEL_PREFIXES
     return {canonical: own[name] for name, canonical in _strip_prefix(short, prefixes).items()}
+
+
+def buffer_names(source: TensorSource) -> set[str]:
+    """Canonical names of what is no parameter: a module's buffers, or a state dict's running statistics."""
+    tensors = canonical_tensors(source)
+    if isinstance(source, nn.Module):
+        return {name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
+    return {name for name in tensors if name.rpartition(".")[2] in _RUNNING_STATISTICS}
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:

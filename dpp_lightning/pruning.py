@@ -15,7 +15,7 @@ from dpp_lightning.checkpoints import load_tensors
 from dpp_lightning.delta import DeltaInfo, SparseDelta, SparseTensor, take_entries
 from dpp_lightning.fingerprint import hash_tensors
 from dpp_lightning.methods import get_method
-from dpp_lightning.names import TensorSource, align, canonical_tensors, check_prunable
+from dpp_lightning.names import TensorSource, align, buffer_names, canonical_tensors, check_prunable
 from dpp_lightning.rescaling import check_q
 from dpp_lightning.sampling import exact_rate
 from dpp_lightning.scope import Fate, Scope
@@ -123,6 +123,7 @@ class PruningPlan:
             ours, theirs = dict(finetuned), dict(base)
         else:
             ours, theirs = canonical_tensors(finetuned), canonical_tensors(base)
+            scope = scope.carrying(buffer_names(finetuned))
         check_prunable(ours)
         matched = {name: theirs[other] for name, other in align(ours, theirs).items()}
         fates = scope.fates(matched, ours)
@@ -169,7 +170,7 @@ class PruningPlan:
             base_check=hash_tensors(check),
             entries=sum(t.numel() for t in self.finetuned.values()),
             dense_bytes=sum(t.numel() * t.element_size() for t in self.finetuned.values()),
-            scope=asdict(self.scope),
+            scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
             reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),
         )
         return SparseDelta(tensors, carried, info)

@@ -1,9 +1,12 @@
 """Scope: which tensors of a model are pruned, and what becomes of the others."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Literal
 
 from torch import Tensor
@@ -44,6 +47,10 @@ class Scope:
         ):
             if value not in choices:
                 raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+
+    def carrying(self, names: Iterable[str]) -> Scope:
+        """This scope with further tensors always carried: new heads, buffers."""
+        return replace(self, carry=(*self.carry, *(escape(name) for name in sorted(names))))
 
     def fates(self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, Fate]:
         """What becomes of each fine-tuned tensor: pruned, carried or reverted.

@@ -1,0 +1,240 @@
+"""Fine-tuning an encoder on GLUE as in DAREx, appendix C.2: learning rate 1e-4 with warm-up, batches of 16."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.glue_data import IGNORED_LABEL, GLUEDataModule
+from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
+from dpp_lightning.tasks.optimization import linear_warmup_decay, parameter_groups
+from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+
+__all__ = ["GLUEDataModule", "GLUEModule"]
+
+
+class GLUEModule(LightningModule):
+    """A pre-trained encoder with a new classification or regression head, trained and scored on one GLUE task.
+
+    Logs ``val_score`` (Matthews for CoLA, mean of accuracy and F1 for MRPC and QQP, mean of Pearson and Spearman for
+    STS-B, else accuracy; at most 1), the single metrics (``val_accuracy``, ``val_f1``, ...) and ``val_loss``, over the
+    whole split and all ranks; the same as ``test_...``, and as ``test_mismatched_...`` for MNLI's second test set.
+    Predictions that are all alike have no correlation with anything: it counts as 0.
+
+    Args:
+        task: one of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte.
+        pretrained: hub id or local folder of the base.
+        revision: branch, tag or commit on the hub.
+        optimizer: makes the optimizer from the groups of ``dpp_lightning.tasks.optimization.parameter_groups``.
+        scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
+        scheduler_interval: whether a scheduler of your own is stepped each ``step`` or each ``epoch``.
+        warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+        seed: of the new head and of dropout; by default the one of ``seed_everything``, else 0.
+
+    Attributes:
+        new_parameter_names: parameters that no file of the base holds, e.g. ``model.classifier.weight``.
+        output_layer: submodule whose output is the last hidden representation, e.g. ``model.bert.encoder.layer.11``.
+
+    Raises:
+        ValueError: an unknown task, or a base that lacks more than whole parts such as head and pooler.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        pretrained: str = "google-bert/bert-base-uncased",
+        revision: str | None = None,
+        optimizer: OptimizerCallable = AdamR,
+        scheduler: Literal["linear", "constant"] | LRSchedulerCallable = "linear",
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        warmup_fraction: float = 0.06,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.definition = glue_task(task)
+        self.task, self.pretrained, self.revision, self.seed = task, pretrained, revision, resolve_seed(seed)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.scheduler_interval, self.warmup_fraction = scheduler_interval, warmup_fraction
+        self.save_hyperparameters("task", "pretrained", "revision", "seed")
+        self.model, missing = _load(pretrained, revision, self.definition.num_labels, self.seed)
+        own = {name for name, _ in self.named_parameters()}
+        self.new_parameter_names = tuple(sorted(own & {f"model.{name}" for name in missing}))
+        self.output_layer = f"model.{_last_hidden_layer(self.model)}"
+        self.metrics = nn.ModuleDict({name: _metrics(self.definition) for name in ("val", "test", "test_mismatched")})
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens the model takes, ``None`` where its config does not say."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for name, module in self.model.named_modules():  # RoBERTa's positions are counted from behind the padding index
+            if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return int(limit - module.padding_idx - 1)
+        return limit if limit and limit > 0 else None
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (samples, labels) of a batch of tokens; ``labels`` may be among its entries."""
+        return self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+    def on_train_epoch_start(self) -> None:
+        """Make the dropout of this epoch a function of (seed, epoch, rank)."""
+        seed_epoch(self.seed, self.current_epoch, self.global_rank)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy, or STS-B's squared error."""
+        loss = self._loss(self(batch), batch["labels"])
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the scores of the validation split."""
+        self._update("val", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the scores of its test split."""
+        self._update("test_mismatched" if dataloader_idx else "test", batch)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Predicted class, or STS-B's similarity, of every sample: (samples,)."""
+        return self._predict(self(batch))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted pass has left."""
+        self._reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted pass has left."""
+        self._reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole split."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of every test split."""
+        self._log_scores("test")
+        if len(self.definition.evaluation) > 1:
+            self._log_scores("test_mismatched")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over two groups, pre-trained parameters and new heads, and its schedule."""
+        optimizer = self.optimizer(parameter_groups(self, self.new_parameter_names))
+        if self.scheduler == "constant":
+            return optimizer
+        if callable(self.scheduler):
+            config = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
+        else:
+            steps = cast(int, self.trainer.estimated_stepping_batches)
+            config = {"scheduler": linear_warmup_decay(optimizer, steps, self.warmup_fraction), "interval": "step"}
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**config, "monitor": "val_score"}})
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.definition.num_labels == 1:
+            return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return functional.cross_entropy(logits, labels)
+
+    def _predict(self, logits: Tensor) -> Tensor:
+        return logits.squeeze(-1) if self.definition.num_labels == 1 else logits.argmax(dim=-1)
+
+    def _update(self, split: str, batch: Mapping[str, Tensor]) -> None:
+        logits, labels = self(batch), batch["labels"]
+        real = labels != IGNORED_LABEL  # fillers, which give every rank equally many steps, take no part
+        logits, labels = logits[real].float(), labels[real]
+        if not len(labels):
+            return
+        for name, metric in self._metrics_of(split).items():
+            if name == "loss":
+                metric.update(self._loss(logits, labels), weight=len(labels))
+            else:
+                metric.update(self._predict(logits), labels)
+
+    def _log_scores(self, prefix: str) -> None:
+        values = {name: metric.compute() for name, metric in self._metrics_of(prefix).items()}
+        for name in self.definition.metrics:
+            if self.definition.num_labels == 1 and not values["loss"].isfinite():  # ranks of NaN are numbers
+                values[name] = torch.zeros_like(values[name])
+            values[name] = values[name].nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)  # constant predictions: 0/0
+        values["score"] = torch.stack([values[name] for name in self.definition.metrics]).mean()
+        for name, value in values.items():
+            self.log(f"{prefix}_{name}", value, prog_bar=name == "score", sync_dist=True)
+
+    def _metrics_of(self, split: str) -> dict[str, Metric]:
+        return cast(dict[str, Metric], dict(cast(nn.ModuleDict, self.metrics[split])))
+
+    def _reset(self) -> None:
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+
+class Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation that is 0, as scikit-learn's, where all predictions or all labels are alike."""
+
+    def compute(self) -> Tensor:
+        confusion = self.confmat
+        alike = min(int((confusion.sum(dim) > 0).sum()) for dim in (0, 1)) < 2
+        return torch.zeros((), device=confusion.device) if alike else super().compute()
+
+
+def _metrics(task: GLUETask) -> nn.ModuleDict:
+    """Loss and metrics of one split, each over all its samples and all ranks."""
+    makers: dict[str, Any] = {
+        "accuracy": lambda: MulticlassAccuracy(task.num_labels, average="micro"),
+        "f1": BinaryF1Score,
+        "matthews": lambda: Matthews(task.num_labels),
+        "pearson": PearsonCorrCoef,
+        "spearman": SpearmanCorrCoef,
+    }
+    loss = MeanMetric(nan_strategy=float("nan"))  # a NaN stays NaN; "disable" also would, but it drops the weights
+    return nn.ModuleDict({"loss": loss, **{name: makers[name]() for name in task.metrics}})
+
+
+def _load(pretrained: str, revision: str | None, num_labels: int, seed: int) -> tuple[PreTrainedModel, set[str]]:
+    """The model in float32 and training mode, and the names of its tensors that the files do not hold."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the new head is a function of the seed alone
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            pretrained,
+            revision=revision or "main",
+            num_labels=num_labels,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    for part, module in base.named_children():
+        names = {f"{prefix}{part}.{name}" for name, _ in module.named_parameters()}
+        if absent := sorted(names & missing):
+            whole = len(absent) == len(names) and not any(isinstance(m, nn.ModuleList) for m in module.modules())
+            if not whole:
+                raise ValueError(
+                    f"{pretrained} lacks {len(absent)} of {len(names)} tensors of {prefix}{part} or has them in other "
+                    f"shapes, {absent[0]} the first; expected a complete base of type {model.config.model_type}"
+                )
+    return model.train(), missing
+
+
+def _last_hidden_layer(model: PreTrainedModel) -> str:
+    """The first of several linear layers of the head (RoBERTa's ``classifier.dense``), else the last encoder block.
+
+    So do the released codes: BERT's last hidden state, RoBERTa's output of the head's dense layer.
+    """
+    prefix = f"{model.base_model_prefix}."
+    head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+    if model.base_model is not model and len(head) > 1:
+        return head[0]
+    stacks = [(name, len(m)) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for name, length in sorted(stacks, key=lambda stack: (stack[1] != depth, -stack[1])):
+        return f"{name}.{length - 1}"
+    raise ValueError(f"found no stack of blocks in {type(model).__name__}; expected a transformer encoder")

@@ -1,0 +1,136 @@
+"""Epochs that are functions of (seed, epoch), so that a run killed and resumed at an epoch's end equals the whole one.
+
+A Lightning checkpoint holds neither the state of the random generators nor the position of the loader. Three pieces
+make it unnecessary: :class:`EpochSampler` draws the order of an epoch from (seed, epoch), :class:`EpochDataLoader`
+draws it when the first batch is asked for and not earlier, and :func:`seed_epoch`, called in ``on_train_epoch_start``,
+makes dropout and augmentation a function of (seed, epoch, rank).
+"""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+_BATCHES_PER_POOL = 50  # length grouping sorts within pools of this many batches: short padding, still random order
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed given, else the one of Lightning's ``seed_everything``, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seed the global generators of torch (all devices), numpy and Python as a function of (seed, epoch, rank).
+
+    To be called in ``on_train_epoch_start`` with ``trainer.current_epoch`` and ``trainer.global_rank``.
+    """
+    mixed = _mix(seed, epoch, rank)
+    torch.manual_seed(mixed)
+    np.random.seed(mixed % 2**32)
+    random.seed(mixed)
+
+
+class EpochSampler(DistributedSampler[int]):
+    """A shuffled order of ``range(dataset_len)`` that depends on (seed, epoch) alone, dealt out to the ranks.
+
+    It is a ``DistributedSampler``, so Lightning leaves it in place, in one process and in many, instead of shuffling
+    once more around it. Rank r of R takes the entries r, r+R, r+2R, ... of the order; as in torch, the order is filled
+    up from its start where its length is no multiple of R, so that all ranks take equally many steps.
+
+    Args:
+        dataset_len: number of samples n.
+        seed: any integer.
+        lengths: length of each sample (n numbers); given, batches hold samples of similar length: the shuffled order is
+            cut into pools of 50 batches, each sorted by length, and the batches are shuffled again.
+        batch_size: samples of one batch on one rank; only ``lengths`` needs it.
+        num_replicas: number of ranks R; a Trainer knows it as ``trainer.distributed_sampler_kwargs``.
+        rank: which of them, in [0, R).
+
+    Raises:
+        ValueError: ``lengths`` of another size than the dataset, a batch size below 1, or a rank outside [0, R).
+    """
+
+    def __init__(
+        self,
+        dataset_len: int,
+        seed: int = 0,
+        *,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if lengths is not None and len(lengths) != dataset_len:
+            raise ValueError(f"got {len(lengths)} lengths for {dataset_len} samples; give one length per sample")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        super().__init__(range(dataset_len), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
+        order = torch.randperm(self.total_size - self._missing, generator=generator)
+        order = torch.cat([order, order.repeat(-(-self._missing // max(1, len(order))))[: self._missing]])
+        if self.lengths is not None:
+            order = _group_by_length(order, self.lengths, self.batch_size * self.num_replicas, generator)
+        return iter(order[self.rank :: self.num_replicas].tolist())
+
+    @property
+    def _missing(self) -> int:
+        return self.total_size - len(self.dataset)  # type: ignore[arg-type]
+
+
+class EvaluationSampler(DistributedSampler[int]):
+    """``range(dataset_len)`` in order, dealt out to the ranks, with the fillers marked: position i comes as -1 - i.
+
+    All ranks must take equally many steps, so the last steps of some repeat samples; a dataset that gives negative
+    indices a label to ignore keeps these out of the metrics.
+
+    Args:
+        dataset_len: number of samples n.
+        num_replicas: number of ranks R.
+        rank: which of them, in [0, R).
+    """
+
+    def __init__(self, dataset_len: int, *, num_replicas: int, rank: int) -> None:
+        super().__init__(range(dataset_len), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        n = len(self.dataset)  # type: ignore[arg-type]
+        positions = range(self.rank, self.total_size, self.num_replicas)
+        return iter([i if i < n else -1 - i % n for i in positions])
+
+
+class EpochDataLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose iterator starts at its first batch.
+
+    Torch's asks the sampler for an order, and the global generator for a number, when the iterator is made. In a
+    resumed fit Lightning makes it before it has set the sampler's epoch and before ``on_train_epoch_start``: workers
+    would then prefetch the order of epoch 0, and dropout would start one number off.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+def _group_by_length(
+    order: torch.Tensor, lengths: torch.Tensor, batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    pools = order.split(batch_size * _BATCHES_PER_POOL)
+    batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+    last = batches.pop() if batches and len(batches[-1]) < batch_size else None  # a short batch stays the last one
+    shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat([*shuffled, *([] if last is None else [last])]) if shuffled or last is not None else order
+
+
+def _mix(seed: int, epoch: int, rank: int) -> int:
+    """63 bits from three integers; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
+    digest = blake2b(f"{seed} {epoch} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,469 @@
+"""DeltaPruneCallback on a LightningModule that is not ours: refusals, exact weights, resume, validate, metrics."""
+
+import json
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from tiny import Foreign, blobs, train_loader, trainer, val_loader
+from torch.utils.data import DataLoader
+
+from dpp_lightning import SparseDelta
+from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.optim import AdamR
+
+
+def adamr(parameters, lr):
+    return AdamR(parameters, lr=lr, delta_decay=0.01)
+
+
+def callback(folder, **settings):
+    return DeltaPruneCallback(**{"method": "dare", "monitor": "acc", "output_dir": str(folder), **settings})
+
+
+def weights(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[n], b[n]) for n in b)
+
+
+class Spy(pl.Callback):
+    """The weights at the very end of training, before the callback under test, and every optimizer state tensor."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.weights = weights(pl_module)
+        self.theta0 = [s["pretrained"].clone() for s in trainer.optimizers[0].state.values() if "pretrained" in s]
+        self.training = pl_module.training
+
+
+@pytest.mark.parametrize("optimizer", [None, adamr])
+def test_every_row_is_the_score_of_the_saved_delta_and_the_weights_come_back(tmp_path, optimizer):
+    torch.manual_seed(0)
+    module = Foreign(optimizer=optimizer)
+    base, spy = weights(module), Spy()
+    pruned = callback(
+        tmp_path, method=["dare", "darex-q", "random-drop"], pruning_rate=[0.5, 0.9], seeds=[0, 1], plot=True
+    )
+    run = trainer(pruned, spy, logger=CSVLogger(tmp_path / "logs"))
+    run.fit(module, train_loader(), val_loader())
+    assert equal(weights(module), spy.weights)
+    assert spy.training
+    assert module.training
+    assert run.state.fn == "fit"
+    states = [s["pretrained"] for s in run.optimizers[0].state.values() if "pretrained" in s]
+    assert all(torch.equal(a, b) for a, b in zip(states, spy.theta0, strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in rows[:2]] == ["base", "fine-tuned"]
+    assert len(rows) == 2 + 3 * 2 * 2
+    fresh, scorer = Foreign(), trainer()
+    for row in rows:
+        if row["folder"]:
+            fresh.load_state_dict(base)
+            SparseDelta.from_pretrained(tmp_path / row["folder"]).apply_(fresh)
+            size = sum(
+                (tmp_path / row["folder"] / f).stat().st_size for f in ("delta_model.safetensors", "delta_config.json")
+            )
+            assert row["num_bytes"] == size
+        else:
+            fresh.load_state_dict(base if row["method"] == "base" else spy.weights)
+        assert scorer.validate(fresh, val_loader(), verbose=False)[0]["acc"] == pytest.approx(row["score"], abs=1e-6)
+    assert rows[0]["score"] < 0.6 < 0.8 < rows[1]["score"]
+    for rate in (0.5, 0.9):
+        qs = {m: {r["q"] for r in rows if r["method"] == m and r["pruning_rate"] == rate} for m in ("dare", "darex-q")}
+        assert list(qs["dare"]) == [pytest.approx(1 - rate)]
+        assert len(qs["darex-q"]) == 1  # found once, on the first seed's mask
+    assert all(r["forwards"] <= 14 for r in rows)
+    assert (tmp_path / "q_curve.png").stat().st_size > 10_000
+    metrics = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert metrics["acc"] == pytest.approx(rows[1]["score"], abs=1e-6)  # of the fine-tuned model, as training left it
+    scores = torch.tensor([r["score"] for r in rows if r["method"] == "dare" and r["pruning_rate"] == 0.9])
+    assert metrics["dpp/dare/0.9/acc"] == pytest.approx(float(scores.mean()))
+    assert metrics["dpp/dare/0.9/acc_std"] == pytest.approx(float(scores.std()))
+    logged = (tmp_path / "logs" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "dpp/darex-q/0.5/acc_std" in logged
+
+
+def test_adamr_lends_its_copy_of_the_base():
+    module = Foreign(optimizer=adamr)
+    pruned = DeltaPruneCallback("dare", monitor="acc", output_dir=None)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            held = {id(s["pretrained"]) for s in trainer.optimizers[0].state.values()}
+            assert {id(t) for t in pruned._base.tensors.values()} == held
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.output_dir = folder
+        trainer(pruned, Look(), max_epochs=1).fit(module, train_loader(100), val_loader())
+
+
+def test_loggers_checkpoints_and_stopping_do_not_notice_the_extra_passes(tmp_path):
+    class Noisy(CSVLogger):
+        calls: list = []
+
+        def log_metrics(self, metrics, step=None):
+            self.calls.append(dict(metrics))
+            super().log_metrics(metrics, step)
+
+    logger = Noisy(tmp_path / "logs")
+    Noisy.calls = []
+    best = ModelCheckpoint(tmp_path / "ck", monitor="acc", mode="max", save_last=True)
+    stop = EarlyStopping("acc", patience=50, mode="max")
+    module = Foreign()
+    spy = Spy()
+    run = trainer(callback(tmp_path / "d"), best, stop, spy, logger=logger, enable_checkpointing=True)
+    run.fit(module, train_loader(), val_loader())
+    assert sum("acc" in call for call in Noisy.calls) == 2  # one a training epoch, none of a pruned model
+    assert sum(any(k.startswith("dpp/") for k in call) for call in Noisy.calls) == 1
+    saved = torch.load(best.last_model_path, weights_only=True)["state_dict"]
+    assert equal(saved, spy.weights)
+    assert stop.best_score == best.best_model_score
+
+
+def test_prunes_the_averaged_weights_and_acts_after_all_others(tmp_path):
+    pruned = callback(tmp_path)
+    seen = {}
+
+    class Last(Spy):
+        def on_train_end(self, trainer, pl_module):
+            seen["callbacks"] = [type(c).__name__ for c in trainer.callbacks]
+
+    run = trainer(pruned, WeightAveraging(), Last(), ModelCheckpoint(tmp_path / "ck"), enable_checkpointing=True)
+    module = Foreign()
+    run.fit(module, train_loader(), val_loader())
+    assert seen["callbacks"][-1] == "DeltaPruneCallback"
+    row = next(r for r in pruned.results if r.method == "fine-tuned")
+    assert trainer().validate(module, val_loader(), verbose=False)[0]["acc"] == pytest.approx(row.score, abs=1e-6)
+
+
+def test_training_is_the_same_with_and_without_the_callback(tmp_path):
+    results = []
+    for callbacks in ([], [callback(tmp_path, method=["dare", "darex-q"])]):
+        torch.manual_seed(0)
+        module = Foreign(dropout=0.2)
+        run = trainer(*callbacks)
+        run.fit(module, train_loader(), val_loader())
+        results.append((weights(module), torch.rand(1).item()))
+    assert equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_apply_leaves_the_pruned_model(tmp_path):
+    module = Foreign(optimizer=adamr)
+    base = weights(module)
+    pruned = callback(tmp_path, apply=True, pruning_rate=0.8)
+    trainer(pruned).fit(module, train_loader(), val_loader())
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    SparseDelta.from_pretrained(tmp_path / "dare-p0.8-seed0").apply_(fresh)
+    assert equal(weights(fresh), weights(module))
+
+
+def test_prunes_the_best_checkpoint_on_request(tmp_path):
+    best = ModelCheckpoint(
+        tmp_path / "ck", monitor="acc", mode="min", save_top_k=1
+    )  # the worst epoch, surely not the last
+    pruned, spy, module = callback(tmp_path / "d", ckpt="best"), Spy(), Foreign()
+    trainer(pruned, best, spy, enable_checkpointing=True, max_epochs=3).fit(module, train_loader(), val_loader())
+    assert pruned.results[1].score == pytest.approx(float(best.best_model_score), abs=1e-6)
+    assert equal(weights(module), spy.weights)
+
+
+def test_several_validation_loaders_and_limits(tmp_path):
+    class Two(Foreign):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().validation_step(batch, batch_idx)
+
+    pruned = callback(tmp_path, method="darex-q")
+    run = trainer(pruned, limit_val_batches=1, accumulate_grad_batches=2)
+    run.fit(Two(), train_loader(), [val_loader(), val_loader()])
+    assert len(pruned.results) == 3
+    assert run.limit_val_batches == 1
+
+
+class WithCalibration(pl.LightningDataModule):
+    def train_dataloader(self):
+        return train_loader()
+
+    def val_dataloader(self):
+        return val_loader()
+
+    def calibration_dataloader(self):
+        return DataLoader(blobs(100, 1500), 50)
+
+
+def test_q_by_metric_reads_held_out_labels_and_says_so(tmp_path):
+    pruned = callback(tmp_path, method="darex-q", objective="metric", pruning_rate=0.9)
+    trainer(pruned).fit(Foreign(), datamodule=WithCalibration())
+    assert pruned.results[-1].q_split == "calibration split"
+    assert pruned.results[-1].split == "validation"
+    assert 0.1 <= pruned.results[-1].q <= 1
+    with pytest.raises(ValueError, match="neither trained on nor is scored"):
+        trainer(callback(tmp_path, objective="metric")).fit(Foreign(), train_loader(), val_loader())
+
+
+def test_forward_fn_and_output_layer(tmp_path):
+    pruned = callback(tmp_path, method="darex-q", forward_fn=lambda module, batch: module.net(batch[0]))
+    trainer(pruned).fit(Foreign(), train_loader(), val_loader())
+    named = callback(tmp_path, method="darex-q", output_layer="net.5")
+    torch.manual_seed(0)
+    trainer(named).fit(Foreign(), train_loader(), val_loader())
+    assert {pruned.results[-1].q_split, named.results[-1].q_split} == {"64 items of train"}
+    with pytest.raises(ValueError, match="no submodule"):
+        trainer(callback(tmp_path, output_layer="head")).fit(Foreign(), train_loader(), val_loader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pruning_rate": 1.0}, r"\[0, 1\)"),
+        ({"pruning_rate": [0.5, -0.1]}, r"\[0, 1\)"),
+        ({"method": "dares"}, "did you mean 'dare'"),
+        ({"method": []}, "at least one"),
+        ({"seeds": [1, 1]}, "none twice"),
+        ({"seeds": -1}, "mask seed"),
+        ({"mode": "best"}, "mode must be"),
+        ({"objective": "labels"}, "objective must be"),
+        ({"dtype": "int4"}, "dtype must be"),
+        ({"calibration_samples": 0}, "calibration_samples"),
+        ({"apply": True, "seeds": [0, 1]}, "apply=True"),
+        ({"scope": "mlp"}, "scope must be"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        callback(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_a_monitor_that_is_not_logged_is_refused_before_training(tmp_path, sanity_steps):
+    module = Foreign()
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"'accuracy' was not logged.*'acc'"):
+        trainer(callback(tmp_path, monitor="accuracy"), num_sanity_val_steps=sanity_steps).fit(
+            module, train_loader(), val_loader()
+        )
+    assert equal(weights(module), before)
+
+
+def test_missing_validation_and_unwritable_folders_are_refused_before_training(tmp_path):
+    module = Foreign()
+    before = weights(module)
+    with pytest.raises(ValueError, match="validation loop"):
+        trainer(callback(tmp_path)).fit(module, train_loader())
+    with pytest.raises(ValueError, match="validation loop"):
+        trainer(callback(tmp_path), limit_val_batches=0).fit(module, train_loader(), val_loader())
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot write into"):
+        trainer(callback(tmp_path / "file" / "deltas")).fit(module, train_loader(), val_loader())
+    with pytest.raises(ValueError, match="matches none"):
+        trainer(callback(tmp_path, carry=["classifier.*"])).fit(module, train_loader(), val_loader())
+    assert equal(weights(module), before)
+
+
+def fit_and_resume(tmp_path, monkeypatch_seed, resumed_module, optimizer=adamr, **settings):
+    """One epoch, then a second one in a new Trainer from the checkpoint; returns the callback and the base."""
+    torch.manual_seed(monkeypatch_seed)
+    module = Foreign(optimizer=optimizer)
+    base = weights(module)
+    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
+    trainer(callback(tmp_path / "a"), keep, max_epochs=1, enable_checkpointing=True).fit(
+        module, train_loader(), val_loader()
+    )
+    second = callback(tmp_path / "b", pruning_rate=0.5, **settings)
+    other = resumed_module(base)
+    trainer(second, max_epochs=2).fit(other, train_loader(), val_loader(), ckpt_path=keep.last_model_path)
+    return second, base, other
+
+
+@pytest.mark.parametrize("optimizer", [None, adamr])
+def test_resume_keeps_the_original_base(tmp_path, optimizer):
+    def rebuilt(base):
+        module = Foreign(optimizer=optimizer)
+        module.load_state_dict(base)
+        return module
+
+    second, base, module = fit_and_resume(tmp_path, 0, rebuilt, optimizer)
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    delta = SparseDelta.from_pretrained(tmp_path / "b" / "dare-p0.5-seed0")
+    delta.apply_(fresh)  # refuses any base but the original one
+    assert second.results[1].score > 0.7
+
+
+def test_adamr_finds_the_original_base_in_the_checkpoint_even_if_the_module_was_built_otherwise(tmp_path):
+    _, base, _ = fit_and_resume(tmp_path, 0, lambda base: Foreign(optimizer=adamr))
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    SparseDelta.from_pretrained(tmp_path / "b" / "dare-p0.5-seed0").apply_(fresh)
+
+
+def test_resume_from_another_base_is_refused_and_pretrained_cures_it(tmp_path):
+    with pytest.raises(ValueError, match="not the one the checkpoint's training started from"):
+        fit_and_resume(tmp_path, 0, lambda base: Foreign(), None)
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(weights(Foreign()), tmp_path / "base.safetensors")
+    _, base, _ = fit_and_resume(
+        tmp_path / "x", 0, lambda base: Foreign(), None, pretrained=str(tmp_path / "base.safetensors")
+    )
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    SparseDelta.from_pretrained(tmp_path / "x" / "b" / "dare-p0.5-seed0").apply_(fresh)
+
+
+class Late(Foreign):
+    """Makes its weights in configure_model."""
+
+    def __init__(self, optimizer=None):
+        super().__init__(optimizer=optimizer)
+        self.made, self.net = self.net, None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = self.made
+
+
+@pytest.mark.parametrize("optimizer", [None, adamr])
+def test_modules_with_configure_model(tmp_path, optimizer):
+    torch.manual_seed(0)
+
+    class Empty(Late):
+        def __init__(self):
+            super().__init__(optimizer)
+            object.__setattr__(self, "blueprint", self._modules.pop("made"))
+            self._modules.pop("net", None)
+            object.__setattr__(self, "net", None)
+
+        def configure_model(self):
+            if "net" not in self._modules:
+                object.__delattr__(self, "net")
+                self.net = self.blueprint
+
+    pruned = callback(tmp_path / "d")
+    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
+    trainer(pruned, keep, enable_checkpointing=True, max_epochs=1).fit(Empty(), train_loader(), val_loader())
+    assert pruned.results[0].score < pruned.results[1].score
+    again = callback(tmp_path / "e")
+    run = trainer(again, max_epochs=2)
+    if optimizer is None:
+        with pytest.raises(ValueError, match=r"restored before they could be seen.*pretrained="):
+            run.fit(Empty(), train_loader(), val_loader(), ckpt_path=keep.last_model_path)
+    else:
+        run.fit(Empty(), train_loader(), val_loader(), ckpt_path=keep.last_model_path)
+        assert again._fingerprint == pruned._fingerprint
+
+
+def test_validate_gives_the_same_table_without_training(tmp_path):
+    torch.manual_seed(0)
+    module = Foreign()
+    base = weights(module)
+    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
+    settings = {"method": ["dare", "darex-q"], "pruning_rate": [0.5, 0.9], "seeds": [0, 1]}
+    first = callback(tmp_path / "a", calibration_dataloader=DataLoader(blobs(64, 1500), 64), **settings)
+    trainer(first, keep, enable_checkpointing=True).fit(module, train_loader(), val_loader())
+    second = callback(tmp_path / "b", calibration_dataloader=DataLoader(blobs(64, 1500), 64), **settings)
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    scores = trainer(second).validate(fresh, val_loader(), ckpt_path=keep.last_model_path, verbose=False)
+    assert scores[0]["acc"] == pytest.approx(second.results[1].score, abs=1e-6)
+    assert fresh.training
+    for one, other in zip(first.results, second.results, strict=True):
+        assert (one.method, one.score, one.q, one.num_bytes) == (other.method, other.score, other.q, other.num_bytes)
+    assert equal(weights(fresh), weights(module))
+
+
+def test_validate_and_test_after_fit_do_not_prune_again_and_without_a_base_warn(tmp_path):
+    class Tested(Foreign):
+        def test_step(self, batch, batch_idx):
+            self.log("test_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    pruned, module = callback(tmp_path), Tested()
+    run = trainer(pruned)
+    run.fit(module, train_loader(), val_loader())
+    before = os.stat(tmp_path / "results.jsonl").st_mtime_ns
+    run.validate(module, val_loader(), verbose=False)
+    run.test(module, val_loader(), verbose=False)
+    assert os.stat(tmp_path / "results.jsonl").st_mtime_ns == before
+    with pytest.warns(UserWarning, match="did not prune"):
+        trainer(callback(tmp_path / "w")).validate(module, val_loader(), verbose=False)
+
+
+def test_a_second_fit_starts_afresh(tmp_path):
+    pruned = callback(tmp_path)
+    one, two = Foreign(), Foreign()
+    trainer(pruned, max_epochs=1).fit(one, train_loader(100), val_loader())
+    base = weights(two)
+    trainer(pruned, max_epochs=1).fit(two, train_loader(100), val_loader())
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    SparseDelta.from_pretrained(tmp_path / "dare-p0.9-seed0").apply_(fresh)
+    assert len(pruned.results) == 3
+
+
+def test_an_interrupted_fit_says_what_was_not_done_and_leaves_no_delta(tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="no delta was pruned"), pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(callback(tmp_path / "d"), Interrupt()).fit(Foreign(), train_loader(), val_loader())
+    assert os.listdir(tmp_path / "d") == []
+
+
+def test_an_error_in_the_extra_passes_leaves_the_finetuned_weights(tmp_path):
+    class Fragile(Foreign):
+        passes = 0
+
+        def on_validation_epoch_end(self):
+            self.passes += 1
+            if self.passes == 6:
+                raise RuntimeError("out of memory")
+
+    module, spy = Fragile(), Spy()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(callback(tmp_path, seeds=[0, 1, 2]), spy, num_sanity_val_steps=0).fit(
+            module, train_loader(), val_loader()
+        )
+    assert equal(weights(module), spy.weights)
+
+
+def test_late_unfreezing_and_several_optimizers(tmp_path):
+    class Two(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.net[0].requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return AdamR(self.net[:3].parameters(), lr=3e-3), torch.optim.Adam(self.net[3:].parameters(), lr=3e-3)
+
+    torch.manual_seed(0)
+    module = Two()
+    base, pruned = weights(module), callback(tmp_path, pruning_rate=0.5)
+    trainer(pruned, max_epochs=3).fit(module, train_loader(), val_loader())
+    fresh = Foreign()
+    fresh.load_state_dict(base)
+    delta = SparseDelta.from_pretrained(tmp_path / "dare-p0.5-seed0")
+    delta.apply_(fresh)
+    assert "0.weight" in delta.tensors
+    assert pruned.results[1].score > 0.7
