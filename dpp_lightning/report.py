@@ -54,7 +54,8 @@ def console_table(results: Sequence[Result], monitor: str, console: Console | No
     pruned = [r for r in results if r.pruning_rate is not None]
     searched = next((r.q_split for r in pruned if r.q_split), "")
     seeds = len({r.seed for r in pruned})
-    caption = f"score: {monitor} on {results[0].split}, mean ± deviation over {seeds} mask seeds"
+    caption = f"score: {monitor} on {results[0].split}"
+    caption += f", mean ± deviation over {seeds} mask seeds" if seeds > 1 else ""
     caption += f"; q found on {searched}" if searched else ""
     table = Table(title="Pruned deltas", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in _COLUMNS:

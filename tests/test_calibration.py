@@ -1,6 +1,5 @@
 """The search for q, output change and the output hook."""
 
-import json
 from pathlib import Path
 
 import pytest

@@ -105,23 +105,22 @@ def test_adamr_lends_its_copy_of_the_base():
 
 
 def test_loggers_checkpoints_and_stopping_do_not_notice_the_extra_passes(tmp_path):
-    class Noisy(CSVLogger):
-        calls: list = []
+    calls = []
 
+    class Noisy(CSVLogger):
         def log_metrics(self, metrics, step=None):
-            self.calls.append(dict(metrics))
+            calls.append(dict(metrics))
             super().log_metrics(metrics, step)
 
     logger = Noisy(tmp_path / "logs")
-    Noisy.calls = []
     best = ModelCheckpoint(tmp_path / "ck", monitor="acc", mode="max", save_last=True)
     stop = EarlyStopping("acc", patience=50, mode="max")
     module = Foreign()
     spy = Spy()
     run = trainer(callback(tmp_path / "d"), best, stop, spy, logger=logger, enable_checkpointing=True)
     run.fit(module, train_loader(), val_loader())
-    assert sum("acc" in call for call in Noisy.calls) == 2  # one a training epoch, none of a pruned model
-    assert sum(any(k.startswith("dpp/") for k in call) for call in Noisy.calls) == 1
+    assert sum("acc" in call for call in calls) == 2  # one a training epoch, none of a pruned model
+    assert sum(any(k.startswith("dpp/") for k in call) for call in calls) == 1
     saved = torch.load(best.last_model_path, weights_only=True)["state_dict"]
     assert equal(saved, spy.weights)
     assert stop.best_score == best.best_model_score
@@ -290,7 +289,7 @@ def test_resume_keeps_the_original_base(tmp_path, optimizer):
         module.load_state_dict(base)
         return module
 
-    second, base, module = fit_and_resume(tmp_path, 0, rebuilt, optimizer)
+    second, base, _ = fit_and_resume(tmp_path, 0, rebuilt, optimizer)
     fresh = Foreign()
     fresh.load_state_dict(base)
     delta = SparseDelta.from_pretrained(tmp_path / "b" / "dare-p0.5-seed0")

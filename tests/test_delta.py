@@ -239,10 +239,14 @@ def test_weights_that_have_no_delta_are_refused():
     base, _ = pair()
     with pytest.raises(ValueError, match="meta device"):
         prune(base, Net().to("meta"), "dare")
+    quantised = Net()
+    quantised.gain = nn.Parameter(torch.ones((), dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"gain: dtype torch.int8"):
+        prune(base, quantised, "dare")
+    broken = Net()
+    broken.load_state_dict(base.state_dict())
+    broken.gain.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        broken = Net()
-        broken.load_state_dict(base.state_dict())
-        broken.gain.data.fill_(float("nan"))
         prune(base, broken, "dare", 0.0)
 
 

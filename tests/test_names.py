@@ -88,7 +88,7 @@ def test_prune_reads_folders_with_and_without_shards(tmp_path, classifier, shard
 
 
 def test_folders_without_weights_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors"):
         load_tensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_tensors("./nowhere")

@@ -5,7 +5,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue_data import IGNORED_LABEL, GLUEDataModule
 from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
-from dpp_lightning.tasks.optimization import linear_warmup_decay, parameter_groups
+from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
@@ -54,7 +54,7 @@ class GLUEModule(LightningModule):
         pretrained: str = "google-bert/bert-base-uncased",
         revision: str | None = None,
         optimizer: OptimizerCallable = AdamR,
-        scheduler: Literal["linear", "constant"] | LRSchedulerCallable = "linear",
+        scheduler: Schedule = "linear",
         scheduler_interval: Literal["step", "epoch"] = "step",
         warmup_fraction: float = 0.06,
         seed: int | None = None,
@@ -127,14 +127,7 @@ class GLUEModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two groups, pre-trained parameters and new heads, and its schedule."""
         optimizer = self.optimizer(parameter_groups(self, self.new_parameter_names))
-        if self.scheduler == "constant":
-            return optimizer
-        if callable(self.scheduler):
-            config = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
-        else:
-            steps = cast(int, self.trainer.estimated_stepping_batches)
-            config = {"scheduler": linear_warmup_decay(optimizer, steps, self.warmup_fraction), "interval": "step"}
-        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**config, "monitor": "val_score"}})
+        return with_schedule(optimizer, self.scheduler, self.scheduler_interval, self.trainer, self.warmup_fraction)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.definition.num_labels == 1:

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal, cast
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
+
+Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -47,6 +52,32 @@ def parameter_groups(module: nn.Module, new_parameter_names: Collection[str]) ->
     if new_parameters:
         groups.append({"params": new_parameters, "new": True})
     return groups
+
+
+def with_schedule(
+    optimizer: Optimizer,
+    scheduler: Schedule,
+    interval: Literal["step", "epoch"],
+    trainer: Trainer,
+    warmup_fraction: float,
+) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` returns: the optimizer and its schedule.
+
+    Args:
+        optimizer: as the user's setting made it.
+        scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
+        interval: how often a scheduler of the user's own is stepped.
+        trainer: knows the number of steps of the whole training.
+        warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+    """
+    if scheduler == "constant":
+        return optimizer
+    if callable(scheduler):
+        config: dict[str, Any] = {"scheduler": scheduler(optimizer), "interval": interval}
+    else:
+        steps = cast(int, trainer.estimated_stepping_batches)
+        config = {"scheduler": linear_warmup_decay(optimizer, steps, warmup_fraction), "interval": "step"}
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**config, "monitor": "val_score"}})
 
 
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.06) -> LambdaLR:

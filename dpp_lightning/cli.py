@@ -1,0 +1,117 @@
+"""The console command ``dpp``. Nothing heavy is imported before a command is known that needs it."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpp_lightning import __version__, recipes
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def _train_or_evaluate(arguments: list[str]) -> int:
+    """fit, validate, test, predict: the config names are checked first, since torch takes seconds to import."""
+    arguments = recipes.resolve_arguments(arguments)
+    # Spinning OpenMP threads starve each other once another process keeps a core busy; libgomp reads this on load.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dpp_lightning.lightning_cli import run
+
+    return run(arguments)
+
+
+def _configs(arguments: list[str]) -> int:
+    """``dpp configs`` lists the packaged configs, ``dpp configs NAME`` prints one."""
+    match arguments[1:]:
+        case []:
+            packaged = recipes.names()
+            width = max(map(len, packaged), default=0)
+            sys.stdout.writelines(f"{name:{width}}  {recipes.title(name)}".rstrip() + "\n" for name in packaged)
+        case ["-h" | "--help"]:
+            sys.stdout.write("usage: dpp configs [NAME]\n\nList the packaged configs, or print the one named.\n")
+        case [name]:
+            sys.stdout.write(recipes.read(name))
+        case extra:
+            raise recipes.UsageError(f"configs takes one name at most, got {' '.join(extra)}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the command table: the line ``dpp --help`` shows and what runs; it is given the whole command line."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+COMMANDS = {
+    "fit": Command("fine-tune; DeltaPruneCallback prunes, scores and saves at the end", _train_or_evaluate),
+    "validate": Command("score a checkpoint on the validation data", _train_or_evaluate),
+    "test": Command("score a checkpoint on the test data", _train_or_evaluate),
+    "predict": Command("predict with a checkpoint", _train_or_evaluate),
+    "configs": Command("list the packaged configs, or print one: dpp configs [NAME]", _configs),
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: dpp COMMAND [options]
+
+Delta parameter pruning for fine-tuned models.
+
+commands:
+{rows}
+
+options:
+  -h, --help  this text; dpp COMMAND --help for the options of one command
+  --version   the version
+
+examples:
+  dpp fit --config quickstart.yaml
+  dpp fit --config bert_cola_adamr.yaml --trainer.max_epochs 2
+
+--config takes a file or the name of a packaged config; several compose, and options after them override.
+"""
+
+
+def _dispatch(arguments: list[str]) -> int:
+    match arguments:
+        case []:
+            sys.stderr.write(_help())
+            return USAGE_ERROR
+        case ["-h" | "--help", *_]:
+            sys.stdout.write(_help())
+            return 0
+        case ["--version", *_]:
+            sys.stdout.write(f"dpp {__version__}\n")
+            return 0
+        case [name, *_] if name in COMMANDS:
+            return COMMANDS[name].run(arguments)
+        case [option, *_] if option.startswith("-"):
+            raise recipes.UsageError(f"a command comes before {option}; dpp --help lists the commands")
+    raise recipes.UsageError(
+        f"there is no command {arguments[0]!r}{recipes.did_you_mean(arguments[0], COMMANDS)} "
+        f"(commands: {', '.join(COMMANDS)})"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` defaults to the process's own arguments.
+
+    Returns:
+        The exit code: 0; 2 where the command line or a setting is wrong; 130 or 143 where a signal stopped it.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except recipes.UsageError as error:
+        sys.stderr.write(f"dpp: error: {error}\n")
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("\ndpp: stopped\n")
+        return INTERRUPTED
+    if argv is None and code == 0 and "torch" in sys.modules:
+        from dpp_lightning.lightning_cli import leave_gloo
+
+        leave_gloo()
+    return code

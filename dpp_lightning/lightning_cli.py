@@ -1,0 +1,168 @@
+"""The Lightning half of ``dpp``: fit, validate, test and predict on LightningCLI. Importing it imports torch."""
+
+import atexit
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+# Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
+from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.cli import INTERRUPTED, USAGE_ERROR
+from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.digits import DigitsDataModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.vision import VisionModule
+
+SHORT_NAMES = (
+    AdamR,
+    DeltaPruneCallback,
+    DigitsDataModule,
+    GLUEDataModule,
+    GLUEModule,
+    VisionModule,
+)
+
+TERMINATED = 143
+SHOW_TRACEBACK = "DPP_TRACEBACK"
+
+
+class DPPCLI(LightningCLI):
+    """LightningCLI in subclass mode: model, data and callbacks are named by class, in YAML or on the command line.
+
+    The command line and the configs are the whole truth: hyper-parameters stored in a checkpoint do not override them.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        shared = {"allow_abbrev": False}
+        per_command = {name: {"usage": f"dpp {name} --config NAME [options]", **shared} for name in self.subcommands()}
+        super().__init__(
+            args=args,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "dpp", **shared, **per_command},
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As LightningCLI's, without its warning about a command line beside ``args``."""
+        self.config = parser.parse_args(cast(list[str], args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would let the checkpoint's hyper-parameters silently replace what the user wrote."""
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the config of a fit when its folder is validated or tested later."""
+        if self.subcommand != "fit":
+            self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
+
+    def fit(self, **arguments: Any) -> None:
+        """``Trainer.fit``; one stopped by a signal says how to go on."""
+        try:
+            self.trainer.fit(**arguments)
+        except SystemExit as stop:
+            if _signal_code(stop) and self.trainer.is_global_zero:
+                sys.stderr.write(_how_to_resume(self.trainer))
+            raise
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run one of LightningCLI's commands; what the user can cure is one message on stderr, not a traceback.
+
+    Args:
+        arguments: the command line from the command on, config names already resolved to paths.
+
+    Returns:
+        The exit code: 0, 2 for a wrong command line or setting, 130 or 143 where a signal stopped it.
+    """
+    _silence_what_no_user_can_cure()
+    try:
+        DPPCLI(arguments)
+    except SystemExit as stop:
+        return _signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+    except Exception as error:
+        message = _for_the_user(error)
+        if message is None or os.environ.get(SHOW_TRACEBACK):
+            raise
+        sys.stderr.write(f"dpp {arguments[0]}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
+        return USAGE_ERROR
+    return 0
+
+
+def _silence_what_no_user_can_cure() -> None:
+    """Drop Lightning's advertisements, and two warnings about its own innards and its own former dependency."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for message in (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r".*`tensorboardX` has been removed"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
+
+
+def _for_the_user(error: BaseException | None) -> str | None:
+    """The message of the outermost error in the chain that speaks to the user, ``None`` where it may be a bug.
+
+    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package.
+    jsonargparse wraps whatever a constructor raises in a ValueError of its own, hence the chain.
+    """
+    while error is not None:
+        if isinstance(error, (OSError, MisconfigurationException)) or (isinstance(error, ValueError) and _ours(error)):
+            return str(error)
+        error = error.__cause__
+    return None
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether the innermost frame of the traceback is this package's."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == __package__
+
+
+def leave_gloo() -> None:
+    """End this process here and now if it is a rank of a finished run over gloo, else do nothing.
+
+    gloo's threads abort some interpreters on their way out (code -6 after a training that went well), unless the group
+    is destroyed and the interpreter's own teardown is skipped.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"):
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _signal_code(stop: SystemExit) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM, else 0. Lightning turns both into SystemExit, the latter with code 0."""
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    return TERMINATED if isinstance(stop, SIGTERMException) else 0
+
+
+def _how_to_resume(trainer: Trainer) -> str:
+    """Two lines for the user: where the fit stopped, and the newest checkpoint it can go on from."""
+    saved = [
+        Path(path)
+        for callback in trainer.checkpoint_callbacks
+        for path in (getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", ""))
+        if path and Path(path).exists()
+    ]
+    stopped = f"\ndpp fit: stopped in epoch {trainer.current_epoch}, after {trainer.global_step} steps.\n"
+    if not saved:
+        return stopped + "No checkpoint had been written, so there is nothing to resume from.\n"
+    newest = max(saved, key=lambda file: file.stat().st_mtime)
+    return stopped + f"To resume, repeat the command with --ckpt_path {shlex.quote(str(newest))}\n"

@@ -1,0 +1,83 @@
+"""The packaged recipes: which there are, what each says, and which one a name means. Standard library only."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+
+SUFFIX = ".yaml"
+
+
+class UsageError(ValueError):
+    """The command line names something that does not exist; the message is one line and says what does."""
+
+
+def names() -> list[str]:
+    """File names of the packaged configs, in alphabetical order."""
+    return sorted(entry.name for entry in files("dpp_lightning.configs").iterdir() if entry.name.endswith(SUFFIX))
+
+
+def path(name: str) -> Path:
+    """Where the packaged config ``name`` lies, given with or without ``.yaml``.
+
+    Raises:
+        UsageError: no packaged config has that name; the message suggests the nearest.
+    """
+    packaged = names()
+    for candidate in (name, name + SUFFIX):
+        if candidate in packaged:
+            return Path(str(files("dpp_lightning.configs").joinpath(candidate)))
+    raise UsageError(f"no packaged config is named {name!r}{did_you_mean(name, packaged)} (dpp configs lists them)")
+
+
+def read(name: str) -> str:
+    """The text of a packaged config; `UsageError` as `path`."""
+    return path(name).read_text(encoding="utf-8")
+
+
+def title(name: str) -> str:
+    """The first comment line of a packaged config without its ``#``; empty where it does not open with a comment."""
+    first = next(iter(read(name).splitlines()), "")
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``": did you mean X?"`` for the known word nearest to ``word`` (a missing ``.yaml`` forgiven), else empty."""
+    by_stem = {name.removesuffix(SUFFIX): name for name in known}
+    near = get_close_matches(word.removesuffix(SUFFIX), by_stem, n=1)
+    return f": did you mean {by_stem[near[0]]}?" if near else ""
+
+
+def resolve(value: str) -> str:
+    """The value of ``--config``, with the name of a packaged config replaced by its path.
+
+    A local file wins; inline YAML or JSON and addresses (``s3://...``) pass unchanged.
+
+    Raises:
+        UsageError: neither a file nor a packaged name; the message suggests the nearest packaged one.
+    """
+    if any(mark in value for mark in "\n:{"):
+        return value
+    local = Path(value)
+    if local.exists() and not local.is_dir():  # a named pipe is welcome, a folder that happens to bear the name is not
+        return value
+    if local.name == value:
+        try:
+            return str(path(value))
+        except UsageError as error:
+            raise UsageError(f"no file here and {error}") from None
+    raise UsageError(f"the config file {value!r} does not exist{did_you_mean(local.name, names())}")
+
+
+def resolve_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line with every ``-c X``, ``--config X`` and ``--config=X`` passed through `resolve`."""
+    resolved: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if resolved and resolved[-1] in ("-c", "--config"):
+            resolved.append(resolve(argument))
+        elif equals and option in ("-c", "--config"):
+            resolved.append(f"{option}={resolve(value)}")
+        else:
+            resolved.append(argument)
+    return resolved

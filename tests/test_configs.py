@@ -1,0 +1,81 @@
+"""Every packaged config against the real signatures: parsed, its callbacks and data built, nothing downloaded or run."""
+
+from importlib import import_module
+
+import pytest
+
+from dpp_lightning import recipes
+from dpp_lightning.lightning_cli import DPPCLI
+
+TASKS = ("cola", "sst2", "mrpc", "stsb")
+EXPECTED = {f"{encoder}_{task}_adamr.yaml" for encoder in ("bert", "roberta") for task in TASKS}
+EXPECTED |= {"bert_cola_adamw.yaml", "quickstart.yaml"}
+ADAMW = [name for name in recipes.names() if name.endswith("_adamw.yaml")]
+
+
+class Parsed(Exception):
+    """Carries the parsed config out of the command before anything is built."""
+
+
+class ParseOnly(DPPCLI):
+    """The command, stopped behind its parser."""
+
+    def before_instantiate_classes(self):
+        config = self.config[self.subcommand].as_dict()
+        raise Parsed({key: value for key, value in config.items() if key != "config"})  # less the name of the file
+
+
+def parse(*arguments):
+    with pytest.raises(Parsed) as parsed:
+        ParseOnly(recipes.resolve_arguments(arguments))
+    return parsed.value.args[0]
+
+
+def build(setting):
+    """The object that a ``class_path`` with ``init_args`` stands for."""
+    module, _, name = setting["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**setting.get("init_args", {}))
+
+
+def differences(left, right, path=()):
+    """Where two nested dicts or lists differ, as dotted paths."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = left.keys() | right.keys()
+        return {found for key in keys for found in differences(left.get(key), right.get(key), (*path, key))}
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return {found for index, (a, b) in pairs for found in differences(a, b, (*path, str(index)))}
+    return set() if left == right else {".".join(path)}
+
+
+def test_the_recipes_of_the_papers_are_there():
+    assert set(recipes.names()) >= EXPECTED
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_first_line_names_the_command(name):
+    assert f"dpp fit --config {name}" in recipes.title(name)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_parses_against_the_real_signatures(name):
+    config = parse("fit", "--config", name)
+    assert config["model"]["class_path"].startswith("dpp_lightning.tasks.")
+    assert config["data"]["class_path"].startswith("dpp_lightning.tasks.")
+    build(config["data"])
+    built = [build(callback) for callback in config["trainer"]["callbacks"]]
+    assert "DeltaPruneCallback" in {type(callback).__name__ for callback in built}
+
+
+@pytest.mark.parametrize("name", ADAMW)
+def test_adamw_twin_differs_in_the_optimizer_alone(name):
+    twins = [parse("fit", "--config", config) for config in (name, name.replace("_adamw", "_adamr"))]
+    places = {place for place in differences(*twins) if not place.startswith("model.init_args.optimizer")}
+    assert {place for place in places if not place.endswith(("output_dir", "root_dir"))} == set()
+
+
+@pytest.mark.parametrize("name", ["bert_cola_adamr.yaml", "roberta_stsb_adamr.yaml"])
+def test_local_folders_replace_the_hub(name):
+    config = parse("fit", "--config", name, "--model.pretrained", "./encoder", "--data.path=./glue")
+    assert config["model"]["init_args"]["pretrained"] == "./encoder"
+    assert config["data"]["init_args"]["path"] == "./glue"

@@ -1,0 +1,242 @@
+"""The vision task: timm models, their bases, training and scores, the shipped base; on two small blocks."""
+
+import json
+
+import lightning.pytorch as pl
+import make_digits_base as maker
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.digits import DigitsDataModule
+from dpp_lightning.tasks.vision import VisionModule
+from dpp_lightning.tasks.vision_models import layer_before_head
+
+VIT = "vit_tiny_patch16_224"
+TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+HEAD = ("model.head.bias", "model.head.weight")
+
+
+def fit(module, data, folder, **settings):
+    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(default_root_dir=folder, enable_model_summary=False, **{**defaults, **settings})
+    trainer.fit(module, data)
+    return trainer
+
+
+def from_asset(num_classes=5, **settings):
+    return VisionModule(VIT, num_classes, maker.ASSET.name, maker.MODEL_KWARGS, seed=0, **settings)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A file of a tiny ViT of seven classes."""
+    torch.manual_seed(3)
+    path = tmp_path / "base.safetensors"
+    save_file(timm.create_model(VIT, num_classes=7, **TINY).state_dict(), path)
+    return str(path)
+
+
+# ---------------------------------------------------------------- bases
+
+
+@pytest.mark.parametrize("num_classes", [5, 7])
+def test_new_parameters_are_exactly_the_head(base, num_classes):
+    module = VisionModule(VIT, num_classes, base, TINY, seed=0)
+    stored, own = load_file(base), module.model.state_dict()
+    assert module.new_parameter_names == HEAD
+    assert module.pretrained == base
+    assert all(torch.equal(own[name], tensor) for name, tensor in stored.items() if not name.startswith("head."))
+    assert not (num_classes == 7 and torch.equal(own["head.weight"], stored["head.weight"]))
+    assert {p.shape[0] for p in module.model.head.parameters()} == {num_classes}
+
+
+def test_the_head_is_a_function_of_the_seed(base):
+    heads = [VisionModule(VIT, 5, base, TINY, seed=seed).model.head.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_keep_head_takes_it_from_the_base(base):
+    module = VisionModule(VIT, 7, base, TINY, keep_head=True, seed=0)
+    assert module.new_parameter_names == ()
+    assert torch.equal(module.model.head.weight, load_file(base)["head.weight"])
+    with pytest.raises(ValueError, match=r"head\.weight has shape \(7, 16\), the model's \(5, 16\).*keep_head"):
+        VisionModule(VIT, 5, base, TINY, keep_head=True, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": 1}, r"blocks\.1\.\S+ is not in the model"),
+        ({"depth": 3}, r"blocks\.2\.\S+ is missing"),
+        ({"embed_dim": 32}, r"cls_token has shape \(1, 1, 16\), the model's \(1, 1, 32\).*and \d+ more"),
+    ],
+)
+def test_a_body_that_does_not_fit_is_refused_with_its_tensors(base, settings, message):
+    with pytest.raises(ValueError, match=message):
+        VisionModule(VIT, 5, base, {**TINY, **settings}, seed=0)
+
+
+def test_a_file_without_a_head_is_a_base_too(base, tmp_path):
+    body = {name: tensor for name, tensor in load_file(base).items() if not name.startswith("head.")}
+    save_file(body, tmp_path / "body.safetensors")
+    assert VisionModule(VIT, 5, str(tmp_path / "body.safetensors"), TINY, seed=0).new_parameter_names == HEAD
+
+
+@pytest.mark.parametrize("num_classes", [5, 7])
+def test_a_folder_brings_its_architecture(tmp_path, num_classes):
+    torch.manual_seed(3)
+    model = timm.create_model(VIT, num_classes=7, **TINY)
+    timm.models.save_for_hf(model, tmp_path, model_args=TINY, safe_serialization=True)
+    module = VisionModule(pretrained=str(tmp_path), num_classes=num_classes, seed=0)
+    assert module.new_parameter_names == HEAD
+    assert torch.equal(module.model.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+    assert not (num_classes == 7 and torch.equal(module.model.head.weight, model.head.weight))
+    with pytest.raises(ValueError, match="leave model_name out"):
+        VisionModule("resnet18", pretrained=str(tmp_path))
+    with pytest.raises(ValueError, match="does not fit"):
+        VisionModule(pretrained=str(tmp_path), num_classes=5, model_kwargs={"depth": 3})
+    if num_classes == 5:
+        with pytest.raises(ValueError, match="7 classes, but num_classes is 5"):
+            VisionModule(pretrained=str(tmp_path), num_classes=5, keep_head=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_name": "vit_tinny"}, "timm has no model_name 'vit_tinny'"),
+        ({"model_name": VIT, "pretrained": "nope.safetensors"}, maker.ASSET.name),
+        ({"model_name": VIT, "pretrained": "./nope"}, "no local folder"),
+        ({"model_name": VIT, "pretrained": "vit_tiny_patch16_224.augreg_in21k"}, "hub ids look like"),
+        ({"model_name": "resnet18", "pretrained": "timm/vit_tiny_patch16_224.augreg_in21k"}, "is a vit_tiny_patch16"),
+        ({"model_name": VIT, "num_classes": 1}, "at least 2"),
+        ({"model_name": VIT, "label_smoothing": 1.5}, "label_smoothing is 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VisionModule(**settings)
+
+
+def test_a_folder_without_an_architecture_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        VisionModule(VIT, pretrained=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [VIT, "resnet10t", "convnext_atto", "mobilenetv3_small_050", "poolformer_s12"])
+def test_output_layer_is_what_the_head_is_given(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    hidden, given = [], []
+    model.get_submodule(layer_before_head(model)).register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    model.get_classifier().register_forward_pre_hook(lambda _m, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.randn(2, *model.pretrained_cfg["input_size"]))
+    assert torch.equal(hidden[0], given[0])
+
+
+# ---------------------------------------------------------------- training and scores
+
+
+def test_too_few_outputs_are_refused(tmp_path):
+    module = VisionModule(VIT, 5, model_kwargs=TINY, seed=0)
+    with pytest.raises(ValueError, match="num_classes 5 for the 10 classes"):
+        fit(module, DigitsDataModule(), tmp_path, max_epochs=1)
+
+
+def test_fit_learns_scores_the_whole_split_and_predicts(base, tmp_path):
+    data = DigitsDataModule(classes=[5, 6, 7, 8, 9], eval_batch_size=50)
+    module = VisionModule(VIT, 5, base, TINY, optimizer=lambda groups: AdamR(groups, lr=3e-3), seed=0)
+    before = fit(module, data, tmp_path, max_epochs=1, limit_train_batches=0).validate(module, data, verbose=False)
+    trainer = fit(module, data, tmp_path, max_epochs=4)
+    scores = trainer.callback_metrics
+    assert scores["val_score"] > before[0]["val_score"] + 0.3 if before else scores["val_score"] > 0.5
+    val = data.splits["val"]
+    with torch.no_grad():
+        logits = module.eval()(val.images)
+    assert float(scores["val_score"]) == pytest.approx((logits.argmax(-1) == val.labels).float().mean().item())
+    assert float(scores["val_loss"]) == pytest.approx(nn.functional.cross_entropy(logits, val.labels).item(), abs=1e-5)
+    assert scores["val_accuracy"] == scores["val_score"]
+    assert set(trainer.test(module, data, verbose=False)[0]) == {"test_score", "test_accuracy", "test_loss"}
+    assert len(torch.cat(trainer.predict(module, data))) == len(data.splits["test"])
+
+
+def test_fillers_take_no_part_in_the_scores(base):
+    data, module = DigitsDataModule(), VisionModule(VIT, 10, base, TINY, seed=0).eval()
+    data.setup()
+    module.log = lambda *args, **kwargs: None
+    split = data.splits["val"]
+    whole, filled = (torch.utils.data.default_collate(split.__getitems__(i)) for i in (range(50), [*range(50), -1, -2]))
+    assert filled[1][-2:].tolist() == [-100, -100]
+    found = []
+    for batch in (whole, filled):
+        module.on_validation_epoch_start()
+        module.validation_step(batch, 0)
+        found.append({name: float(m.compute()) for name, m in module.metrics["val"].items()})
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_whole_one(base, tmp_path):
+    def run(epochs, checkpoint=None):
+        module = VisionModule(VIT, 10, base, {**TINY, "drop_rate": 0.2}, scheduler="constant", seed=0)
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        trainer.fit(module, DigitsDataModule(seed=0), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module.state_dict()
+
+    run(1)
+    resumed, whole = run(2, tmp_path / "1.ckpt"), run(2)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant", lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1)])
+def test_the_schedule_is_the_one_chosen(base, tmp_path, scheduler):
+    module = VisionModule(VIT, 10, base, TINY, scheduler=scheduler, scheduler_interval="epoch", seed=0)
+    trainer = fit(module, DigitsDataModule(), tmp_path, max_epochs=1, limit_train_batches=4)
+    optimizer = trainer.optimizers[0]
+    assert [group.get("new", False) for group in optimizer.param_groups] == [False, True]
+    expected = {"linear": 0.0, "constant": 1e-4}.get(scheduler, 1e-5) if isinstance(scheduler, str) else 1e-5
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the shipped base
+
+
+def test_the_shipped_base_knows_its_digits_and_is_small():
+    assert maker.ASSET.stat().st_size < 1_000_000
+    module = from_asset(keep_head=True).eval()
+    assert module.new_parameter_names == ()
+    assert maker.accuracy(module, "val") > 0.95
+    assert maker.accuracy(module, "test") > 0.95
+    with safe_open(maker.ASSET, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == maker.CLASSES
+        assert json.loads(file.metadata()["model_kwargs"]) == maker.MODEL_KWARGS
+
+
+def test_the_shipped_base_has_a_body_for_new_digits():
+    module = from_asset()
+    assert module.new_parameter_names == HEAD
+    assert module.output_layer == "model.fc_norm"
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_a_local_file_goes_before_a_shipped_one(tmp_path, monkeypatch):
+    state = load_file(maker.ASSET)
+    save_file({**state, "cls_token": torch.ones_like(state["cls_token"])}, tmp_path / maker.ASSET.name)
+    monkeypatch.chdir(tmp_path)
+    assert from_asset().model.cls_token.eq(1).all()
+
+
+def test_the_code_that_made_the_base_is_a_function_of_its_seed(tmp_path):
+    models = [maker.pretrain(seed, epochs=1) for seed in (0, 0, 1)]
+    for index, model in enumerate(models):
+        maker.save(model, tmp_path / str(index))
+    same, again, other = ((tmp_path / str(index)).read_bytes() for index in range(3))
+    assert same == again != other
+    assert 0.2 < maker.accuracy(models[0], "train") <= 1
