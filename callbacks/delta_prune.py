@@ -18,7 +18,7 @@ from dpp_lightning.callbacks.base_weights import BaseWeights, check_module, has_
 from dpp_lightning.callbacks.calibration_data import labelled_loader
 from dpp_lightning.callbacks.passes import ForwardFn, Passes, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
-from dpp_lightning.callbacks.settings import check_settings, listed
+from dpp_lightning.callbacks.settings import LAST_HIDDEN, check_settings, listed
 from dpp_lightning.experiment import Result
 from dpp_lightning.names import buffer_names, canonical_tensors
 from dpp_lightning.scope import Scope
@@ -46,8 +46,9 @@ class DeltaPruneCallback(pl.Callback):
         calibration_samples: size of the batch for the output change.
         calibration_dataloader: data for q; default the DataModule's ``calibration_dataloader()``, else, without labels,
             fixed items of the training data.
-        output_layer: submodule whose output is compared; default the module's own ``output_layer``, else the last
-            submodule with parameters.
+        output_layer: submodule whose output is compared; default the last one with parameters, which gives the logits.
+            ``last_hidden`` takes the layer that the module names in its attribute ``output_layer``, as the papers'
+            code for encoders does; it suits large deltas and misleads on those that AdamR made small.
         forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step.
         scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
         dtype: dtype of the kept values in the file (and in the score); default the weights', at most 32 bits.
@@ -140,7 +141,7 @@ class DeltaPruneCallback(pl.Callback):
             else:
                 self._take_base(pl_module)
         if self.forward_fn is None:
-            resolve_layer(pl_module, self._layer(pl_module))
+            resolve_layer(pl_module, self.layer(pl_module))
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
@@ -268,8 +269,16 @@ class DeltaPruneCallback(pl.Callback):
             trainer.limit_val_batches = limit
             self._running = False
 
-    def _layer(self, module: pl.LightningModule) -> str | None:
-        return self.output_layer or getattr(module, "output_layer", None)
+    def layer(self, module: pl.LightningModule) -> str | None:
+        """Name of the submodule whose output is compared; None for the last with parameters."""
+        if self.output_layer != LAST_HIDDEN:
+            return self.output_layer
+        if not isinstance(getattr(module, "output_layer", None), str):
+            raise ValueError(
+                f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
+                f"which {type(module).__name__} has not; name the submodule itself"
+            )
+        return str(module.output_layer)
 
     def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
         """The scope with buffers and the heads that were new in this training carried."""

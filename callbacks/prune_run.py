@@ -51,7 +51,7 @@ class PruneRun:
         self.settings, self.trainer, self.module, self.base = settings, trainer, module, base
         self.scope, self.folder = scope, folder
         self.passes = Passes(trainer, settings.monitor)
-        self.layer = settings.output_layer or getattr(module, "output_layer", None)
+        self.layer = settings.layer(module)
         searches = any(get_method(m).searches_q for m in settings.methods)
         self.labelled, self.source = None, ""
         self.batch = None

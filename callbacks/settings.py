@@ -12,6 +12,8 @@ from dpp_lightning.sampling import exact_rate, stream_key
 if TYPE_CHECKING:
     from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
 
+LAST_HIDDEN = "last_hidden"
+
 
 def listed(value: Any) -> Sequence[Any]:
     """A setting that may be one value or several, as several."""

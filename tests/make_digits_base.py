@@ -79,8 +79,8 @@ def accuracy(model: nn.Module, split: str) -> float:
 def save(model: nn.Module, path: Path) -> None:
     """Write the tensors as float16, and what they are into the file's metadata."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"model_name": MODEL_NAME, "model_kwargs": json.dumps(MODEL_KWARGS), "classes": json.dumps(CLASSES)}
-    save_file(tensors, path, metadata=metadata)
+    made = {"model_name": MODEL_NAME, "model_kwargs": MODEL_KWARGS, "classes": CLASSES}
+    save_file(tensors, path, metadata={"base": json.dumps(made)})  # one entry: several come in any order
 
 
 if __name__ == "__main__":

@@ -215,6 +215,13 @@ def test_forward_fn_and_output_layer(tmp_path):
     torch.manual_seed(0)
     trainer(named).fit(Foreign(), train_loader(), val_loader())
     assert {pruned.results[-1].q_split, named.results[-1].q_split} == {"64 items of train"}
+    with pytest.raises(ValueError, match="attribute output_layer"):
+        trainer(callback(tmp_path, output_layer="last_hidden")).fit(Foreign(), train_loader(), val_loader())
+    module = Foreign()
+    module.output_layer = "net.3"
+    hidden = callback(tmp_path, method="darex-q", output_layer="last_hidden")
+    trainer(hidden).fit(module, train_loader(), val_loader())
+    assert hidden.layer(module) == "net.3"
     with pytest.raises(ValueError, match="no submodule"):
         trainer(callback(tmp_path, output_layer="head")).fit(Foreign(), train_loader(), val_loader())
 

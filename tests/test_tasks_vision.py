@@ -74,7 +74,7 @@ def test_keep_head_takes_it_from_the_base(base):
     [
         ({"depth": 1}, r"blocks\.1\.\S+ is not in the model"),
         ({"depth": 3}, r"blocks\.2\.\S+ is missing"),
-        ({"embed_dim": 32}, r"cls_token has shape \(1, 1, 16\), the model's \(1, 1, 32\).*and \d+ more"),
+        ({"embed_dim": 32}, r"proj\.bias has shape \(16,\), the model's \(32,\).*and \d+ more"),
     ],
 )
 def test_a_body_that_does_not_fit_is_refused_with_its_tensors(base, settings, message):
@@ -151,10 +151,11 @@ def test_too_few_outputs_are_refused(tmp_path):
 def test_fit_learns_scores_the_whole_split_and_predicts(base, tmp_path):
     data = DigitsDataModule(classes=[5, 6, 7, 8, 9], eval_batch_size=50)
     module = VisionModule(VIT, 5, base, TINY, optimizer=lambda groups: AdamR(groups, lr=3e-3), seed=0)
-    before = fit(module, data, tmp_path, max_epochs=1, limit_train_batches=0).validate(module, data, verbose=False)
-    trainer = fit(module, data, tmp_path, max_epochs=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    before = pl.Trainer(accelerator="cpu", **quiet).validate(module, data, verbose=False)[0]["val_score"]
+    trainer = fit(module, data, tmp_path, max_epochs=6)
     scores = trainer.callback_metrics
-    assert scores["val_score"] > before[0]["val_score"] + 0.3 if before else scores["val_score"] > 0.5
+    assert scores["val_score"] > before + 0.3
     val = data.splits["val"]
     with torch.no_grad():
         logits = module.eval()(val.images)
@@ -215,8 +216,8 @@ def test_the_shipped_base_knows_its_digits_and_is_small():
     assert maker.accuracy(module, "val") > 0.95
     assert maker.accuracy(module, "test") > 0.95
     with safe_open(maker.ASSET, "pt") as file:
-        assert json.loads(file.metadata()["classes"]) == maker.CLASSES
-        assert json.loads(file.metadata()["model_kwargs"]) == maker.MODEL_KWARGS
+        made = json.loads(file.metadata()["base"])
+    assert (made["model_kwargs"], made["classes"]) == (maker.MODEL_KWARGS, maker.CLASSES)
 
 
 def test_the_shipped_base_has_a_body_for_new_digits():
@@ -238,5 +239,6 @@ def test_the_code_that_made_the_base_is_a_function_of_its_seed(tmp_path):
     for index, model in enumerate(models):
         maker.save(model, tmp_path / str(index))
     same, again, other = ((tmp_path / str(index)).read_bytes() for index in range(3))
-    assert same == again != other
+    assert same == again
+    assert same != other
     assert 0.2 < maker.accuracy(models[0], "train") <= 1
