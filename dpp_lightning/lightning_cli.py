@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -68,11 +69,12 @@ class DPPCLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """``Trainer.fit``; one stopped by a signal says how to go on."""
+        started = time.time()
         try:
             self.trainer.fit(**arguments)
         except SystemExit as stop:
             if _signal_code(stop) and self.trainer.is_global_zero:
-                sys.stderr.write(_how_to_resume(self.trainer))
+                sys.stderr.write(_how_to_resume(self.trainer, started))
             raise
 
 
@@ -153,16 +155,19 @@ def _signal_code(stop: SystemExit) -> int:
     return TERMINATED if isinstance(stop, SIGTERMException) else 0
 
 
-def _how_to_resume(trainer: Trainer) -> str:
-    """Two lines for the user: where the fit stopped, and the newest checkpoint it can go on from."""
-    saved = [
-        Path(path)
-        for callback in trainer.checkpoint_callbacks
-        for path in (getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", ""))
-        if path and Path(path).exists()
-    ]
+def _how_to_resume(trainer: Trainer, started: float) -> str:
+    """Two lines for the user: where the fit stopped, and the newest checkpoint it can go on from.
+
+    The folders are searched, since a ModelCheckpoint stopped while saving names a file that is not there yet.
+
+    Args:
+        trainer: the stopped trainer.
+        started: when the fit began, in seconds since the epoch; older files are another run's.
+    """
+    folders = {folder for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))}
+    files = [(file.stat().st_mtime, str(file)) for folder in folders for file in Path(folder).rglob("*.ckpt")]
+    newest = max((file for file in files if file[0] >= started), default=(started, trainer.ckpt_path))[1]
     stopped = f"\ndpp fit: stopped in epoch {trainer.current_epoch}, after {trainer.global_step} steps.\n"
-    if not saved:
+    if newest is None:
         return stopped + "No checkpoint had been written, so there is nothing to resume from.\n"
-    newest = max(saved, key=lambda file: file.stat().st_mtime)
     return stopped + f"To resume, repeat the command with --ckpt_path {shlex.quote(str(newest))}\n"

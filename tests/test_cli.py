@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -269,8 +269,25 @@ def test_stopped_fit_says_how_to_resume(number, code, here, signals, capsys):
     (checkpoint,) = here.glob("**/*.ckpt")
     assert f"--ckpt_path {checkpoint}" in capsys.readouterr().err
 
+    # stopped again before the next one is written: still the same
+    assert main([*command, "--ckpt_path", str(checkpoint), "--model.stop_at=5"]) == code
+    assert f"--ckpt_path {checkpoint}" in capsys.readouterr().err
+
     assert main([*command, "--ckpt_path", str(checkpoint)]) == 0
     assert {torch.load(path, weights_only=True)["global_step"] for path in here.glob("**/*.ckpt")} >= {12}
+
+
+def test_fit_stopped_while_saving_names_the_checkpoint_before(here, signals, capsys, monkeypatch):
+    def stop_in_the_second(trainer, path, *arguments):
+        if trainer.current_epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+        save(trainer, path, *arguments)
+
+    save = Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", stop_in_the_second)
+    assert main(["fit", *TOY, "--trainer.max_epochs=3"]) == 130
+    (checkpoint,) = here.glob("**/*.ckpt")
+    assert f"--ckpt_path {checkpoint}" in capsys.readouterr().err
 
 
 def test_fit_stopped_before_any_checkpoint_says_so(here, signals, capsys):
