@@ -1,8 +1,9 @@
 """Makes ``dpp_lightning/assets/vit_digits_base.safetensors``, the base of the quickstart: python tests/make_digits_base.py
 
 A ViT of two blocks, 160 wide, trained from a seed on the training part of the digits 0 to 4 that ``DigitsDataModule``
-makes, slightly turned, shifted and scaled. It has never seen a 5 to 9, nor the held-out images of 0 to 4. Its tensors,
-the head's too, are stored as float16: under 1 MB. On one thread of one machine the file is the same byte for byte.
+makes. It names the digit and by how many quarters the image is turned, 20 classes in all: the turns make a better body
+out of 559 images. It has never seen a 5 to 9, nor the held-out images of 0 to 4. Its tensors, the head's too, are stored
+as float16: under 1 MB. On one thread of one machine the file is the same byte for byte.
 """
 
 import json
@@ -20,6 +21,7 @@ from dpp_lightning.tasks.optimization import linear_warmup_decay
 
 ASSET = Path(__file__).parents[1] / "dpp_lightning" / "assets" / "vit_digits_base.safetensors"
 CLASSES = [0, 1, 2, 3, 4]
+TURNS = 4  # label = 4 * place of the digit + quarter turns
 MODEL_NAME = "vit_tiny_patch16_224"
 MODEL_KWARGS = {
     "img_size": 8,
@@ -31,7 +33,7 @@ MODEL_KWARGS = {
     "mlp_ratio": 1.5,
     "global_pool": "avg",
 }
-EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 150, 1e-3, 0.05
+EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 200, 1e-3, 0.05
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,10 +49,15 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def turn(images: Tensor, quarters: Tensor) -> Tensor:
+    """Each image (n, 1, 8, 8) turned by its number of quarters (n,), each in 0..3."""
+    return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, quarters, strict=True)])
+
+
 def pretrain(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
     """The trained ViT, a function of the seed."""
     torch.manual_seed(seed)
-    model = timm.create_model(MODEL_NAME, num_classes=len(CLASSES), **MODEL_KWARGS)
+    model = timm.create_model(MODEL_NAME, num_classes=TURNS * len(CLASSES), **MODEL_KWARGS)
     data = DigitsDataModule(classes=CLASSES, seed=seed)
     data.setup()
     loader, generator = data.train_dataloader(), torch.Generator().manual_seed(seed)
@@ -60,8 +67,10 @@ def pretrain(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
     for epoch in range(epochs):
         loader.sampler.set_epoch(epoch)
         for images, labels in loader:
+            quarters = torch.randint(TURNS, labels.shape, generator=generator)
+            logits = model(turn(augment(images, generator), quarters))
             optimizer.zero_grad()
-            functional.cross_entropy(model(augment(images, generator)), labels).backward()
+            functional.cross_entropy(logits, TURNS * labels + quarters).backward()
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -69,11 +78,11 @@ def pretrain(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: str) -> float:
-    """Share of the digits 0 to 4 of one part that the model gets right."""
+    """Share of the upright digits 0 to 4 of one part that the model names, whatever turn it takes them for."""
     data = DigitsDataModule(classes=CLASSES)
     data.setup()
     part = data.splits[split]
-    return (model(part.images).argmax(-1) == part.labels).float().mean().item()
+    return (model(part.images).argmax(-1) // TURNS == part.labels).float().mean().item()
 
 
 def save(model: nn.Module, path: Path) -> None:

@@ -211,7 +211,7 @@ def test_the_schedule_is_the_one_chosen(base, tmp_path, scheduler):
 
 def test_the_shipped_base_knows_its_digits_and_is_small():
     assert maker.ASSET.stat().st_size < 1_000_000
-    module = from_asset(keep_head=True).eval()
+    module = from_asset(20, keep_head=True).eval()
     assert module.new_parameter_names == ()
     assert maker.accuracy(module, "val") > 0.95
     assert maker.accuracy(module, "test") > 0.95

@@ -143,7 +143,7 @@ class VisionModule(LightningModule):
         logits, labels = self(images)[real].float(), labels[real]
         metrics = cast(nn.ModuleDict, self.metrics[split])
         cast(Metric, metrics["accuracy"]).update(logits, labels)
-        cast(Metric, metrics["loss"]).update(functional.cross_entropy(logits, labels), weight=len(labels))
+        cast(Metric, metrics["loss"]).update(functional.cross_entropy(logits, labels, reduction="none"))
 
     def _log_scores(self, split: str) -> None:
         values = {name: cast(Metric, m).compute() for name, m in cast(nn.ModuleDict, self.metrics[split]).items()}
@@ -157,4 +157,4 @@ class VisionModule(LightningModule):
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
     accuracy = MulticlassAccuracy(num_classes, average="micro")
-    return nn.ModuleDict({"accuracy": accuracy, "loss": MeanMetric(nan_strategy="disable")})
+    return nn.ModuleDict({"accuracy": accuracy, "loss": MeanMetric(nan_strategy="disable")})  # of all samples
