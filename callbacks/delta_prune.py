@@ -103,7 +103,7 @@ class DeltaPruneCallback(pl.Callback):
         self.results: list[Result] = []
         self._base: BaseWeights | None = None
         self._folder: Path | None = None
-        self._fitted = self._monitor_seen = self._running = False
+        self._fitted = self._monitor_seen = self._running = self._pruning = False
         self._restored: str | None = None
         self._fingerprint: str | None = None
 
@@ -114,7 +114,7 @@ class DeltaPruneCallback(pl.Callback):
         if stage == "predict" or (self._fitted and stage != "fit"):
             return
         self._fitted = self._fitted or stage == "fit"
-        self._base, self._restored, self._monitor_seen, self._running = None, None, False, False
+        self._base, self._restored, self._monitor_seen, self._running, self._pruning = None, None, False, False, False
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
         if stage == "fit":
@@ -124,6 +124,8 @@ class DeltaPruneCallback(pl.Callback):
                 "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
                 "validation data and a validation_step, with limit_val_batches above 0"
             )
+        if stage == "fit" and self.ckpt == "best" and trainer.checkpoint_callback is None:
+            raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
         if self.objective == "metric":
             labelled_loader(trainer, self.calibration_dataloader)
         self._folder = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
@@ -157,7 +159,8 @@ class DeltaPruneCallback(pl.Callback):
         self._base.settle(pl_module)
         own, new = canonical_tensors(pl_module), new_names(pl_module, trainer.optimizers)
         trainable = {name for name, tensor in own.items() if tensor.requires_grad}
-        if missing := sorted(trainable - new - set(self._base.tensors)):
+        missing = sorted(trainable - new - set(self._base.tensors))
+        if missing and not self._base.explicit:  # a checkpoint the user named lacks just what is new
             raise ValueError(
                 f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
                 "weights were restored before they could be seen. Pass "
@@ -205,8 +208,11 @@ class DeltaPruneCallback(pl.Callback):
         """Say what was not done when a fit is stopped."""
         if trainer.state.fn == TrainerFn.FITTING and isinstance(exception, KeyboardInterrupt):
             rank_zero_warn(
-                "fit was stopped before its end: no delta was pruned or saved. Resume from the last checkpoint with "
-                "ckpt_path= (--ckpt_path on the command line); the base stays the original one"
+                f"pruning was stopped; the deltas finished so far are in {self._folder}, and the model holds the "
+                "fine-tuned weights"
+                if self._pruning
+                else "fit was stopped before its end: no delta was pruned or saved. Resume from the last checkpoint "
+                "with ckpt_path= (--ckpt_path on the command line); the base stays the original one"
             )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -228,7 +234,7 @@ class DeltaPruneCallback(pl.Callback):
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._base is not None
         assert self._folder is not None
-        self._running = True
+        self._running = self._pruning = True
         try:
             run = PruneRun(self, trainer, pl_module, self._base, self._scope(pl_module, trainer), self._folder)
             self.results = run.run()

@@ -175,6 +175,24 @@ def test_prunes_the_best_checkpoint_on_request(tmp_path):
     assert equal(weights(module), spy.weights)
 
 
+def test_best_without_a_checkpoint_callback_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="ModelCheckpoint"):
+        trainer(callback(tmp_path, ckpt="best")).fit(Foreign(), train_loader(), val_loader())
+
+
+def test_a_head_that_the_named_base_lacks_is_carried(tmp_path):
+    from safetensors.torch import save_file
+
+    module = Foreign()
+    body = {name.removeprefix("net."): t for name, t in weights(module).items() if not name.startswith("net.5")}
+    save_file(body, tmp_path / "body.safetensors")
+    pruned = callback(tmp_path / "d", pretrained=str(tmp_path / "body.safetensors"))
+    trainer(pruned).fit(module, train_loader(), val_loader())
+    delta = SparseDelta.from_pretrained(tmp_path / "d" / "dare-p0.9-seed0")
+    assert set(delta.carried) == {"5.weight", "5.bias"}
+    assert torch.equal(delta.carried["5.weight"], module.net[5].weight)
+
+
 def test_several_validation_loaders_and_limits(tmp_path):
     class Two(Foreign):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -423,6 +441,23 @@ def test_an_interrupted_fit_says_what_was_not_done_and_leaves_no_delta(tmp_path)
     with pytest.warns(UserWarning, match="no delta was pruned"), pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer(callback(tmp_path / "d"), Interrupt()).fit(Foreign(), train_loader(), val_loader())
     assert os.listdir(tmp_path / "d") == []
+
+
+def test_an_interrupt_while_pruning_keeps_the_finished_deltas_and_the_finetuned_weights(tmp_path):
+    class Impatient(Foreign):
+        passes = 0
+
+        def on_validation_epoch_end(self):
+            self.passes += 1
+            if self.passes == 7:  # the monitor's check, two epochs, fine-tuned, base, the first pruned model, the second
+                raise KeyboardInterrupt
+
+    module, spy = Impatient(), Spy()
+    run = trainer(callback(tmp_path, seeds=[0, 1, 2]), spy, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="pruning was stopped"), pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(module, train_loader(), val_loader())
+    assert equal(weights(module), spy.weights)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dare-p0.9-seed0", "results.jsonl"]
 
 
 def test_an_error_in_the_extra_passes_leaves_the_finetuned_weights(tmp_path):
