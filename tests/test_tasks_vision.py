@@ -235,10 +235,8 @@ def test_a_local_file_goes_before_a_shipped_one(tmp_path, monkeypatch):
 
 
 def test_the_code_that_made_the_base_is_a_function_of_its_seed(tmp_path):
-    models = [maker.pretrain(seed, epochs=1) for seed in (0, 0, 1)]
-    for index, model in enumerate(models):
-        maker.save(model, tmp_path / str(index))
+    for index, seed in enumerate((0, 0, 1)):
+        maker.save(maker.pretrain(seed, epochs=1), tmp_path / str(index))
     same, again, other = ((tmp_path / str(index)).read_bytes() for index in range(3))
     assert same == again
     assert same != other
-    assert 0.2 < maker.accuracy(models[0], "train") <= 1
