@@ -449,7 +449,7 @@ def test_an_interrupt_while_pruning_keeps_the_finished_deltas_and_the_finetuned_
 
         def on_validation_epoch_end(self):
             self.passes += 1
-            if self.passes == 7:  # the monitor's check, two epochs, fine-tuned, base, the first pruned model, the second
+            if self.passes == 7:  # after the monitor check, two epochs, fine-tuned, base, first pruned
                 raise KeyboardInterrupt
 
     module, spy = Impatient(), Spy()
