@@ -104,12 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except recipes.UsageError as error:
         sys.stderr.write(f"dpp: error: {error}\n")
         return USAGE_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("\ndpp: stopped\n")
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output has gone, as in ``dpp configs | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if argv is None and code == 0 and "torch" in sys.modules:
         from dpp_lightning.lightning_cli import leave_gloo
 

@@ -54,6 +54,12 @@ def test_python_m_is_the_command():
     assert (done.returncode, done.stdout) == (0, f"dpp {__version__}\n")
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    command = f"{sys.executable} -m dpp_lightning configs | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
