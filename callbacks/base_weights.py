@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dpp_lightning.checkpoints import load_tensors
@@ -29,6 +31,18 @@ class BaseWeights:
     def __init__(self, tensors: dict[str, Tensor], *, explicit: bool) -> None:
         self.tensors = tensors
         self.explicit = explicit
+
+    @classmethod
+    def take(cls, module: pl.LightningModule, pretrained: str | None, revision: str | None) -> BaseWeights:
+        """The base from the checkpoint the user named, else the module's present values.
+
+        Raises:
+            ValueError: parameters that cannot be pruned (meta, quantised, integer, sharded), or a checkpoint without
+                a tensor in common.
+            FileNotFoundError: no such checkpoint.
+        """
+        check_prunable(canonical_tensors(module))
+        return cls.from_module(module) if pretrained is None else cls.from_checkpoint(module, pretrained, revision)
 
     @classmethod
     def from_checkpoint(cls, module: pl.LightningModule, pretrained: str, revision: str | None) -> BaseWeights:
@@ -54,28 +68,31 @@ class BaseWeights:
         """Copy the module's present values."""
         return cls({n: t.detach().clone() for n, t in canonical_tensors(module).items()}, explicit=False)
 
-    def adopt_optimizer_copies(self, module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
-        """Use theta_0 out of the optimizers' state in place of own copies; returns the names that were found there."""
+    def adopt_optimizer_copies(self, module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> None:
+        """Use theta_0 out of the optimizers' state in place of own copies."""
         if self.explicit:
-            return set()
+            return
         names = {id(t): name for name, t in canonical_tensors(module).items()}
-        found = set()
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 name = names.get(id(parameter))
                 if name is not None and isinstance(state, dict) and isinstance(state.get("pretrained"), Tensor):
                     self.tensors[name] = state["pretrained"]
-                    found.add(name)
-        return found
 
     def settle(self, module: pl.LightningModule) -> None:
         """Bring every tensor to the dtype of the module's (a precision plugin may have converted it since)."""
         own = canonical_tensors(module)
         self.tensors = {n: t.to(own[n].dtype) for n, t in self.tensors.items() if n in own}
 
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """xxh3-128 over theta_0 of the tensors of these names."""
-        return hash_tensors({name: self.tensors[name] for name in names if name in self.tensors})
+    def fingerprint(self, module: pl.LightningModule, new: set[str], carry: Iterable[str]) -> str:
+        """xxh3-128 over theta_0 of the module's parameters.
+
+        Left out are heads, new or carried by a glob pattern of ``carry``: their first values mean nothing.
+        """
+        names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n in self.tensors}
+        patterns = tuple(carry)
+        skipped = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
+        return hash_tensors({name: self.tensors[name] for name in names - skipped})
 
     @contextmanager
     def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:
@@ -110,19 +127,23 @@ def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> se
     return names
 
 
-def check_module(module: pl.LightningModule) -> None:
-    """Refuse early what cannot be pruned.
-
-    Raises:
-        ValueError: meta, quantised, integer or sharded parameters.
-    """
-    check_prunable(canonical_tensors(module))
-
-
 def has_weights(module: pl.LightningModule) -> bool:
     """Whether the module holds materialised parameters by now (one with ``configure_model`` may not)."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.is_meta or isinstance(p, torch.nn.UninitializedParameter) for p in parameters)
+
+
+def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Load ModelCheckpoint's best weights into the module.
+
+    Raises:
+        ValueError: no ModelCheckpoint kept one.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
+    checkpoint = trainer.strategy.load_checkpoint(path)
+    module.load_state_dict(checkpoint["state_dict"])
 
 
 @torch.no_grad()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn import Parameter
 
 from dpp_lightning.atomic import check_writable
 from dpp_lightning.calibration import resolve_layer
-from dpp_lightning.callbacks.base_weights import BaseWeights, check_module, has_weights, new_names
+from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, load_best, new_names
 from dpp_lightning.callbacks.calibration_data import labelled_loader
 from dpp_lightning.callbacks.passes import ForwardFn, Passes, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
@@ -132,7 +130,7 @@ class DeltaPruneCallback(pl.Callback):
         if trainer.is_global_zero:
             check_writable(self._folder)
         if has_weights(pl_module):
-            self._take_base(pl_module)
+            self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the base of a module that made its weights in ``configure_model``, and check the output layer."""
@@ -141,7 +139,7 @@ class DeltaPruneCallback(pl.Callback):
             if restored and self.pretrained is None:
                 self._base = BaseWeights({}, explicit=False)  # only an optimizer can still know theta_0
             else:
-                self._take_base(pl_module)
+                self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
         if self.forward_fn is None:
             resolve_layer(pl_module, self.layer(pl_module))
 
@@ -166,7 +164,7 @@ class DeltaPruneCallback(pl.Callback):
                 "weights were restored before they could be seen. Pass "
                 "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
             )
-        self._fingerprint = self._base_fingerprint(pl_module, new)
+        self._fingerprint = self._base.fingerprint(pl_module, new, self.scope.carry)
         self._verify(self._fingerprint)
         self._scope(pl_module, trainer).fates(self._base.tensors, own)
         if not self._monitor_seen:
@@ -187,7 +185,7 @@ class DeltaPruneCallback(pl.Callback):
         last = None
         if self.ckpt == "best":
             last = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-            _load_best(trainer, pl_module)
+            load_best(trainer, pl_module)
         try:
             self._run(trainer, pl_module)
         finally:
@@ -228,7 +226,7 @@ class DeltaPruneCallback(pl.Callback):
                 "a fit with this callback"
             )
             return
-        self._verify(self._base_fingerprint(pl_module, new_names(pl_module, ())))
+        self._verify(self._base.fingerprint(pl_module, new_names(pl_module, ()), self.scope.carry))
         self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -243,13 +241,6 @@ class DeltaPruneCallback(pl.Callback):
 
     # ------------------------------------------------------------------ pieces
 
-    def _take_base(self, module: pl.LightningModule) -> None:
-        check_module(module)
-        if self.pretrained is not None:
-            self._base = BaseWeights.from_checkpoint(module, self.pretrained, self.revision)
-        else:
-            self._base = BaseWeights.from_module(module)
-
     def _verify(self, fingerprint: str) -> None:
         if self._restored is not None and fingerprint != self._restored:
             raise ValueError(
@@ -257,12 +248,6 @@ class DeltaPruneCallback(pl.Callback):
                 f"({self._restored}); build the module from the original base, or pass "
                 "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
             )
-
-    def _base_fingerprint(self, module: pl.LightningModule, new: set[str]) -> str:
-        """Of the parameters but heads that are new or always carried, whose first values mean nothing."""
-        assert self._base is not None
-        names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n not in new}
-        return self._base.fingerprint(n for n in names if not any(fnmatchcase(n, p) for p in self.scope.carry))
 
     def _check_monitor(self, trainer: pl.Trainer) -> None:
         """One validation batch of its own, where the sanity check was off or a resumed fit skipped it."""
@@ -289,16 +274,3 @@ class DeltaPruneCallback(pl.Callback):
     def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
         """The scope with buffers and the heads that were new in this training carried."""
         return self.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
-
-
-def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load ModelCheckpoint's best weights into the module.
-
-    Raises:
-        ValueError: no ModelCheckpoint kept one.
-    """
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
-    checkpoint = trainer.strategy.load_checkpoint(path)
-    module.load_state_dict(checkpoint["state_dict"])

@@ -127,7 +127,7 @@ def _quiet(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
     """
     saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
     bar = trainer.progress_bar_callback
-    bar_was_on = bar is not None and bar.is_enabled if hasattr(bar, "is_enabled") else bar is not None
+    bar_was_on = bool(getattr(bar, "is_enabled", bar is not None))
     if bar is not None:
         bar.disable()
     loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)

@@ -72,7 +72,7 @@ class PruneRun:
         moved = [name for name, fate in fates.items() if fate != "carry"]
         with self.base.exchanged(module, moved):
             experiment = self._experiment(self._plan(moved), reference)
-            self._reference_rows(experiment.plan, finetuned)
+            self._reference_rows(experiment, finetuned)
             for result in experiment.run(settings.methods, settings.rates, settings.seeds):
                 self._record(result)
             curves = self._curves(experiment) if settings.plot else []
@@ -91,8 +91,8 @@ class PruneRun:
     def _plan(self, moved: list[str]) -> PruningPlan:
         """The pair of models while they are exchanged: the module holds theta_0 where a tensor was moved."""
         own, held = canonical_tensors(self.module), self.base.tensors
-        base = {n: own[n] if n in set(moved) else held[n] for n in held}
-        finetuned = {n: held[n] if n in set(moved) else own[n] for n in own}
+        base = {**held, **{name: own[name] for name in moved}}
+        finetuned = {**own, **{name: held[name] for name in moved}}
         name = self.settings.pretrained or getattr(self.module, "pretrained", None)
         revision = self.settings.revision or getattr(self.module, "revision", None)
         return PruningPlan.of(base, finetuned, self.scope, base_name=name, base_revision=revision, canonical=True)
@@ -114,11 +114,12 @@ class PruneRun:
             q_split=self.source,
         )
 
-    def _reference_rows(self, plan: PruningPlan, finetuned: float) -> None:
+    def _reference_rows(self, experiment: Experiment, finetuned: float) -> None:
         """The base (all of the delta dropped, carried tensors kept) and the fine-tuned model, unpruned."""
-        dense = sum(t.numel() * t.element_size() for t in plan.finetuned.values())
-        split = self.passes.split
-        self._record(Result("base", self.passes.score(), split=split))
+        dense = sum(t.numel() * t.element_size() for t in experiment.plan.finetuned.values())
+        split, base = self.passes.split, self.passes.score()
+        experiment.card = {"base": base, "fine-tuned": finetuned}
+        self._record(Result("base", base, split=split))
         self._record(Result("fine-tuned", finetuned, density=1.0, num_bytes=dense, ratio=1.0, split=split))
 
     def _record(self, result: Result) -> None:

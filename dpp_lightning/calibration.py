@@ -32,8 +32,8 @@ def search_q(objective: Callable[[float], float], pruning_rate: float) -> Search
     DARE's on the objective. At most ``MAX_FORWARDS - 1`` evaluations, which leaves one for the reference output.
 
     Args:
-        objective: q to a number to be minimised, such as the output change; a value that is not finite counts as the
-        worst. pruning_rate: p in [0, 1); p = 0 has the single candidate q = 1.
+        objective: q to a number to be minimised, such as the output change; what is not finite counts as the worst.
+        pruning_rate: p in [0, 1); p = 0 has the single candidate q = 1.
     """
     lowest = keep_rate(pruning_rate)
     tried: list[tuple[float, float]] = []

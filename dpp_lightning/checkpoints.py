@@ -14,8 +14,9 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
     """The tensors of a checkpoint, on the CPU (memory-mapped where the format allows).
 
     Args:
-        source: a ``.safetensors`` file, a folder in Hugging Face's layout (one file or shards with an index), or a
-        hub id. revision: branch, tag or commit of a hub id.
+        source: a ``.safetensors`` file, a folder in Hugging Face's layout (one file or shards with an index), or a hub
+            id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: no such file, or a folder without safetensors weights.
@@ -23,7 +24,7 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
     path = Path(source)
     if path.is_file():
         return load_file(path)
-    folder = path if path.is_dir() else _download(str(source), revision)
+    folder = local_folder(source, revision, ["*.safetensors", "*.json"], "file or folder")
     index = folder / _INDEX
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -37,7 +38,21 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
     return load_file(files[0])
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def local_folder(source: str | Path, revision: str | None, patterns: list[str], wanted: str = "folder") -> Path:
+    """The folder itself, or where the files of a hub id now lie on this machine.
+
+    Args:
+        source: a local folder or a hub id.
+        revision: branch, tag or commit of a hub id.
+        patterns: names of the files to fetch.
+        wanted: what was expected, for the message.
+
+    Raises:
+        FileNotFoundError: neither a folder nor of the form of a hub id.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    hub_id = str(source)
     if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
-        raise FileNotFoundError(f"{hub_id}: no such file or folder (nor a hub id)")
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        raise FileNotFoundError(f"{source}: no such {wanted} (nor a hub id)")
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import xxhash
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
@@ -25,6 +24,7 @@ from torch import Tensor
 from dpp_lightning import __version__
 from dpp_lightning.atomic import whole_folder
 from dpp_lightning.card import model_card
+from dpp_lightning.checkpoints import local_folder
 from dpp_lightning.delta import DeltaInfo, SparseDelta, SparseTensor
 from dpp_lightning.pruning import VALUE_DTYPES, to_value_dtype
 from dpp_lightning.rescaling import check_q
@@ -51,7 +51,8 @@ def encode(
     """
     coding = positions or ("seed" if delta.info.seeded else "index")
     if coding not in ("seed", "index") or (coding == "seed" and not delta.info.seeded):
-        raise ValueError(f"positions must be 'index'{' or seed' if delta.info.seeded else ''}, got {positions!r}")
+        allowed = "'seed' or 'index'" if delta.info.seeded else "'index' (this selection follows from no seed)"
+        raise ValueError(f"positions must be {allowed}, got {positions!r}")
     name = str(dtype).removeprefix("torch.") if dtype is not None else None
     values = [to_value_dtype(t.values, name, t.values, n).cpu() for n, t in delta.tensors.items()]
     kinds = {v.dtype for v in values} or {torch.float32}
@@ -103,11 +104,7 @@ def write_folder(
 
 def read_folder(source: str | Path, revision: str | None = None) -> SparseDelta:
     """See :meth:`dpp_lightning.delta.SparseDelta.from_pretrained`."""
-    folder = Path(source)
-    if not folder.is_dir():
-        if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-            raise FileNotFoundError(f"{source}: no such folder (nor a hub id)")
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=[MODEL_FILE, CONFIG_FILE]))
+    folder = local_folder(source, revision, [MODEL_FILE, CONFIG_FILE])
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no delta folder: it lacks {' and '.join(missing)}")

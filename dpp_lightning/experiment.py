@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dpp_lightning.calibration import SearchResult, output_change, q_grid, search_q, search_q_by_score
+from dpp_lightning.codec import CONFIG_FILE, MODEL_FILE
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
@@ -84,7 +85,7 @@ class Experiment:
         folder: where deltas are written; None writes none (ranks other than the first).
         dtype: dtype of the kept values in the file; scores are of these very values.
         split, q_split: names of the scored data and of the data q is searched on.
-        card: further figures for the deltas' cards.
+        card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
         last: the last delta that was scored.
     """
 
@@ -117,8 +118,7 @@ class Experiment:
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta
-                    searched = search is not None and index == 0
-                    yield self._result(delta, score, start, len(search.tried) if search and searched else 0)
+                    yield self._result(delta, score, start, len(search.tried) if search and index == 0 else 0)
 
     def search(self, delta: SparseDelta) -> SearchResult:
         """q for one mask, by the chosen objective."""
@@ -150,10 +150,13 @@ class Experiment:
             return output_change(self.reference, self.outputs())
 
     def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
-        info, num_bytes = delta.info, delta.num_bytes
+        info = delta.info
         name = f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}"
-        if self.folder is not None:
-            delta.save_pretrained(self.folder / name, scores={**self.card, "pruned": score})
+        if self.folder is None:
+            num_bytes = delta.num_bytes
+        else:  # the bytes that were written, without encoding them a second time
+            saved = delta.save_pretrained(self.folder / name, scores={**self.card, "pruned": score})
+            num_bytes = sum((saved / file).stat().st_size for file in (MODEL_FILE, CONFIG_FILE))
         return Result(
             method=info.method,
             score=score,

@@ -46,5 +46,5 @@ def get_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     near = get_close_matches(str(name).lower().replace("_", "-"), METHODS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown pruning method {name!r}{hint} Known methods: {', '.join(METHODS)}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown pruning method {name!r}; {hint}known are {', '.join(METHODS)}")

@@ -39,9 +39,14 @@ def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
     own = _module_tensors(source) if isinstance(source, nn.Module) else _mapping_tensors(source)
     if not own:
         raise ValueError(f"found no tensor in {type(source).__name__}: expected a module or state dict with weights")
-    short = _strip_shared({name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in own})
+    short = _strip_shared({name: without_wrappers(name) for name in own})
     prefixes = _module_prefixes(source) if isinstance(source, nn.Module) else _BASE_MODEL_PREFIXES
     return {canonical: own[name] for name, canonical in _strip_prefix(short, prefixes).items()}
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without the parts that ``torch.compile``, FSDP and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def buffer_names(source: TensorSource) -> set[str]:
@@ -53,8 +58,7 @@ def buffer_names(source: TensorSource) -> set[str]:
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
-    """The module's own name of each of its tensors to the canonical one, e.g. ``model.bert.pooler.x`` to
-    ``pooler.x``."""
+    """The module's own name of each of its tensors to the canonical one: ``model.bert.pooler.x`` to ``pooler.x``."""
     by_tensor = {id(tensor): canonical for canonical, tensor in canonical_tensors(module).items()}
     own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     return {name: by_tensor[id(tensor)] for name, tensor in own.items() if id(tensor) in by_tensor}

@@ -61,6 +61,7 @@ def test_every_row_is_the_score_of_the_saved_delta_and_the_weights_come_back(tmp
     assert [r["method"] for r in rows[:2]] == ["base", "fine-tuned"]
     assert len(rows) == 2 + 3 * 2 * 2
     fresh, scorer = Foreign(), trainer()
+    reference = {row["method"]: row["score"] for row in rows[:2]}
     for row in rows:
         if row["folder"]:
             fresh.load_state_dict(base)
@@ -69,6 +70,8 @@ def test_every_row_is_the_score_of_the_saved_delta_and_the_weights_come_back(tmp
                 (tmp_path / row["folder"] / f).stat().st_size for f in ("delta_model.safetensors", "delta_config.json")
             )
             assert row["num_bytes"] == size
+            card = (tmp_path / row["folder"] / "README.md").read_text()
+            assert all(f"| {name} | {score:.6g} |" in card for name, score in reference.items())
         else:
             fresh.load_state_dict(base if row["method"] == "base" else spy.weights)
         assert scorer.validate(fresh, val_loader(), verbose=False)[0]["acc"] == pytest.approx(row["score"], abs=1e-6)

@@ -11,12 +11,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
+from dpp_lightning.tasks.reproducible import (
+    IGNORED_LABEL,
+    EpochDataLoader,
+    EpochSampler,
+    EvaluationSampler,
+    resolve_seed,
+)
 
 Positions = npt.NDArray[np.int64]
 
 _MEAN, _STD = 0.3055, 0.3761  # of all pixels, scaled to [0, 1]
-_IGNORED_LABEL = -100  # cross_entropy's own ignore_index
 
 
 class DigitsDataModule(LightningDataModule):
@@ -157,7 +162,7 @@ class DigitsSplit(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         label = self.labels[index % len(self)]
-        return self.images[index % len(self)], label if index >= 0 else torch.full_like(label, _IGNORED_LABEL)
+        return self.images[index % len(self)], label if index >= 0 else torch.full_like(label, IGNORED_LABEL)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         return [self[i] for i in indices]

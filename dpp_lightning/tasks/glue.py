@@ -14,10 +14,10 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, Multi
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
-from dpp_lightning.tasks.glue_data import IGNORED_LABEL, GLUEDataModule
+from dpp_lightning.tasks.glue_data import GLUEDataModule
 from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
 

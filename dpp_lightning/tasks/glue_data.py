@@ -13,9 +13,13 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
-from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
-
-IGNORED_LABEL = -100  # label of the samples that only fill up the last step of some ranks
+from dpp_lightning.tasks.reproducible import (
+    IGNORED_LABEL,
+    EpochDataLoader,
+    EpochSampler,
+    EvaluationSampler,
+    resolve_seed,
+)
 
 
 class GLUEDataModule(LightningDataModule):

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
-Schedule = Literal["linear", "constant"] | LRSchedulerCallable
+from dpp_lightning.names import without_wrappers
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 
 
 def parameter_groups(module: nn.Module, new_parameter_names: Collection[str]) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def parameter_groups(module: nn.Module, new_parameter_names: Collection[str]) ->
     Raises:
         ValueError: a new name that is no parameter of the module, or nothing to train.
     """
-    named = {_plain_name(name): parameter for name, parameter in module.named_parameters()}
+    named = {without_wrappers(name): parameter for name, parameter in module.named_parameters()}
     if unknown := sorted(set(new_parameter_names) - named.keys()):
         raise ValueError(
             f"new_parameter_names holds {unknown}, which {type(module).__name__} has not; "
@@ -99,9 +99,3 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction:
     if not 0.0 <= warmup_fraction <= 1.0:
         raise ValueError(f"warmup_fraction is {warmup_fraction}, expected a share of the steps in [0, 1], such as 0.06")
     return get_linear_schedule_with_warmup(optimizer, math.ceil(total_steps * warmup_fraction), total_steps)
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

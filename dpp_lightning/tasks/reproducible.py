@@ -17,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+IGNORED_LABEL = -100  # cross_entropy's own ignore_index: samples that only fill up the last step of some ranks
+
 _BATCHES_PER_POOL = 50  # length grouping sorts within pools of this many batches: short padding, still random order
 
 

@@ -14,14 +14,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
 from dpp_lightning.tasks.vision_models import layer_before_head, load_model
 
 __all__ = ["DigitsDataModule", "VisionModule"]
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
-
-IGNORED_LABEL = -100  # cross_entropy's own ignore_index: samples that only fill up the last step of some ranks
 
 
 class VisionModule(LightningModule):
