@@ -3,32 +3,33 @@
 Every tensor is cut into blocks of ``BLOCK`` = 65,536 consecutive flat positions (C order). One Philox-4x32-10 stream
 per (tensor, block), keyed by a hash of seed and name, gives first the number of kept entries of the block (binomial,
 by exact 64-bit integer thresholds) and then that many distinct positions inside it (16-bit lanes, the first distinct
-ones in stream order). So each entry is kept independently with probability 1 - p; any block can be drawn alone; and
-the work is per *kept* entry. Only integers are used: the same positions come out on every machine, device, dtype and
-world size.
+ones in stream order; a block that keeps more than half draws what it drops). So each entry is kept independently with
+probability 1 - p; any block can be drawn alone; and the work is per *kept* entry. Only integers are used: the same
+positions come out on every machine, device, dtype and world size.
 
 This is part of the file format (a delta of a random selection stores its seed instead of positions): the golden
 vectors in the tests pin it for ever.
 """
 
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 1 << 16
+from dpp_lightning.philox import BLOCK, COUNT, MARKED_SHARE, Blocks, Int64Array, UInt64Array, draw_distinct, philox
+
 SAMPLER_VERSION = 1
 
-_COUNT, _POSITIONS = 0, 1  # the fourth word of the counter: what a draw is for
-_LANES = 8  # 16-bit lanes in one Philox output of 128 bits
-_CHUNK_BLOCKS = 1 << 8  # blocks drawn at once: bounds the memory of a draw, never changes its result
+# Blocks drawn at once: bounds the memory of a draw, never changes its result
+_BATCH_LANES = 1 << 18  # expected lanes, where values are sorted
+_BATCH_ENTRIES = 1 << 22  # entries, where they are marked in a table
 _MASK32 = np.uint64(0xFFFFFFFF)
 _SHIFT32 = np.uint64(32)
-
-Int64Array = npt.NDArray[np.int64]
-UInt64Array = npt.NDArray[np.uint64]
+_WORDS = 8  # 32-bit words in one output of 256 bits of numpy's Philox-4x64
 
 
 def exact_rate(pruning_rate: float) -> Fraction:
@@ -46,31 +47,6 @@ def exact_rate(pruning_rate: float) -> Fraction:
             f"pruning_rate is the fraction of delta entries that is dropped and must be in [0, 1), got {pruning_rate!r}"
         )
     return rate
-
-
-def philox(counter: tuple[UInt64Array, ...], key: tuple[int, int]) -> tuple[UInt64Array, ...]:
-    """Philox-4x32-10 (Salmon et al., SC 2011) on arrays of 32-bit words held in uint64.
-
-    Args:
-        counter: four arrays of one shape (or broadcastable), each word below 2**32.
-        key: two words below 2**32.
-
-    Returns:
-        Four arrays of 32-bit words.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    m0, m1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-    for _ in range(10):
-        p0, p1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = (
-            (p1 >> _SHIFT32) ^ c1 ^ np.uint64(k0),
-            p1 & _MASK32,
-            (p0 >> _SHIFT32) ^ c3 ^ np.uint64(k1),
-            p0 & _MASK32,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
 
 
 def stream_key(name: str, seed: int, stream: str = "keep") -> tuple[int, int]:
@@ -108,69 +84,121 @@ def _binomial_thresholds(n: int, keep: Fraction) -> tuple[int, UInt64Array]:
     return mode - len(below), np.array(thresholds, dtype=np.uint64)
 
 
-def _kept_counts(blocks: UInt64Array, sizes: Int64Array, keep: Fraction, key: tuple[int, int]) -> Int64Array:
+class _Range(NamedTuple):
+    """The flat positions [start, stop) of a tensor of ``numel`` entries, and the key of its stream."""
+
+    key: tuple[int, int]
+    numel: int
+    start: int
+    stop: int
+
+
+def _range(name: str, numel: int, seed: int, start: int, stop: int) -> _Range:
+    """A checked range of the tensor of that name."""
+    key = stream_key(name, seed)
+    if not 0 <= start <= stop <= numel:
+        raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
+    return _Range(key, numel, start, stop)
+
+
+class _Span(NamedTuple):
+    """Consecutive blocks [first, last) of one tensor, drawn in one batch; ``final`` if no more of it follow."""
+
+    key: tuple[int, int]
+    numel: int
+    first: int
+    last: int
+    final: bool
+
+
+def _kept_counts(blocks: Blocks, keep: Fraction) -> Int64Array:
     """How many entries each block keeps: one 64-bit draw a block against the binomial's thresholds."""
-    zero = np.zeros_like(blocks)
-    low, high, _, _ = philox((zero, blocks & _MASK32, blocks >> _SHIFT32, zero + np.uint64(_COUNT)), key)
+    zero = np.zeros_like(blocks.number)
+    counter = (zero, blocks.number & _MASK32, blocks.number >> _SHIFT32, zero + np.uint64(COUNT))
+    low, high, _, _ = philox(counter, (blocks.key0, blocks.key1))
     draw = (high << _SHIFT32) | low
-    counts = np.empty(len(blocks), dtype=np.int64)
-    for size in np.unique(sizes):
-        rows = sizes == size
+    counts = np.empty(len(draw), dtype=np.int64)
+    for size in np.unique(blocks.sizes):
+        rows = blocks.sizes == size
         lowest, thresholds = _binomial_thresholds(int(size), keep)
         counts[rows] = lowest + np.searchsorted(thresholds, draw[rows], side="right")
     return counts
 
 
-def _lanes(blocks: UInt64Array, first: Int64Array, count: Int64Array, key: tuple[int, int]) -> tuple[Int64Array, ...]:
-    """Lanes ``first .. first + count`` of every block's position stream: (row of the block, 16-bit value), in order."""
-    group = first // _LANES
-    groups = (first + count + _LANES - 1) // _LANES - group
-    rows = np.repeat(np.arange(len(blocks)), groups)
-    start = np.cumsum(groups) - groups
-    index = group[rows] + (np.arange(len(rows)) - start[rows])
-    block = blocks[rows]
-    purpose = np.full(len(rows), _POSITIONS, dtype=np.uint64)
-    words = philox((index.astype(np.uint64), block & _MASK32, block >> _SHIFT32, purpose), key)
-    value = np.stack([(w >> np.uint64(s)) & np.uint64(0xFFFF) for w in words for s in (0, 16)], axis=1).astype(np.int64)
-    lane = index[:, None] * _LANES + np.arange(_LANES)
-    wanted = (lane >= first[rows][:, None]) & (lane < (first + count)[rows][:, None])
-    return np.broadcast_to(rows[:, None], lane.shape)[wanted], value[wanted]
+def _batches(ranges: Iterable[_Range], keep: Fraction) -> Iterator[list[_Span]]:
+    """The blocks of all ranges, in order, in batches of at most 2**16 blocks and about equal work."""
+    marked = keep * MARKED_SHARE > 1
+    budget = _BATCH_ENTRIES if marked else min(int(_BATCH_LANES / keep), 1 << 30)
+    batch: list[_Span] = []
+    room = budget
+    for key, numel, start, stop in ranges:
+        first, end = start // BLOCK, -(-stop // BLOCK)
+        while True:
+            last = min(end, first + max(room // BLOCK, 1))
+            batch.append(_Span(key, numel, first, last, final=last == end))
+            room -= min(numel, last * BLOCK) - first * BLOCK + (budget >> 15)
+            if room <= 0:
+                yield batch
+                batch, room = [], budget
+            if last == end:
+                break
+            first = last
+    if batch:
+        yield batch
 
 
-def _mark_distinct(
-    marks: npt.NDArray[np.bool_], blocks: UInt64Array, sizes: Int64Array, counts: Int64Array, key: tuple[int, int]
-) -> None:
-    """Mark in each row of ``marks`` (rows, widest block) the first ``counts[row]`` distinct values of the block's
-    stream.
+def _draw(spans: list[_Span], keep: Fraction) -> Iterator[Int64Array]:
+    """Kept flat positions of every span, sorted."""
+    keys, numels, firsts, lasts, _ = (np.array(field) for field in zip(*spans, strict=True))
+    lengths = lasts - firsts
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    row = np.arange(ends[-1])
+    index = row + np.repeat(firsts - starts, lengths)
+    sizes = np.minimum(np.repeat(numels, lengths) - index * BLOCK, BLOCK)
+    key0, key1 = np.repeat(keys.astype(np.uint64), lengths, axis=0).T
+    blocks = Blocks(index.astype(np.uint64), sizes, key0, key1, (row * BLOCK).astype(np.uint32))
+    counts = _kept_counts(blocks, keep)
+    labelled = draw_distinct(blocks, counts)
+    bounds = np.append(0, np.cumsum(counts))
+    for first, start, end in zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        yield np.add(labelled[bounds[start] : bounds[end]], (first - start) * BLOCK, dtype=np.int64)
 
-    Drawing exactly as many lanes as are still missing, again and again, takes the same values as reading the stream one
-    by one: no round can take more than the missing number. A lane at or above the largest multiple of the block's size
-    is skipped, the rest taken modulo the size, so that a short last block stays uniform.
+
+def _kept(ranges: Iterable[_Range], keep: Fraction) -> Iterator[Int64Array]:
+    """Kept flat positions of every range, sorted."""
+    if keep == 1:
+        yield from (np.arange(start, stop, dtype=np.int64) for _, _, start, stop in ranges)
+        return
+    parts: list[Int64Array] = []
+    for batch in _batches(ranges, keep):
+        for span, positions in zip(batch, _draw(batch, keep), strict=True):
+            parts.append(positions)
+            if span.final:
+                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+                parts = []
+
+
+def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, seed: int) -> Iterator[Int64Array]:
+    """For every (canonical name, numel), in order, what :func:`kept_positions` gives.
+
+    Small tensors are drawn together, so that 200 of them do not cost 200 times the overhead. Memory stays bounded: a
+    batch of blocks at a time, and the kept positions of one tensor.
+
+    Args:
+        tensors: canonical name and number of entries of every tensor, read as far as the next batch needs.
+        pruning_rate: p, the fraction dropped, in [0, 1), read as an exact decimal; 0 keeps everything.
+        seed: mask seed, an integer >= 0.
+
+    Returns:
+        An iterator over sorted distinct int64 positions, one array a tensor.
+
+    Raises:
+        ValueError: a rate outside [0, 1) or a negative seed, at once; a negative number of entries, when it is reached.
     """
-    limits = sizes * (BLOCK // sizes)
-    used, missing = np.zeros_like(counts), counts
-    while missing.any():
-        open_rows = np.flatnonzero(missing)
-        rows, value = _lanes(blocks[open_rows], used[open_rows], missing[open_rows], key)
-        rows = open_rows[rows]
-        accepted = value < limits[rows]
-        rows, value = rows[accepted], value[accepted]
-        marks[rows, value % sizes[rows]] = True
-        used = used + missing
-        missing = counts - np.count_nonzero(marks, axis=1)
-
-
-def _draw(first_block: int, sizes: Int64Array, keep: Fraction, key: tuple[int, int]) -> Int64Array:
-    """Kept flat positions of consecutive blocks, sorted. A block that keeps more than half draws what it drops."""
-    blocks = np.arange(first_block, first_block + len(sizes), dtype=np.uint64)
-    counts = _kept_counts(blocks, sizes, keep, key)
-    dense = counts * 2 > sizes
-    marks = np.zeros((len(sizes), int(sizes.max())), dtype=np.bool_)
-    _mark_distinct(marks, blocks, sizes, np.where(dense, sizes - counts, counts), key)
-    marks[dense] = ~marks[dense]
-    marks[-1, sizes[-1] :] = False  # only the tensor's last block can be shorter than the others
-    rows, value = np.divmod(np.flatnonzero(marks), marks.shape[1])
-    return (rows + first_block) * BLOCK + value
+    keep = 1 - exact_rate(pruning_rate)
+    stream_key("", seed)
+    return _kept((_range(name, numel, seed, 0, numel) for name, numel in tensors), keep)
 
 
 def kept_positions(
@@ -191,17 +219,35 @@ def kept_positions(
     Raises:
         ValueError: a rate outside [0, 1), a negative seed, or a range outside the tensor.
     """
-    keep, key = 1 - exact_rate(pruning_rate), stream_key(name, seed)
+    keep = 1 - exact_rate(pruning_rate)
     stop = numel if stop is None else stop
-    if not 0 <= start <= stop <= numel:
-        raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
-    if keep == 1 or start == stop:
-        return np.arange(start, stop, dtype=np.int64)
-    first, last = start // BLOCK, -(-stop // BLOCK)
-    parts = []
-    for chunk in range(first, last, _CHUNK_BLOCKS):
-        ends = np.arange(chunk, min(chunk + _CHUNK_BLOCKS, last), dtype=np.int64)
-        sizes = np.minimum(numel - ends * BLOCK, BLOCK)
-        parts.append(_draw(chunk, sizes, keep, key))
-    kept = np.concatenate(parts)
+    (kept,) = _kept([_range(name, numel, seed, start, stop)], keep)
     return kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)]
+
+
+def uniform_words(name: str, seed: int, start: int, stop: int, stream: str = "importance") -> npt.NDArray[np.uint32]:
+    """One 32-bit word per flat position in [start, stop): a function of (seed, name, position) alone.
+
+    Word i is the (i mod 8)-th 32-bit word, lowest first, of Philox-4x64-10 at the counter i // 8 + 1: numpy's own bit
+    generator, whose raw stream is stable and which steps its counter before it generates.
+
+    Args:
+        name: canonical tensor name, see :mod:`dpp_lightning.names`.
+        seed: mask seed, an integer >= 0.
+        start, stop: only the words of [start, stop) are drawn; 0 <= start <= stop.
+        stream: what the words are for; different uses of one seed and tensor are independent.
+
+    Returns:
+        (stop - start,) words, uniform on [0, 2**32), the same for every way of cutting the positions.
+
+    Raises:
+        ValueError: a negative seed, or a range that is none.
+    """
+    low, high = stream_key(name, seed, stream)
+    if not 0 <= start <= stop:
+        raise ValueError(f"positions [{start}, {stop}) are no range: expected 0 <= start <= stop")
+    first = start // _WORDS
+    generator = np.random.Philox(key=np.array([low | high << 32, 0], dtype=np.uint64), counter=first)
+    raw = generator.random_raw(_WORDS // 2 * (-(-stop // _WORDS) - first))
+    words = raw.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
+    return words[start - first * _WORDS : stop - first * _WORDS]

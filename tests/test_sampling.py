@@ -2,13 +2,26 @@
 
 from fractions import Fraction
 from hashlib import sha256
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from math import comb
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dpp_lightning.sampling import BLOCK, _binomial_thresholds, exact_rate, kept_positions, philox, stream_key
+from dpp_lightning import philox as philox_module
+from dpp_lightning import sampling
+from dpp_lightning.sampling import (
+    BLOCK,
+    _binomial_thresholds,
+    exact_rate,
+    kept_positions,
+    kept_positions_of,
+    philox,
+    stream_key,
+    uniform_words,
+)
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output
 KNOWN_ANSWERS = [
@@ -143,3 +156,149 @@ def test_refuses_rates_outside_zero_to_one(rate):
 def test_refuses_seeds_that_are_no_integer(seed):
     with pytest.raises(ValueError, match="mask seed"):
         kept_positions("w", 10, 0.5, seed)
+
+
+# Tensors of many sizes, and rates that draw by sorting, by marking, and what is dropped: SHA-256 of the first release
+MIXED = [("a", 768), ("b", 0), ("c", 1), ("d", 3 * BLOCK + 5), ("e", 7), ("f", BLOCK), ("g", BLOCK - 1), ("h", 50_000)]
+MIXED += [("i", 2)]
+MIXED_GOLDEN = {
+    0.05: "236e48309cca400c",
+    0.3: "355c6b15d184cab2",
+    0.8: "941bf947ce900d3f",
+    0.875: "1891a4f578f4750a",
+    0.95: "4c3119c5bce25585",
+    0.9999: "3ffd9e637e4d4dac",
+}
+
+
+def digest(arrays) -> str:
+    return sha256(b"".join(a.astype("<i8").tobytes() for a in arrays)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("rate", "expected"), MIXED_GOLDEN.items())
+def test_golden_vectors_of_many_tensors(rate, expected):
+    assert digest(kept_positions_of(MIXED, rate, 4)) == expected
+    assert digest(kept_positions(name, numel, rate, 4) for name, numel in MIXED) == expected
+
+
+def test_golden_vector_of_a_block_beyond_32_bits():
+    positions = kept_positions("far", 2**49 + 1000, 0.99, 0, start=2**49 - 70_000)
+    assert (positions[:4] - (2**49 - 70_000)).tolist() == [68, 147, 167, 405]
+    assert digest([positions]) == "61e11e3f52a32119"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40) | st.integers(500, 4000) | st.integers(BLOCK - 2, 2 * BLOCK + 2), max_size=12),
+    rate=st.sampled_from([0, 0.01, 0.2, 0.5, 0.7, 0.86, 0.88, 0.9, 0.99, 0.9999]),
+    seed=st.integers(0, 2**40),
+)
+def test_tensors_drawn_together_are_those_drawn_alone(sizes, rate, seed):
+    tensors = [(f"layer.{i}.weight", numel) for i, numel in enumerate(sizes)]
+    together = list(kept_positions_of(iter(tensors), rate, seed))
+    assert len(together) == len(tensors)
+    for (name, numel), positions in zip(tensors, together, strict=True):
+        assert positions.dtype == np.int64
+        assert np.array_equal(positions, kept_positions(name, numel, rate, seed))
+
+
+@pytest.mark.parametrize("rate", MIXED_GOLDEN)
+@pytest.mark.parametrize(
+    ("module", "setting", "value"),
+    [
+        (sampling, "_BATCH_LANES", 1 << 14),  # many batches
+        (sampling, "_BATCH_ENTRIES", 1 << 17),
+        (philox_module, "_CHUNK_GROUPS", 1),  # every block computed alone
+        (philox_module, "_DEVIATIONS", -6),  # nearly every block reads too far ahead and starts again
+        (philox_module, "_DEVIATIONS", 10**6),  # none reads ahead
+        (philox_module, "MARKED_SHARE", 1),  # sorted wherever possible
+        (philox_module, "MARKED_SHARE", 10**9),  # marked
+    ],
+)
+def test_how_the_work_is_cut_changes_nothing(monkeypatch, module, setting, value, rate):
+    monkeypatch.setattr(module, setting, value)
+    assert digest(kept_positions_of(MIXED, rate, 4)) == MIXED_GOLDEN[rate]
+
+
+def test_philox_takes_a_key_for_every_row():
+    counter = tuple(np.arange(3 * i, 3 * i + 6, dtype=np.uint64).reshape(2, 3) for i in range(4))
+    keys = [(5, 2**32 - 1), (2**31, 0)]
+    together = philox(counter, tuple(np.array(word, dtype=np.uint64)[:, None] for word in zip(*keys, strict=True)))
+    for row, key in enumerate(keys):
+        alone = philox(tuple(word[row] for word in counter), key)
+        assert all(np.array_equal(a[row], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_tensors_are_read_as_they_are_needed():
+    endless = ((f"t{i}", 3 * BLOCK) for i in count())
+    first = list(islice(kept_positions_of(endless, 0.9, 0), 3))
+    assert all(np.array_equal(first[i], kept_positions(f"t{i}", 3 * BLOCK, 0.9, 0)) for i in range(3))
+
+
+def test_many_tensors_refuse_what_one_refuses():
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        kept_positions_of([], 1.0, 0)
+    with pytest.raises(ValueError, match="mask seed"):
+        kept_positions_of([], 0.5, -1)
+    with pytest.raises(ValueError, match="-3 entries"):
+        list(kept_positions_of([("w", -3)], 0.5, 0))
+
+
+def philox_4x64(counter: int, key: int) -> list[int]:
+    """Philox-4x64-10 (Salmon et al., SC 2011) in Python integers: counter and key, lowest word first, to four words."""
+    full = 2**64 - 1
+    c0, c1, c2, c3 = (counter >> 64 * i & full for i in range(4))
+    k0, k1 = key & full, key >> 64
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2E7470EE14C6C93, c2 * 0xCA5A826395121157
+        c0, c1, c2, c3 = (p1 >> 64) ^ c1 ^ k0, p1 & full, (p0 >> 64) ^ c3 ^ k1, p0 & full
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & full, (k1 + 0xBB67AE8584CAA73B) & full
+    return [c0, c1, c2, c3]
+
+
+def test_uniform_words_are_philox_4x64_of_the_position():
+    # Random123's kat_vectors
+    assert [f"{w:x}" for w in philox_4x64(0, 0)[:2]] == ["16554d9eca36314c", "db20fe9d672d0fdc"]
+    low, high = stream_key("w", 3, "importance")
+    for start in (0, 5, 16, 1_000_003, 2**40 + 1):
+        expected = []
+        for position in range(start, start + 20):
+            pair = philox_4x64(position // 8 + 1, high << 32 | low)[position % 8 // 2]
+            expected.append(pair >> 32 if position % 2 else pair & 0xFFFFFFFF)
+        assert uniform_words("w", 3, start, start + 20).tolist() == expected
+
+
+def test_golden_vector_of_uniform_words():
+    name = "encoder.layer.0.output.dense.weight"
+    assert uniform_words(name, 3, 0, 4).tolist() == [3317930282, 2291705690, 1144015453, 2943360397]
+    assert uniform_words(name, 3, 1_000_003, 1_000_006).tolist() == [1422645754, 2878657008, 2566892194]
+
+
+def test_any_cut_gives_the_same_uniform_words():
+    whole = uniform_words("w", 0, 0, 1000)
+    assert whole.dtype == np.uint32
+    for start, stop in [(0, 0), (8, 8), (13, 13), (0, 1), (7, 9), (8, 16), (3, 998), (999, 1000)]:
+        assert np.array_equal(uniform_words("w", 0, start, stop), whole[start:stop])
+
+
+def test_uniform_words_are_uniform_and_their_own_for_seed_name_and_stream():
+    number = 200_000
+    words = uniform_words("w", 0, 0, number)
+    for shift in (24, 12, 0):  # of 256 bins: chi-square has mean 255 and deviation 22.6
+        bins = np.bincount(words >> shift & 0xFF, minlength=256)
+        assert 150 < np.sum((bins - number / 256) ** 2) / (number / 256) < 370
+    others = [uniform_words("w", 1, 0, number), uniform_words("x", 0, 0, number)]
+    others += [uniform_words("w", 0, 0, number, "other"), np.roll(words, 1)]
+    for other in others:
+        assert abs(np.corrcoef(words, other)[0, 1]) < 5 / number**0.5
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3)])
+def test_uniform_words_refuse_what_is_no_range(start, stop):
+    with pytest.raises(ValueError, match="0 <= start <= stop"):
+        uniform_words("w", 0, start, stop)
+
+
+def test_uniform_words_refuse_a_negative_seed():
+    with pytest.raises(ValueError, match="mask seed"):
+        uniform_words("w", -1, 0, 3)
