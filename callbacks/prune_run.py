@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpp_lightning.atomic import whole_file
 from dpp_lightning.callbacks.base_weights import BaseWeights
 from dpp_lightning.callbacks.calibration_data import calibration_batch, labelled_loader
+from dpp_lightning.callbacks.hub_config import hub_config
 from dpp_lightning.callbacks.passes import Passes
 from dpp_lightning.experiment import Experiment, QCurve, Result, mean_and_deviation
 from dpp_lightning.methods import get_method
-from dpp_lightning.names import canonical_tensors
-from dpp_lightning.pruning import PruningPlan
+from dpp_lightning.names import canonical_tensors, saved_names
+from dpp_lightning.plan import PruningPlan
 from dpp_lightning.report import console_table, plot_over_q
 from dpp_lightning.scope import Scope
 
@@ -95,7 +96,15 @@ class PruneRun:
         finetuned = {**own, **{name: held[name] for name in moved}}
         name = self.settings.pretrained or getattr(self.module, "pretrained", None)
         revision = self.settings.revision or getattr(self.module, "revision", None)
-        return PruningPlan.of(base, finetuned, self.scope, base_name=name, base_revision=revision, canonical=True)
+        return PruningPlan.of(
+            base,
+            finetuned,
+            self.scope,
+            base_name=name,
+            base_revision=revision,
+            canonical=True,
+            saved=saved_names(self.module, exact=False),
+        )
 
     def _experiment(self, plan: PruningPlan, reference: list[torch.Tensor]) -> Experiment:
         labelled = self.labelled
@@ -112,6 +121,7 @@ class PruneRun:
             dtype=self.settings.dtype,
             split=self.passes.split,
             q_split=self.source,
+            side_files=hub_config(self.module),
         )
 
     def _reference_rows(self, experiment: Experiment, finetuned: float) -> None:

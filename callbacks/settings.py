@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpp_lightning.methods import get_method
-from dpp_lightning.pruning import VALUE_DTYPES
 from dpp_lightning.sampling import exact_rate, stream_key
+from dpp_lightning.value_code import DTYPES
 
 if TYPE_CHECKING:
     from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
@@ -35,7 +35,7 @@ def check_settings(settings: DeltaPruneCallback) -> None:
         ("mode", settings.mode, ("max", "min")),
         ("objective", settings.objective, ("output_change", "metric")),
         ("ckpt", settings.ckpt, ("last", "best")),
-        ("dtype", settings.dtype, (None, *VALUE_DTYPES)),
+        ("dtype", settings.dtype, (None, *DTYPES)),
     ):
         if value not in choices:
             faults.append(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}")

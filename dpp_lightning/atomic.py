@@ -11,19 +11,25 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replaces: str) -> Iterator[Path]:
+def whole_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the block ends without an exception.
 
     Args:
         folder: the final name; parents are made.
         replaces: an existing folder is replaced only if it is empty or holds a file of this name.
+        empty: an existing folder is replaced only if it is empty.
 
     Raises:
         FileExistsError: the folder exists and holds something else.
         OSError: it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / replaces).is_file())):
-        raise FileExistsError(f"{folder} exists and holds no {replaces}; choose another folder, it is not overwritten")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if empty or not folder.is_dir():
+            raise FileExistsError(f"{folder} exists and is not empty; choose another folder, it is not overwritten")
+        if not (folder / replaces).is_file():
+            raise FileExistsError(
+                f"{folder} exists and holds no {replaces}; choose another folder, it is not overwritten"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

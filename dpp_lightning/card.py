@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING
 from dpp_lightning.methods import METHODS
 
 if TYPE_CHECKING:
-    from dpp_lightning.delta import SparseDelta
+    from dpp_lightning.delta_info import DeltaInfo
 
 
-def model_card(delta: SparseDelta, num_bytes: int, scores: Mapping[str, float]) -> str:
+def model_card(
+    info: DeltaInfo, num_bytes: int, scores: Mapping[str, float], carried: int = 0, carried_bytes: int = 0
+) -> str:
     """Markdown with the hub's metadata block: base, method, rate, q, true size, scores.
 
     Args:
-        delta: the delta.
+        info: the delta's description.
         num_bytes: true bytes of the folder's model and config files.
         scores: name to figure; left out if empty.
+        carried, carried_bytes: number and bytes of the dense tensors.
     """
-    info, row = delta.info, METHODS.get(delta.info.method)
+    row = METHODS.get(info.method)
     head = ["---", "library_name: dpp_lightning", "tags:", "- delta-parameter-pruning"]
     if info.base_name and not Path(info.base_name).is_absolute():
         head.insert(1, f"base_model: {info.base_name}")
-    carried = sum(t.numel() * t.element_size() for t in delta.carried.values())
     ratio = info.dense_bytes / max(num_bytes, 1)
     lines = [
         *head,
@@ -39,7 +41,7 @@ def model_card(delta: SparseDelta, num_bytes: int, scores: Mapping[str, float]) 
         "|---|---|",
         f"| base | {info.base_name or 'unnamed'} (fingerprint `{info.base_fingerprint}`) |",
         f"| pruning rate, q, mask seed | {info.pruning_rate:g}, {info.q:.6g}, {info.seed} |",
-        f"| kept entries, carried tensors | {delta.num_kept:,}, {len(delta.carried)} ({carried:,} bytes) |",
+        f"| carried dense tensors | {carried} ({carried_bytes:,} bytes) |",
         f"| bytes, ratio to the dense model | {num_bytes:,}, {ratio:.1f} |",
         *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
         "",

@@ -36,6 +36,14 @@ def _configs(arguments: list[str]) -> int:
     return 0
 
 
+def _delta_command(arguments: list[str]) -> int:
+    """prune, apply, inspect: what they need takes a second or two to import."""
+    from dpp_lightning import commands
+
+    run: Callable[[list[str]], int] = getattr(commands, arguments[0])
+    return run(arguments)
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the command table: the line ``dpp --help`` shows and what runs; it is given the whole command line."""
@@ -49,6 +57,9 @@ COMMANDS = {
     "validate": Command("score a checkpoint on the validation data", _train_or_evaluate),
     "test": Command("score a checkpoint on the test data", _train_or_evaluate),
     "predict": Command("predict with a checkpoint", _train_or_evaluate),
+    "prune": Command("prune the delta between two checkpoints, of any size, into a delta folder", _delta_command),
+    "apply": Command("write base plus delta as a dense folder that from_pretrained loads", _delta_command),
+    "inspect": Command("show what a delta folder holds and what it costs", _delta_command),
     "configs": Command("list the packaged configs, or print one: dpp configs [NAME]", _configs),
 }
 
@@ -70,6 +81,8 @@ options:
 examples:
   dpp fit --config quickstart.yaml
   dpp fit --config bert_cola_adamr.yaml --trainer.max_epochs 2
+  dpp prune BASE FINETUNED --method dare --pruning_rate 0.99 --output DELTA
+  dpp apply BASE DELTA --output DENSE
 
 --config takes a file or the name of a packaged config; several compose, and options after them override.
 """
@@ -114,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has gone, as in ``dpp configs | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if argv is None and code == 0 and "torch" in sys.modules:
+    if argv is None and code == 0 and "dpp_lightning.lightning_cli" in sys.modules:
         from dpp_lightning.lightning_cli import leave_gloo
 
         leave_gloo()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dpp_lightning.fingerprint import hash_tensors
-from dpp_lightning.names import TensorSource, align, canonical_tensors
+from dpp_lightning.delta_info import AbsoluteEntries, DeltaInfo, SparseTensor, wrong_base
+from dpp_lightning.entries import EntriesHash, alike, put_entries, summed, take_entries
+from dpp_lightning.names import TensorSource, align, canonical_tensors, source_name, source_names
 from dpp_lightning.rescaling import check_q
-
-
-@dataclass(frozen=True)
-class SparseTensor:
-    """The kept entries of one delta tensor.
-
-    Attributes:
-        shape: shape of the whole tensor.
-        indices: sorted distinct flat positions (C order), int32 or int64, shape (kept,).
-        values: theta - theta_0 at these positions, not yet divided by q, in the file's dtype, shape (kept,).
-    """
-
-    shape: tuple[int, ...]
-    indices: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class DeltaInfo:
-    """What a delta says of itself besides its numbers: all of it is written to ``delta_config.json``.
-
-    Attributes:
-        method, pruning_rate, seed, q: as in the papers; a kept entry is applied as theta_0 + value / q.
-        seeded: kept positions follow from seed and tensor names, so that no positions need storing.
-        base_name, base_revision: hub id or folder of the base, if known.
-        base_fingerprint: xxh3-128 over the base's tensors that the delta changes or relies on.
-        base_check: xxh3-128 over the base's values at the kept positions, checked at every ``apply_``.
-        entries: number of entries of the whole fine-tuned model.
-        dense_bytes: bytes of the whole fine-tuned model in its own dtype.
-        scope: the scope settings, as plain values.
-        reverted: names of tensors that were left at the base's values.
-    """
-
-    method: str
-    pruning_rate: float
-    seed: int
-    q: float
-    seeded: bool
-    base_name: str | None
-    base_revision: str | None
-    base_fingerprint: str
-    base_check: str
-    entries: int
-    dense_bytes: int
-    scope: dict[str, Any] = field(default_factory=dict)
-    reverted: tuple[str, ...] = ()
+from dpp_lightning.threads import over_threads
 
 
 class SparseDelta:
@@ -70,12 +26,20 @@ class SparseDelta:
         tensors: canonical name to kept entries.
         carried: canonical name to the dense fine-tuned tensor (a new head, tensors outside the scope).
         info: method, rate, seed, q, base.
+        new_rows: canonical name to the rows that follow those in common with the base (a vocabulary that grew).
     """
 
-    def __init__(self, tensors: dict[str, SparseTensor], carried: dict[str, Tensor], info: DeltaInfo) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, SparseTensor],
+        carried: dict[str, Tensor],
+        info: DeltaInfo,
+        new_rows: dict[str, Tensor] | None = None,
+    ) -> None:
         self.tensors = tensors
         self.carried = carried
         self.info = info
+        self.new_rows = new_rows or {}
         self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @property
@@ -101,12 +65,13 @@ class SparseDelta:
     @property
     def density(self) -> float:
         """Stored entries (kept and carried) over all entries of the model, in [0, 1]."""
-        return (self.num_kept + sum(t.numel() for t in self.carried.values())) / max(self.info.entries, 1)
+        dense = sum(t.numel() for part in (self.carried, self.new_rows) for t in part.values())
+        return (self.num_kept + dense) / max(self.info.entries, 1)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of ``delta_model.safetensors`` and ``delta_config.json`` as ``save_pretrained`` writes them."""
-        from dpp_lightning.codec import encode
+        from dpp_lightning.delta_file import encode
 
         model, config = encode(self)
         return len(model) + len(config)
@@ -117,7 +82,8 @@ class SparseDelta:
         Raises:
             ValueError: q is not a finite number above 0.
         """
-        return SparseDelta(self.tensors, self.carried, replace(self.info, q=check_q(q, self.pruning_rate)))
+        info = replace(self.info, q=check_q(q, self.pruning_rate))
+        return SparseDelta(self.tensors, self.carried, info, self.new_rows)
 
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
         """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
@@ -136,14 +102,12 @@ class SparseDelta:
         found = self._find(target)
         if any(tensor in self._originals for tensor in found.values()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
-        kept = {name: take_entries(found[name], part.indices) for name, part in self.tensors.items()}
-        if not force:
-            self._check_base(kept, target)
-        values = {n: self._sum(n, kept[n], part.values, found[n].dtype) for n, part in self.tensors.items()}
-        originals = {**kept, **{name: found[name].detach().clone() for name in self.carried}}
+        kept, values = self._kept_and_sums(found, target, force=force)
         for name, tensor in found.items():
-            self._originals[tensor] = originals[name]
-            self._write(name, tensor, values.get(name, self.carried.get(name)))
+            self._originals[tensor] = kept[name] if name in self.tensors else tensor.detach().clone()
+            if name in self.new_rows:
+                self._originals[tensor] = (kept[name], self._rows(name, tensor).clone())
+        self._write_all(found, lambda name: (values.get(name), self.new_rows.get(name)))
 
     def revert_(self, target: TensorSource, *, base: TensorSource | None = None) -> None:
         """Take the delta off in place, bit for bit. O(kept).
@@ -159,8 +123,9 @@ class SparseDelta:
         found = self._find(target)
         if base is not None:
             source = self._find(base)
-            originals = {n: take_entries(source[n], part.indices) for n, part in self.tensors.items()}
-            originals.update({n: source[n].detach().clone() for n in self.carried})
+            kept = {n: take_entries(source[n], part.indices) for n, part in self.tensors.items()}
+            originals: dict[str, Any] = {n: source[n].detach().clone() for n in self.carried} | kept
+            originals |= {n: (kept[n], self._rows(n, source[n]).clone()) for n in self.new_rows}
         elif all(tensor in self._originals for tensor in found.values()):
             originals = {name: self._originals[tensor] for name, tensor in found.items()}
         else:
@@ -168,8 +133,9 @@ class SparseDelta:
                 "this delta is not applied to the target, so there is nothing to revert; if it was applied in another "
                 "process or by another SparseDelta object, pass base= with the base's weights"
             )
-        for name, tensor in found.items():
-            self._write(name, tensor, originals[name])
+        pairs = {name: value if isinstance(value, tuple) else (value, None) for name, value in originals.items()}
+        self._write_all(found, pairs.__getitem__)
+        for tensor in found.values():
             self._originals.pop(tensor, None)
 
     @contextmanager
@@ -181,6 +147,35 @@ class SparseDelta:
         finally:
             self.revert_(target)
 
+    def to_absolute(self, base: TensorSource, *, force: bool = False) -> Iterator[AbsoluteEntries]:
+        """The fine-tuned values at the kept entries, to overwrite them in an engine that holds the base. O(kept).
+
+        Overwriting is idempotent, adding is not. Dense tensors are apart: :attr:`carried` holds them under canonical
+        names. Rows that a vocabulary gained come as entries of the grown tensor.
+
+        Args:
+            base: module or state dict with the base's weights, in the dtype that the engine holds; read only.
+            force: as for :meth:`apply_`.
+
+        Yields:
+            One :class:`AbsoluteEntries` for each pruned tensor with kept entries.
+
+        Raises:
+            ValueError: as :meth:`apply_`, before anything is yielded.
+        """
+        found, own = self._find(base), source_names(base)
+        _, values = self._kept_and_sums(found, base, force=force)
+        names = align(self.tensors, own)
+        for name, part in self.tensors.items():
+            value, indices, rows = values[name], part.indices.long(), self.new_rows.get(name)
+            if rows is not None:
+                first = found[name].numel() - rows.numel()
+                indices = torch.cat([indices, torch.arange(first, found[name].numel())])
+                value = torch.cat([value, rows.to(value).reshape(-1)])
+            if indices.numel():
+                tensor = found[name]
+                yield AbsoluteEntries(own[names[name]], tuple(tensor.shape), tensor.dtype, value, indices)
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -188,22 +183,27 @@ class SparseDelta:
         dtype: str | torch.dtype | None = None,
         positions: str | None = None,
         scores: Mapping[str, float] | None = None,
+        side_files: Mapping[str, Path | bytes] | None = None,
     ) -> Path:
         """Write ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card; whole or not at all.
 
         Args:
             folder: made if absent; an existing delta folder is replaced, a folder with anything else refused.
-            dtype: dtype of the kept values (float32, bfloat16, float16); default as they are.
-            positions: ``seed`` (no bytes; only a seeded selection) or ``index``; default the smaller that is possible.
+            dtype: how the kept values are held (float32, bfloat16, float16, int8, int4); default as drawn.
+            positions: ``seed`` (no bytes; only a seeded selection) or ``index`` (coded near their entropy); default
+                the smaller that is possible.
             scores: figures for the card, name to value.
+            side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``.
 
         Raises:
             ValueError: unknown dtype or coding, or values that overflow the dtype.
             OSError: the folder cannot be written.
         """
-        from dpp_lightning.codec import write_folder
+        from dpp_lightning.delta_file import write_folder
 
-        return write_folder(self, Path(folder), dtype=dtype, positions=positions, scores=scores)
+        return write_folder(
+            self, Path(folder), dtype=dtype, positions=positions, scores=scores, side_files=side_files or {}
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, revision: str | None = None) -> SparseDelta:
@@ -213,17 +213,71 @@ class SparseDelta:
             FileNotFoundError: no such folder, or a folder without a delta.
             ValueError: a file that is damaged, hostile, or of a newer format.
         """
-        from dpp_lightning.codec import read_folder
+        from dpp_lightning.delta_reader import DeltaReader
 
-        return read_folder(folder, revision)
+        return DeltaReader.open(folder, revision).delta()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload pruned delta",
+        **save_settings: Any,
+    ) -> str:
+        """Save to a temporary folder and upload it as a model repository of the hub.
+
+        Args:
+            repo_id: ``name`` or ``organisation/name``; made if absent.
+            revision: branch to commit to.
+            private, token, commit_message: as in ``huggingface_hub``.
+            save_settings: as for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+        """
+        from dpp_lightning.hub import upload
+
+        return upload(self, repo_id, revision, private, token, commit_message, save_settings)
+
+    def _kept_and_sums(
+        self, found: dict[str, Tensor], target: TensorSource, *, force: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Per pruned tensor the target's values at the kept entries and theta_0 + value / q there, all checked."""
+        kept = over_threads(
+            lambda name: take_entries(found[name], self.tensors[name].indices), self._sizes(self.tensors)
+        )
+        if not force:
+            self._check_base(kept, target)
+        sums: dict[str, Tensor] = {}
+        for names in alike(kept):
+            total = summed(
+                torch.cat([kept[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
+            )
+            added = dict(zip(names, total.split([kept[n].numel() for n in names]), strict=True))
+            if not bool(torch.isfinite(total.sum(dtype=torch.float64))):  # a single value would make the sum so
+                wrong = [name for name, part in added.items() if not bool(torch.isfinite(part).all())]
+                if wrong:
+                    raise ValueError(
+                        f"{wrong[0]}: theta_0 + value / q is not finite in {total.dtype} at q={self.q:g}; "
+                        "use a wider dtype or a larger q"
+                    )
+            sums |= added
+        return kept, sums
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in the fine-tuned model."""
+        if name in self.carried:
+            return tuple(self.carried[name].shape)
+        shape, rows = self.tensors[name].shape, self.new_rows.get(name)
+        return shape if rows is None else (shape[0] + len(rows), *shape[1:])
 
     def _find(self, target: TensorSource) -> dict[str, Tensor]:
         """The target's tensors under this delta's names, shapes checked."""
         tensors = canonical_tensors(target)
-        shapes = {
-            **{n: t.shape for n, t in self.tensors.items()},
-            **{n: tuple(t.shape) for n, t in self.carried.items()},
-        }
+        shapes = {name: self._shape(name) for name in (*self.tensors, *self.carried)}
         names = align(shapes, tensors)
         faults = [f"{name}: not in the target" for name in shapes if name not in names]
         faults += [
@@ -234,49 +288,33 @@ class SparseDelta:
         if faults:
             raise ValueError(
                 f"the delta does not fit the target ({len(faults)} of {len(shapes)} tensors); is it the "
-                f"architecture of its base {self.info.base_name or ''} with the fine-tuned head?\n  "
+                f"architecture of its base {self.info.base_name or ''} with the fine-tuned head and vocabulary?\n  "
                 + "\n  ".join(faults[:20])
             )
         return {name: tensors[other] for name, other in names.items()}
 
     def _check_base(self, kept: dict[str, Tensor], target: TensorSource) -> None:
-        got = hash_tensors(kept)
-        if got != self.info.base_check:
-            raise ValueError(
-                f"the target ({type(target).__name__}) is not the base of this delta: the values at its kept "
-                f"positions hash to {got}, those of the base {self.info.base_name or '(unnamed)'} to "
-                f"{self.info.base_check}. Load that base in its own dtype, or pass force=True to apply the delta anyway"
-            )
+        digest = EntriesHash()
+        for values in kept.values():
+            digest.update(values)
+        if digest.hexdigest() != self.info.base_check:
+            raise ValueError(wrong_base(source_name(target), digest.hexdigest(), self.info))
 
-    def _sum(self, name: str, base: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        total = (base.to(wide) + value.to(base.device, wide) / self.q).to(dtype)
-        if not bool(torch.isfinite(total).all()):
-            raise ValueError(
-                f"{name}: theta_0 + value / q is not finite in {dtype} at q={self.q:g}; use a wider dtype or a larger q"
-            )
-        return total
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.detach()[self.tensors[name].shape[0] :]
 
-    def _write(self, name: str, tensor: Tensor, value: Tensor | None) -> None:
-        assert value is not None
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """How much there is to read or write of each tensor."""
+        return {n: (self.tensors[n].values if n in self.tensors else self.carried[n]).numel() for n in names}
+
+    def _write_all(self, found: dict[str, Tensor], value: Callable[[str], tuple[Tensor | None, Tensor | None]]) -> None:
+        over_threads(lambda name: self._write(name, found[name], *value(name)), self._sizes(found))
+
+    def _write(self, name: str, tensor: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
         if name in self.carried:
-            tensor.detach().copy_(value)
-        else:
-            put_entries(tensor, self.tensors[name].indices, value)
-
-
-def take_entries(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions, as a copy."""
-    flat = indices.to(tensor.device, torch.int64)
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1)[flat]
-    return tensor.detach()[torch.unravel_index(flat, tensor.shape)]
-
-
-def put_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Overwrite the entries at distinct flat positions."""
-    flat = indices.to(tensor.device, torch.int64)
-    if tensor.is_contiguous():
-        tensor.detach().view(-1).index_copy_(0, flat, values)
-    else:
-        tensor.detach()[torch.unravel_index(flat, tensor.shape)] = values
+            tensor.detach().copy_(self.carried[name] if values is None else values)
+            return
+        assert values is not None
+        put_entries(tensor, self.tensors[name].indices, values)
+        if rows is not None:
+            self._rows(name, tensor).copy_(rows)

@@ -15,11 +15,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dpp_lightning.calibration import SearchResult, output_change, q_grid, search_q, search_q_by_score
-from dpp_lightning.codec import CONFIG_FILE, MODEL_FILE
 from dpp_lightning.delta import SparseDelta
+from dpp_lightning.delta_config import CONFIG_FILE
+from dpp_lightning.delta_file import MODEL_FILE
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
-from dpp_lightning.pruning import PruningPlan
+from dpp_lightning.plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Experiment:
         folder: where deltas are written; None writes none (ranks other than the first).
         dtype: dtype of the kept values in the file; scores are of these very values.
         split, q_split: names of the scored data and of the data q is searched on.
+        side_files: further files for the deltas' folders, name to bytes.
         card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
         last: the last delta that was scored.
     """
@@ -101,15 +103,17 @@ class Experiment:
     dtype: str | None = None
     split: str = "validation"
     q_split: str = "calibration"
+    side_files: dict[str, bytes] = field(default_factory=dict)
     card: dict[str, float] = field(default_factory=dict)
     last: SparseDelta | None = None
 
     def run(self, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> Iterator[Result]:
-        """Every method, rate and seed; q is found once per method and rate, on the first seed's mask."""
+        """Every method, rate and seed (one for a method that draws nothing); q is found once per method and rate, on
+        the first seed's mask."""
         for method in methods:
             for rate in rates:
                 search: SearchResult | None = None
-                for index, seed in enumerate(seeds):
+                for index, seed in enumerate(seeds if get_method(method).random else seeds[:1]):
                     start = time.perf_counter()
                     delta = self.plan.draw(method, rate, seed, self.dtype)
                     if get_method(method).searches_q:
@@ -155,7 +159,9 @@ class Experiment:
         if self.folder is None:
             num_bytes = delta.num_bytes
         else:  # the bytes that were written, without encoding them a second time
-            saved = delta.save_pretrained(self.folder / name, scores={**self.card, "pruned": score})
+            saved = delta.save_pretrained(
+                self.folder / name, scores={**self.card, "pruned": score}, side_files=self.side_files
+            )
             num_bytes = sum((saved / file).stat().st_size for file in (MODEL_FILE, CONFIG_FILE))
         return Result(
             method=info.method,

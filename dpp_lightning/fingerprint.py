@@ -7,21 +7,22 @@ import xxhash
 from torch import Tensor
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3-128 over name, dtype, shape and bytes of every tensor, in the order of the names.
-
-    Args:
-        tensors: name to tensor of any dtype and device; moved to the CPU one at a time.
-
-    Returns:
-        32 hexadecimal digits.
-    """
+def hash_tensor(name: str, tensor: Tensor) -> str:
+    """xxh3-128 over name, dtype, shape and bytes of one tensor of any dtype and device: 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
-        digest.update(raw_bytes(tensor))
+    digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
+    digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """One fingerprint from those of the tensors, whatever their order."""
+    return xxhash.xxh3_128_hexdigest("".join(digests[name] for name in sorted(digests)).encode())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of several tensors, moved to the CPU one at a time: 32 hexadecimal digits."""
+    return combined({name: hash_tensor(name, tensor) for name, tensor in tensors.items()})
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -6,6 +6,7 @@ that a file larger than memory is refused ("Cannot allocate memory") before a by
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -94,6 +95,16 @@ def map_pages(path: Path) -> mmap.mmap:
             f"{path}: the system refuses to map {path.stat().st_size} bytes; under vm.overcommit_memory=2 set it to 0 "
             "or 1, or save the model in smaller shards with save_pretrained(folder, max_shard_size='2GB')"
         ) from error
+
+
+def will_need(tensor: Tensor) -> None:
+    """Have the kernel start reading a mapped tensor's pages; it returns at once, and other tensors are left alone."""
+    size = tensor.numel() * tensor.element_size()
+    if sys.platform == "linux" and size and tensor.device.type == "cpu" and tensor.is_contiguous():
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + size - start), mmap.MADV_WILLNEED
+        )
 
 
 def _view(path: Path, pages: mmap.mmap, start: int, name: str, about: dict) -> Tensor:

@@ -64,6 +64,39 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
     return {name: by_tensor[id(tensor)] for name, tensor in own.items() if id(tensor) in by_tensor}
 
 
+def source_names(source: TensorSource) -> dict[str, str]:
+    """Canonical name to the source's own name, wrappers' parts and all."""
+    own = _module_tensors(source) if isinstance(source, nn.Module) else _mapping_tensors(source)
+    by_tensor = {id(tensor): name for name, tensor in own.items()}
+    return {canonical: by_tensor[id(tensor)] for canonical, tensor in canonical_tensors(source).items()}
+
+
+def saved_names(source: TensorSource, *, exact: bool) -> tuple[str, dict[str, str]]:
+    """How the names in a model's own files follow from canonical ones: the usual prefix, and the names that differ.
+
+    Args:
+        source: module or state dict.
+        exact: the source is a file of the model itself, so that its names are right to the letter; otherwise wrappers'
+            parts and what all names share (a LightningModule's ``model.``) are no part of them.
+    """
+    names = source_names(source)
+    if not exact:
+        names = _strip_shared({canonical: without_wrappers(own) for canonical, own in names.items()})
+    counts: dict[str, int] = {}
+    for canonical, own in names.items():
+        if own.endswith(canonical):
+            prefix = own[: len(own) - len(canonical)]
+            counts[prefix] = counts.get(prefix, 0) + 1
+    usual = max(counts, key=lambda prefix: counts[prefix], default="")
+    return usual, {canonical: own for canonical, own in names.items() if own != usual + canonical}
+
+
+def source_name(source: TensorSource) -> str:
+    """What to call a module or state dict in a message: its folder or hub id where it has one."""
+    configured = getattr(getattr(source, "config", None), "name_or_path", "")
+    return f"{configured} ({type(source).__name__})" if configured else f"the target ({type(source).__name__})"
+
+
 def align(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
     """Match two sets of canonical names that may still differ by one leading part (``bert.``), by the most matches.
 

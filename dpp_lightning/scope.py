@@ -13,6 +13,7 @@ from torch import Tensor
 
 Fate = Literal["prune", "carry", "revert"]
 
+_VOCABULARY = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|lm_head|decoder)\.weight$|embeddings\.weight$")
 _BLOCK = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
 
 
@@ -52,19 +53,29 @@ class Scope:
         """This scope with further tensors always carried: new heads, buffers."""
         return replace(self, carry=(*self.carry, *(escape(name) for name in sorted(names))))
 
-    def fates(self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, Fate]:
+    def fates(
+        self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Fate]:
         """What becomes of each fine-tuned tensor: pruned, carried or reverted.
 
         A tensor that the base does not have under this name and shape is new and always carried, and so is one that a
-        ``carry`` pattern names. Tensors that are not floating point (counters) are carried.
+        ``carry`` pattern names. Vocabularies may differ in their rows: those in common are pruned. Tensors that are
+        not floating point (counters) are carried.
+
+        Args:
+            base: the matched tensors of the base, under the fine-tuned names.
+            finetuned: the fine-tuned tensors.
+            ignored: further tensors of the base, which the fine-tuned model does not have.
 
         Raises:
-            ValueError: a pattern matches no tensor, or nothing is left to prune.
+            ValueError: a pattern matches no tensor, a linear map inside the blocks has no counterpart on the other
+                side (another architecture), or nothing is left to prune.
         """
         self._check_patterns(finetuned)
+        self._check_blocks(base, finetuned, ignored or {})
         fates: dict[str, Fate] = {}
         for name, tensor in finetuned.items():
-            known = name in base and base[name].shape == tensor.shape and tensor.is_floating_point()
+            known = name in base and tensor.is_floating_point() and _comparable(name, base[name], tensor)
             if not known or _matches(name, self.carry):
                 fates[name] = "carry"
             else:
@@ -76,6 +87,28 @@ class Scope:
                 f"fine-tuned {sorted(finetuned)[:3]}, base {sorted(base)[:3]}"
             )
         return fates
+
+    def _check_blocks(
+        self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor]
+    ) -> None:
+        """A head may be new; a linear map inside the numbered blocks that only one side has is a wrong pair."""
+        if not base:
+            return  # reported as nothing to prune, with the names of both sides
+        faults = [
+            f"{name}: only in the fine-tuned model"
+            if name not in base
+            else f"{name}: shape {tuple(tensor.shape)}, in the base {tuple(base[name].shape)}"
+            for name, tensor in finetuned.items()
+            if _is_linear_map(name, tensor)
+            and not _matches(name, self.carry)
+            and (name not in base or base[name].shape != tensor.shape)
+        ]
+        faults += [f"{name}: only in the base" for name, tensor in ignored.items() if _is_linear_map(name, tensor)]
+        if faults:
+            raise ValueError(
+                f"base and fine-tuned model do not have the same layers ({len(faults)} tensors). If a tensor is meant "
+                "to be new, name it with carry=\n  " + "\n  ".join(faults[:40])
+            )
 
     def _inside(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
         if self.include and not _matches(name, self.include):
@@ -92,6 +125,18 @@ class Scope:
                         f"the {what} pattern {pattern!r} matches none of the {len(tensors)} tensors; patterns are "
                         f"globs on canonical names such as {', '.join(sorted(tensors)[:3])}"
                     )
+
+
+def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
+    """Of one shape, or vocabularies that differ in their rows."""
+    if base.shape == finetuned.shape:
+        return True
+    both = base.dim() == finetuned.dim() == 2 and base.shape[1] == finetuned.shape[1]
+    return both and bool(_VOCABULARY.search(name))
+
+
+def _is_linear_map(name: str, tensor: Tensor) -> bool:
+    return bool(_BLOCK.search(name)) and name.endswith(".weight") and tensor.dim() == 2
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tiny_glue import bert_config, make_data, make_model, make_trainer
 from transformers import (
+    AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
@@ -23,6 +24,8 @@ from transformers import (
     RobertaModel,
 )
 
+from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.cli import main
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tasks.glue_data import IGNORED_LABEL
@@ -73,6 +76,19 @@ def test_every_task_fits_tests_and_predicts_with_the_metrics_of_the_papers(task,
     predictions = trainer.predict(module, data)
     per_loader = predictions if task == "mnli" else [predictions]
     assert [sum(map(len, batches)) for batches in per_loader] == [20] * len(prefixes)
+
+
+def test_a_saved_delta_becomes_a_folder_that_from_pretrained_loads(base, tmp_path):
+    """dpp fit, then dpp apply with nothing but the base's folder and the delta's."""
+    module, data = make_module("sst2", base), GLUEDataModule(path=make_data(tmp_path / "data", "sst2"))
+    pruned = DeltaPruneCallback(
+        "dare", pruning_rate=0.5, monitor="val_score", output_dir=str(tmp_path / "out"), apply=True
+    )
+    make_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[pruned]).fit(module, data)
+    assert main(["apply", base, str(tmp_path / "out" / "dare-p0.5-seed0"), "--output", str(tmp_path / "dense")]) == 0
+    dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert all(torch.equal(dense.state_dict()[n], t) for n, t in module.model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("w1 w2").input_ids
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "mnli"])

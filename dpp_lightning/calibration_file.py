@@ -1,0 +1,115 @@
+"""Searching q from the command line: a model folder, and a text or batch file to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpp_lightning.calibration import output_change, search_q
+from dpp_lightning.delta import SparseDelta
+from dpp_lightning.names import align, canonical_tensors
+from dpp_lightning.plan import PruningPlan
+
+_TEXT = (".txt", ".text", ".md")
+
+
+class OutputChangeSearch:
+    """q by the change of the fine-tuned model's output on one batch, without labels (DAREx-q, objective e).
+
+    The output is the logits, or the last hidden state of a model without a head; padded places do not count.
+
+    Args:
+        finetuned: the fine-tuned model's folder or hub id; its ``config.json`` names the architecture.
+        data: a text file, one example a line, for the folder's tokenizer; or a ``.safetensors`` file with the model's
+            inputs by name (``input_ids``, ``attention_mask``, ``pixel_values`` …), first dimension the examples.
+        samples: how many examples are used at most.
+        max_length: tokens of a text example at most.
+        revision: of a hub id.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown kind of file, an empty one, or a folder that names no known architecture.
+    """
+
+    def __init__(
+        self,
+        finetuned: str | Path,
+        data: str | Path,
+        *,
+        samples: int = 64,
+        max_length: int = 128,
+        revision: str | None = None,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"calibration needs at least 1 example, got {samples}")
+        self.source, self.revision = str(finetuned), revision
+        self.inputs = _inputs(self.source, Path(data), samples, max_length, revision)
+
+    def __call__(self, plan: PruningPlan, delta: SparseDelta) -> float:
+        """The best q of one delta; loads the whole model."""
+        model = _model(self.source, self.revision)
+        reference = self._outputs(model)
+        _put_base(model, plan)
+
+        def change(q: float) -> float:
+            with delta.rescaled(q).applied(model, force=True):
+                return output_change(reference, self._outputs(model))
+
+        return search_q(change, delta.pruning_rate).q
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        result = model(**self.inputs)
+        output = result["logits"] if "logits" in result else next(iter(result.values()))
+        mask = self.inputs.get("attention_mask")
+        places = mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape
+        return [output[mask.bool()] if places and mask is not None else output]
+
+
+def _inputs(source: str, data: Path, samples: int, max_length: int, revision: str | None) -> dict[str, Tensor]:
+    if not data.is_file():
+        raise FileNotFoundError(f"{data}: no such calibration file")
+    if data.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return {name: tensor[:samples] for name, tensor in load_file(data).items()}
+    if data.suffix not in _TEXT:
+        raise ValueError(f"{data}: calibration data is text ({', '.join(_TEXT)}) or a batch in .safetensors")
+    lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:samples]
+    if not lines:
+        raise ValueError(f"{data} has no text in it")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return dict(tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
+
+
+def _model(source: str, revision: str | None) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    names = getattr(config, "architectures", None) or []
+    kind: Any = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise ValueError(f"{source}: config.json names no architecture of transformers (architectures: {names})")
+    return kind.from_pretrained(source, revision=revision).eval()
+
+
+@torch.no_grad()
+def _put_base(model: nn.Module, plan: PruningPlan) -> None:
+    """Give the model the base's values wherever the delta does not carry a tensor."""
+    own: Mapping[str, Tensor] = canonical_tensors(model)
+    moved = [name for name, fate in plan.fates.items() if fate != "carry" and name not in plan.unchanged]
+    names = align(moved, own)
+    missing = [name for name in moved if name not in names]
+    if missing:
+        raise ValueError(f"the model that config.json names lacks tensors of the fine-tuned weights: {missing[:5]}")
+    for name, other in names.items():
+        rows = min(len(own[other]), len(plan.base[name])) if own[other].dim() else None
+        own[other][:rows].copy_(plan.base[name][:rows]) if rows is not None else own[other].copy_(plan.base[name])

@@ -1,0 +1,216 @@
+"""dpp prune, apply and inspect: arguments to calls, with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from dpp_lightning.exporting import apply_checkpoint
+from dpp_lightning.inspection import DeltaCost, TensorCost, inspect_delta
+from dpp_lightning.methods import METHODS, get_method
+from dpp_lightning.scope import Scope
+from dpp_lightning.streaming import Search, prune_checkpoint
+from dpp_lightning.value_code import DTYPES
+
+_FAILED, _WRONG = 1, 2
+_MODEL = "a folder in Hugging Face's layout, a .safetensors or .ckpt file, or a hub id"
+
+
+def prune(arguments: list[str]) -> int:
+    """``dpp prune BASE FINETUNED --output DIR``."""
+    return _run(_prune_parser(), arguments, _prune)
+
+
+def apply(arguments: list[str]) -> int:
+    """``dpp apply BASE DELTA --output DIR``."""
+    parser = _parser("apply", "Write base plus delta as a dense folder that from_pretrained loads.")
+    parser.add_argument("base", metavar="BASE", help=_MODEL)
+    parser.add_argument("delta", metavar="DELTA", help="a delta folder or hub id")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument("--force", action="store_true", help="apply the delta although the base is another one")
+    parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest weights file")
+    parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--delta-revision", metavar="REV", help="likewise")
+    return _run(parser, arguments, _apply)
+
+
+def inspect(arguments: list[str]) -> int:
+    """``dpp inspect DELTA``."""
+    parser = _parser("inspect", "Show what a delta folder holds and what it costs, tensor by tensor.")
+    parser.add_argument("delta", metavar="DELTA", help="a delta folder or hub id")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    return _run(parser, arguments, _inspect)
+
+
+def _parser(command: str, summary: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"dpp {command}", description=summary)
+
+
+def _prune_parser() -> argparse.ArgumentParser:
+    parser = _parser("prune", "Prune the delta between two checkpoints into a delta folder, tensor by tensor.")
+    parser.add_argument("base", metavar="BASE", help=_MODEL)
+    parser.add_argument("finetuned", metavar="FINETUNED", help="likewise")
+    parser.add_argument("--output", required=True, metavar="DIR", help="delta folder; an older delta is replaced")
+    parser.add_argument("--method", default="dare", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
+    parser.add_argument(
+        "--pruning_rate", "--pruning-rate", type=float, default=0.9, metavar="P",
+        help="fraction of the delta that is dropped, in [0, 1) (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="mask seed (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="how kept values are held (default: the fine-tuned dtype)")
+    parser.add_argument("--q", type=float, help="divide kept values by this (default: the method's own)")
+    parser.add_argument("--budget", choices=("tensor", "model"), help="of magnitude and importance: counted over what")
+    parser.add_argument("--scope", choices=("all", "linear"), default="all", help="tensors that are pruned")
+    parser.add_argument("--outside", choices=("carry", "revert"), default="carry", help="what becomes of the others")
+    for name, what in (("include", "only these are pruned"), ("exclude", "never pruned"), ("carry", "stored dense")):
+        parser.add_argument(f"--{name}", nargs="+", default=(), metavar="GLOB", help=f"tensor names: {what}")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text (one example a line) or a .safetensors batch, to search q on"
+    )
+    parser.add_argument("--calibration-samples", type=int, default=64, metavar="N", help="examples used at most")
+    parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--finetuned-revision", metavar="REV", help="likewise")
+    return parser
+
+
+def _prune(options: argparse.Namespace) -> None:
+    scope = Scope(options.scope, tuple(options.include), tuple(options.exclude), options.outside, tuple(options.carry))
+    settings = {"budget": options.budget} if options.budget else {}
+    get_method(options.method).check(options.pruning_rate, settings)
+    with _progress("pruning") as told:
+        output = prune_checkpoint(
+            options.base,
+            options.finetuned,
+            options.output,
+            options.method,
+            options.pruning_rate,
+            options.seed,
+            scope=scope,
+            dtype=options.dtype,
+            q=options.q,
+            search=_search(options),
+            settings=settings,
+            base_revision=options.base_revision,
+            finetuned_revision=options.finetuned_revision,
+            progress=told,
+        )
+    cost = inspect_delta(output)
+    _say(
+        f"{output}: {cost.total:,} bytes, {cost.ratio_bf16:.1f} times smaller than the model in bfloat16 "
+        f"({cost.method}, p={cost.pruning_rate:g}, q={cost.q:.4g}, density {100 * cost.density:.3g} %)"
+    )
+    dense = [row for row in cost.tensors if row.kind != "pruned"]
+    if dense:
+        names = ", ".join(row.name for row in dense[:6]) + (", …" if len(dense) > 6 else "")
+        _say(f"stored dense, {cost.carried:,} bytes: {names}")
+
+
+def _search(options: argparse.Namespace) -> Search | None:
+    if options.calibration is None:
+        return None
+    if not get_method(options.method).searches_q:
+        raise ValueError(f"{options.method} has nothing to calibrate; methods that search q: darex-q, importance")
+    from dpp_lightning.calibration_file import OutputChangeSearch
+
+    return OutputChangeSearch(
+        options.finetuned,
+        options.calibration,
+        samples=options.calibration_samples,
+        revision=options.finetuned_revision,
+    )
+
+
+def _apply(options: argparse.Namespace) -> None:
+    with _progress("writing") as told:
+        output = apply_checkpoint(
+            options.base,
+            options.delta,
+            options.output,
+            force=options.force,
+            max_shard_bytes=options.max_shard_bytes,
+            base_revision=options.base_revision,
+            delta_revision=options.delta_revision,
+            progress=told,
+        )
+    _say(f"{output}: load it with from_pretrained")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    cost = inspect_delta(options.delta, options.revision)
+    if options.json:
+        sys.stdout.write(json.dumps(cost.to_json(), indent=1) + "\n")
+    else:
+        _show(cost, Console())
+
+
+def _show(cost: DeltaCost, console: Console) -> None:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("tensor", "shape", "density", "positions", "entropy", "values", "dense"):
+        table.add_column(name, justify="left" if name in ("tensor", "shape") else "right", overflow="fold")
+    for row in cost.tensors:
+        table.add_row(*_cells(row))
+    console.print(table)
+    sizes = f"positions {cost.positions:,}, values {cost.values:,}, carried {cost.carried:,}"
+    seed = "positions follow from the seed" if cost.coding == "seed" else ""
+    apart = seed or f"positions {100 * cost.above_entropy:+.2f} % from their entropy of {cost.entropy:,.0f} bytes"
+    for line in (
+        f"{cost.method}, p = {cost.pruning_rate:g}, seed {cost.seed}, q = {cost.q:.6g}, base {cost.base or 'unnamed'}",
+        f"{cost.kept:,} of {cost.entries:,} entries stored, density {100 * cost.density:.4g} %",
+        f"{cost.total:,} bytes: {sizes}, config {cost.config:,}, heads {cost.overhead:,}",
+        apart,
+        f"a dense delta is {cost.ratio_fp32:.1f} times larger in float32, {cost.ratio_bf16:.1f} times in bfloat16",
+        *([f"further files beside it: {cost.side_files:,} bytes"] if cost.side_files else []),
+    ):
+        console.print(line, highlight=False, markup=False)
+
+
+def _cells(row: TensorCost) -> tuple[str, ...]:
+    counts = (row.positions, row.entropy, row.values, row.carried)
+    shape = "×".join(map(str, row.shape)) or "scalar"
+    return (row.name, shape, f"{100 * row.density:.3g} %", *(f"{n:,.0f}" if n else "" for n in counts))
+
+
+def _run(parser: argparse.ArgumentParser, arguments: list[str], act: Callable[[argparse.Namespace], None]) -> int:
+    """Parse, act, and say in one line what went wrong."""
+    try:
+        options = parser.parse_args(arguments[1:])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else _WRONG
+    try:
+        act(options)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        _say(f"dpp {arguments[0]}: error: {error}")
+        return _WRONG
+    except (OSError, MemoryError) as error:
+        _say(f"dpp {arguments[0]}: failed, nothing was written: {error}")
+        return _FAILED
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], Any]]:
+    """A bar on the terminal with bytes a second; called with bytes done and bytes in all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

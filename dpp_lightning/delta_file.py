@@ -1,0 +1,187 @@
+"""The delta folder: ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card, written and read.
+
+``delta_model.safetensors`` holds the blob ``kept`` (chunks, see :mod:`dpp_lightning.codec`) and the dense tensors
+``carried.NAME`` and ``rows.NAME``. Both ways go tensor by tensor, so a delta may be larger than memory. Everything read
+from a file is checked before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any, BinaryIO, cast
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dpp_lightning.atomic import whole_folder
+from dpp_lightning.card import model_card
+from dpp_lightning.chunks import ChunkWriter
+from dpp_lightning.delta import SparseDelta
+from dpp_lightning.delta_config import CONFIG_FILE, Table, read_config, write_config
+from dpp_lightning.delta_info import DeltaInfo, SparseTensor
+from dpp_lightning.methods import METHODS
+from dpp_lightning.plan import to_dtype
+from dpp_lightning.safetensors_file import Entry, SafetensorsWriter
+from dpp_lightning.value_code import DTYPES, FLOATS, INTEGERS
+
+MODEL_FILE, CARD_FILE = "delta_model.safetensors", "README.md"
+KEPT, CARRIED, ROWS = "kept", "carried.", "rows."
+_SPILL = 1 << 26  # bytes of chunks that are held in memory before they go to a temporary file
+_COPY = 1 << 22
+
+Parts = Iterable[tuple[str, SparseTensor]]
+
+
+def encode(
+    delta: SparseDelta, dtype: str | torch.dtype | None = None, positions: str | None = None
+) -> tuple[bytes, bytes]:
+    """A delta as the bytes of its two files.
+
+    Args:
+        delta: the delta.
+        dtype: how the file holds the kept values, default as they were drawn.
+        positions: ``seed`` or ``index``; default ``seed`` where the selection is seeded.
+
+    Raises:
+        ValueError: unknown dtype or coding, a coding that the selection does not allow, values that overflow.
+    """
+    info, parts, seeded = _as_saved(delta, dtype, positions)
+    file = BytesIO()
+    table, checksum = write_model(file, parts, delta.carried, delta.new_rows, seeded=seeded, dtype=info.dtype)
+    return file.getvalue(), write_config(info, table, seeded=seeded, model_checksum=checksum)
+
+
+def write_folder(
+    delta: SparseDelta,
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None,
+    positions: str | None,
+    scores: Mapping[str, float] | None,
+    side_files: Mapping[str, Path | bytes],
+) -> Path:
+    """See :meth:`dpp_lightning.delta.SparseDelta.save_pretrained`."""
+    info, parts, seeded = _as_saved(delta, dtype, positions)
+    with whole_folder(folder, replaces=CONFIG_FILE) as temporary:
+        write_files(
+            temporary,
+            parts,
+            delta.carried,
+            delta.new_rows,
+            lambda: info,
+            seeded=seeded,
+            dtype=info.dtype,
+            scores=scores or {},
+            side_files=side_files,
+        )
+    return folder
+
+
+def write_files(
+    folder: Path,
+    parts: Parts,
+    carried: Mapping[str, Tensor],
+    new_rows: Mapping[str, Tensor],
+    info: Callable[[], DeltaInfo],
+    *,
+    seeded: bool,
+    dtype: str | None,
+    scores: Mapping[str, float],
+    side_files: Mapping[str, Path | bytes],
+) -> None:
+    """Write a delta's files into a folder, the kept entries one tensor at a time.
+
+    Args:
+        folder: exists; the caller makes it appear whole.
+        parts: canonical name and kept entries of every pruned tensor.
+        carried, new_rows: dense tensors, possibly mapped from a file.
+        info: asked for when all parts have been read.
+        seeded: store no positions.
+        dtype: as ``DeltaInfo.dtype``.
+        scores, side_files: as for :meth:`dpp_lightning.delta.SparseDelta.save_pretrained`.
+    """
+    for name, content in side_files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    with (folder / MODEL_FILE).open("wb") as file:
+        table, checksum = write_model(file, parts, carried, new_rows, seeded=seeded, dtype=dtype)
+    (folder / CONFIG_FILE).write_bytes(write_config(info(), table, seeded=seeded, model_checksum=checksum))
+    dense = (*carried.values(), *new_rows.values())
+    write_card(folder, scores, len(dense), sum(t.numel() * t.element_size() for t in dense))
+
+
+def write_card(folder: Path, scores: Mapping[str, float], carried: int, carried_bytes: int) -> None:
+    """Write the card of a folder that has its two files."""
+    info, *_ = read_config((folder / CONFIG_FILE).read_bytes())
+    size = sum((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
+    (folder / CARD_FILE).write_text(model_card(info, size, scores, carried, carried_bytes), encoding="utf-8")
+
+
+def write_model(
+    file: BinaryIO,
+    parts: Parts,
+    carried: Mapping[str, Tensor],
+    new_rows: Mapping[str, Tensor],
+    *,
+    seeded: bool,
+    dtype: str | None,
+) -> tuple[Table, str]:
+    """Write ``delta_model.safetensors``; returns names and shapes in the order of the chunks, and the checksum."""
+    place = str(Path(file.name).parent) if isinstance(getattr(file, "name", None), str) else None
+    with SpooledTemporaryFile(max_size=_SPILL, dir=place) as spill:
+        writer = ChunkWriter(cast(BinaryIO, spill), seeded=seeded, dtype=dtype)
+        for name, part in parts:
+            writer.add(name, part)
+        writer.close()
+        size = spill.tell()
+        spill.seek(0)
+        dense = {CARRIED + n: t for n, t in carried.items()} | {ROWS + n: t for n, t in new_rows.items()}
+        order = sorted(dense, key=lambda name: (-dense[name].element_size(), name))  # keeps all of them aligned
+        entries = [Entry(name, dense[name].dtype, tuple(dense[name].shape)) for name in order]
+        hashed = _Hashed(file)
+        out = SafetensorsWriter(cast(BinaryIO, hashed), [*entries, Entry(KEPT, torch.uint8, (size,))])
+        for name in order:
+            out.write(dense[name])
+        while block := spill.read(_COPY):
+            out.write(block)
+        out.close()
+    return writer.table, hashed.digest.hexdigest()
+
+
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _as_saved(
+    delta: SparseDelta, dtype: str | torch.dtype | None, positions: str | None
+) -> tuple[DeltaInfo, Parts, bool]:
+    """The delta's description and kept entries as the file will hold them, and whether positions are left out."""
+    info = delta.info
+    coding = positions or ("seed" if info.seeded else "index")
+    if coding not in ("seed", "index") or (coding == "seed" and not info.seeded):
+        allowed = "'seed' or 'index'" if info.seeded else "'index' (this selection follows from no seed)"
+        raise ValueError(f"positions must be {allowed}, got {positions!r}")
+    name = info.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    row = METHODS.get(info.method)
+    if row is not None and row.weighs and name in INTEGERS:
+        raise ValueError(f"{info.method} weighs the kept values, which {name} would lose; take a float dtype")
+    parts: Parts = delta.tensors.items()
+    if name is not None and any(t.values.dtype != FLOATS.get(name) for t in delta.tensors.values()):
+        parts = ((n, replace(t, values=to_dtype(t.values, name, t.values, n))) for n, t in delta.tensors.items())
+    return replace(info, dtype=name), parts, coding == "seed"

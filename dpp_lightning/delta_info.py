@@ -1,0 +1,97 @@
+"""What a delta is made of: the kept entries of a tensor, and the description that goes into ``delta_config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """The kept entries of one delta tensor.
+
+    Attributes:
+        shape: shape of the tensor, of its rows in common with the base where the vocabulary grew.
+        indices: sorted distinct flat positions (C order), int32 or int64, shape (kept,).
+        values: theta - theta_0 at these positions, not yet divided by q, float32, bfloat16 or float16, shape (kept,).
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta says of itself besides its numbers: all of it is written to ``delta_config.json``.
+
+    Attributes:
+        method, pruning_rate, seed, q: as in the papers; a kept entry is applied as theta_0 + value / q.
+        seeded: kept positions follow from seed and tensor names, so that no positions need storing.
+        base_name, base_revision: hub id or folder of the base, if known.
+        base_fingerprint: xxh3-128 over the base's tensors that the delta changes or relies on.
+        base_check: xxh3-128 over the base's values at the kept positions, checked at every ``apply_``.
+        base_first: the same over the first pruned tensor alone, so that streaming knows a wrong base at once.
+        entries: number of entries of the whole fine-tuned model.
+        dense_bytes: bytes of the whole fine-tuned model in its own dtype.
+        dtype: how the file holds the kept values (``int8`` and ``int4`` are float32 in memory); None as they are.
+        scope: the scope settings, as plain values.
+        settings: the method's own settings.
+        reverted: names of tensors that were left at the base's values.
+        unchanged: names of tensors that training left alone.
+        prefix, names: the fine-tuned model's own files call a tensor prefix + canonical name, unless ``names`` has it.
+    """
+
+    method: str
+    pruning_rate: float
+    seed: int
+    q: float
+    seeded: bool
+    base_name: str | None
+    base_revision: str | None
+    base_fingerprint: str
+    base_check: str
+    base_first: str
+    entries: int
+    dense_bytes: int
+    dtype: str | None = None
+    scope: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    reverted: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    prefix: str = ""
+    names: dict[str, str] = field(default_factory=dict)
+
+    def saved_name(self, canonical: str) -> str:
+        """What the fine-tuned model's own files call a tensor."""
+        return self.names.get(canonical, self.prefix + canonical)
+
+
+class AbsoluteEntries(NamedTuple):
+    """New values of one tensor at some of its entries, as engines that hold the base take them.
+
+    Attributes:
+        name: the base's own name of the tensor.
+        shape: shape of the whole tensor.
+        dtype: dtype of the base's tensor and of the values.
+        values: theta_0 + delta / q, shape (kept,), finite.
+        indices: sorted distinct flat positions in C order, int64, shape (kept,).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Tensor
+    indices: Tensor
+
+
+def wrong_base(target: str, got: str, info: DeltaInfo) -> str:
+    """The message for a base that is not the delta's own: both names, both hashes, the cure."""
+    return (
+        f"{target} is not the base of this delta: its values at the kept positions hash to {got}, those of the base "
+        f"{info.base_name or '(unnamed)'} to {info.base_check}. Use that base in its own dtype, or force the delta "
+        "onto this one (force=True, --force)"
+    )

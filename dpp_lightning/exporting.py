@@ -1,0 +1,139 @@
+"""Applying a delta from files to files, one tensor at a time, so that models may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.atomic import whole_folder
+from dpp_lightning.checkpoints import load_tensors
+from dpp_lightning.delta_config import CONFIG_FILE
+from dpp_lightning.delta_info import DeltaInfo, SparseTensor, wrong_base
+from dpp_lightning.delta_reader import DeltaReader
+from dpp_lightning.entries import EntriesHash, summed, take_entries
+from dpp_lightning.names import align, canonical_tensors
+from dpp_lightning.safetensors_file import Entry, ShardedWriter
+from dpp_lightning.streaming import Progress, further_files
+
+_BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
+_SHARD = 5_000_000_000
+
+
+def apply_checkpoint(
+    base: str | Path,
+    delta: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    max_shard_bytes: int = _SHARD,
+    base_revision: str | None = None,
+    delta_revision: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write base plus delta as a dense folder that ``from_pretrained`` loads; whole or not at all.
+
+    Every tensor has the base's dtype, those carried their own. Configuration, tokenizer and generation files are the
+    base's, or the delta's where it has its own.
+
+    Args:
+        base: as in :func:`dpp_lightning.streaming.prune_checkpoint`.
+        delta: delta folder or hub id.
+        output: a folder that is new or empty.
+        force: apply the delta although the base is another one.
+        max_shard_bytes: largest file of weights.
+        base_revision, delta_revision: of hub ids.
+        progress: told the bytes written, and all of them.
+
+    Raises:
+        ValueError: another base, tensors that are missing or of another shape (all in one message), a damaged delta.
+        FileExistsError: the output folder is not empty.
+        OSError: it cannot be written.
+    """
+    with whole_folder(Path(output), empty=True) as folder:
+        reader = DeltaReader.open(delta, delta_revision)
+        tensors = _matched(reader, canonical_tensors(load_tensors(base, base_revision)), str(base))
+        entries = list(_entries(reader, tensors))
+        with ShardedWriter(folder, entries, max_shard_bytes) as writer:
+            total, done = sum(entry.nbytes for entry in entries), 0
+            for piece in _dense(reader, tensors, str(base), force=force):
+                writer.write(piece)
+                done += piece.numel() * piece.element_size()
+                if progress:
+                    progress(done, total)
+        for name, path in {**further_files(base, base_revision), **further_files(delta, delta_revision)}.items():
+            if name != CONFIG_FILE:
+                (folder / name).write_bytes(path.read_bytes())
+    return Path(output)
+
+
+def _matched(reader: DeltaReader, base: Mapping[str, Tensor], base_name: str) -> dict[str, Tensor]:
+    """The base's tensors under the delta's names; all that is missing, of another shape, or left over in one error."""
+    shapes: dict[str, tuple[int, ...] | None] = dict(reader.chunks.table)
+    shapes |= dict.fromkeys((*reader.info.reverted, *reader.info.unchanged))
+    names = align([*shapes, *reader.carried], base)
+    faults = [f"{name}: not in the base" for name in shapes if name not in names]
+    for name, shape in shapes.items():
+        if name in names and shape is not None and not _holds(base[names[name]], shape):
+            faults.append(f"{name}: shape {tuple(base[names[name]].shape)} in the base, {shape} in the delta")
+    if faults:
+        extra = sorted(set(base) - set(names.values()))
+        raise ValueError(
+            f"the delta does not fit {base_name} ({len(faults)} of {len(shapes)} tensors); its base is "
+            f"{reader.info.base_name or '(unnamed)'}\n  "
+            + "\n  ".join([*faults[:40], *(f"{name}: only in the base" for name in extra[:40])])
+        )
+    return {name: base[names[name]] for name in shapes}
+
+
+def _holds(base: Tensor, shape: tuple[int, ...]) -> bool:
+    """Of the shape, or with more rows: a vocabulary that fine-tuning made shorter."""
+    if tuple(base.shape) == shape:
+        return True
+    return base.dim() == len(shape) > 0 and len(base) > shape[0] and tuple(base.shape[1:]) == shape[1:]
+
+
+def _entries(reader: DeltaReader, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
+    """What the dense folder holds, in the order of :func:`_dense`."""
+    info: DeltaInfo = reader.info
+    for name, shape in reader.chunks.table:
+        rows = len(reader.new_rows[name]) if name in reader.new_rows else 0
+        whole = (shape[0] + rows, *shape[1:]) if rows else shape
+        yield Entry(info.saved_name(name), tensors[name].dtype, whole)
+    for name in (*info.reverted, *info.unchanged):
+        yield Entry(info.saved_name(name), tensors[name].dtype, tuple(tensors[name].shape))
+    for name, tensor in reader.carried.items():
+        yield Entry(info.saved_name(name), tensor.dtype, tuple(tensor.shape))
+
+
+def _dense(reader: DeltaReader, tensors: Mapping[str, Tensor], base_name: str, *, force: bool) -> Iterator[Tensor]:
+    """Flat pieces of the fine-tuned tensors, in order."""
+    info, check = reader.info, EntriesHash()
+    for name, part in reader.tensors():
+        kept = take_entries(tensors[name], part.indices)
+        check.update(kept)
+        if not force and check.first not in ("", info.base_first):
+            raise ValueError(wrong_base(base_name, check.first, info))
+        yield from _overwritten(name, tensors[name], part, summed(kept, part.values, info.q))
+        if name in reader.new_rows:
+            yield reader.new_rows[name].to(tensors[name].dtype).reshape(-1)
+    if not force and check.hexdigest() != info.base_check:
+        raise ValueError(wrong_base(base_name, check.hexdigest(), info))
+    for name in (*info.reverted, *info.unchanged):
+        yield from tensors[name].reshape(-1).split(_BLOCK)
+    for tensor in reader.carried.values():
+        yield from tensor.reshape(-1).split(_BLOCK)
+
+
+def _overwritten(name: str, base: Tensor, part: SparseTensor, values: Tensor) -> Iterator[Tensor]:
+    """The base's entries with the kept ones replaced, in flat blocks."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype}")
+    numel = torch.Size(part.shape).numel()
+    flat = base.reshape(-1)[:numel]
+    cuts = torch.searchsorted(part.indices.long(), torch.arange(0, numel + _BLOCK, _BLOCK)).tolist()
+    for place, start in enumerate(range(0, numel, _BLOCK)):
+        block, a, b = flat[start : start + _BLOCK].clone(), cuts[place], cuts[place + 1]
+        yield block.index_copy_(0, part.indices[a:b].long() - start, values[a:b])

@@ -1,0 +1,134 @@
+"""Exact ranks of |delta| over any number of blocks, in bounded memory: two passes of histograms over the bits.
+
+The bits of a non-negative float32 order like the number. A first pass counts their upper halves, a second one the lower
+halves inside the one bin that matters, whose counts then stand for exact numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_HALF = 16
+_BINS = 1 << 15  # of the upper half: the sign is 0
+_INFINITE = 0x7F80
+
+Blocks = Callable[[], Iterable[Tensor]]  # reads all scores again: float32 >= 0, one-dimensional, on the CPU
+
+
+@dataclass(frozen=True)
+class RankThreshold:
+    """Keep every score above a number, and the first few that equal it.
+
+    Attributes:
+        bits: the number, as the bits of a float32.
+        ties: how many scores that equal it are kept, the first in order.
+    """
+
+    bits: int
+    ties: int
+
+    def positions(self, scores: Tensor, ties: int) -> tuple[Tensor, int]:
+        """Kept positions in one block, sorted, and how many of the ``ties`` are left for the blocks after it."""
+        bits = _bits(scores)
+        found = torch.from_numpy((bits >= self.bits).numpy().nonzero()[0])
+        equal = (bits[found] == self.bits).nonzero().flatten()
+        if len(equal) > ties:
+            keep = torch.ones(len(found), dtype=torch.bool)
+            keep[equal[ties:]] = False
+            found = found[keep]
+        return found, max(ties - len(equal), 0)
+
+
+def largest(blocks: Blocks, count: int) -> RankThreshold:
+    """The threshold that keeps exactly ``count`` >= 1 scores, those that tie by their order.
+
+    Raises:
+        ValueError: scores that are not finite, or fewer than ``count``.
+    """
+    upper = _upper(blocks)
+    if count > int(upper.sum()):
+        raise ValueError(f"cannot keep {count} of {int(upper.sum())} scores")
+    above = _above(upper)
+    bin_ = int((above < count).nonzero()[0])
+    inside = above[bin_] + _above(_lower(blocks, bin_))
+    low = int((inside < count).nonzero()[0])
+    return RankThreshold(bin_ << _HALF | low, count - int(inside[low]))
+
+
+def inclusion_rate(blocks: Blocks, budget: float) -> tuple[float, int]:
+    """lambda with sum of min(1, lambda * score) = budget, and from which bits on a score counts as probability 1.
+
+    With c scores at probability 1, lambda = (budget - c) / (sum of the others), where none of the others exceeds
+    1 / lambda. Exact: no sum is interpolated inside a bin.
+
+    Returns:
+        (lambda, bits); (inf, 1) where no more than ``budget`` scores are above 0: then all those are kept.
+
+    Raises:
+        ValueError: scores that are not finite.
+    """
+    sums = torch.zeros(_BINS, dtype=torch.float64)
+    counts = _upper(blocks, sums)
+    zeros = int(_lower(blocks, 0)[0]) if sums[0] > 0 else int(counts[0])
+    if int(counts.sum()) - zeros <= budget:
+        return float("inf"), 1
+    above, below = _above(counts), torch.cumsum(sums, 0) - sums
+    edges = _numbers(torch.arange(_BINS) << _HALF)
+    enough = edges * (budget - above - counts) <= below
+    bin_ = int(enough.nonzero().max())
+    lower, numbers = _lower(blocks, bin_), _numbers((bin_ << _HALF) + torch.arange(1 << _HALF))
+    capped = above[bin_] + _above(lower)
+    rest = below[bin_] + torch.cumsum(lower * numbers, 0)
+    enough = (lower > 0) & (numbers * (budget - capped) <= rest)
+    if enough.any():
+        low = int(enough.nonzero().max())
+        left, total, bits = budget - int(capped[low]), float(rest[low]), (bin_ << _HALF | low) + 1
+    else:
+        left, total, bits = budget - int(above[bin_] + counts[bin_]), float(below[bin_]), bin_ << _HALF
+    return left / total, bits
+
+
+def at_least(scores: Tensor, bits: int) -> Tensor:
+    """Which scores >= 0 have at least these bits; shape of the scores, bool."""
+    return _bits(scores) >= bits
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.contiguous().view(torch.int32)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32).double()
+
+
+def _above(counts: Tensor) -> Tensor:
+    """How many lie in higher bins than each."""
+    return counts.flip(0).cumsum(0).flip(0) - counts
+
+
+def _upper(blocks: Blocks, sums: Tensor | None = None) -> Tensor:
+    """Count (int64) of the scores by the upper half of their bits; their sums (float64) are added to ``sums``."""
+    counts = torch.zeros(_BINS, dtype=torch.int64)
+    for scores in blocks():
+        upper = _bits(scores) >> _HALF
+        counts += torch.bincount(upper, minlength=_BINS)
+        if sums is not None:
+            sums += torch.bincount(upper, weights=scores.double(), minlength=_BINS)
+    if bool(counts[_INFINITE:].any()):
+        raise ValueError(f"{int(counts[_INFINITE:].sum())} delta entries are not finite; check both models' weights")
+    return counts
+
+
+def _lower(blocks: Blocks, bin_: int) -> Tensor:
+    """Count of the scores of one bin by the lower half of their bits."""
+    counts = torch.zeros(1 << _HALF, dtype=torch.int64)
+    for scores in blocks():
+        bits = _bits(scores)
+        inside = bits[(bits >> _HALF) == bin_]
+        if len(inside):
+            counts += torch.bincount(inside & 0xFFFF, minlength=1 << _HALF)
+    return counts

@@ -1,0 +1,163 @@
+"""Pruning from files to a file, one pair of tensors at a time, so that models may be larger than memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dpp_lightning.atomic import whole_folder
+from dpp_lightning.checkpoints import load_tensors, side_files, total_bytes
+from dpp_lightning.delta import SparseDelta
+from dpp_lightning.delta_config import CONFIG_FILE, with_q
+from dpp_lightning.delta_file import write_card, write_files
+from dpp_lightning.delta_info import SparseTensor
+from dpp_lightning.delta_reader import DeltaReader
+from dpp_lightning.entries import EntriesHash
+from dpp_lightning.mapped_file import will_need
+from dpp_lightning.methods import get_method
+from dpp_lightning.plan import PruningPlan
+from dpp_lightning.pruning import has_own_names
+from dpp_lightning.rescaling import check_q
+from dpp_lightning.scope import Scope
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Search = Callable[[PruningPlan, SparseDelta], float]
+
+
+def prune_checkpoint(
+    base: str | Path,
+    finetuned: str | Path,
+    output: str | Path,
+    method: str = "dare",
+    pruning_rate: float = 0.9,
+    seed: int = 0,
+    *,
+    scope: Scope | None = None,
+    dtype: str | None = None,
+    q: float | None = None,
+    search: Search | None = None,
+    settings: Mapping[str, Any] | None = None,
+    base_revision: str | None = None,
+    finetuned_revision: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
+
+    The fine-tuned model's configuration, tokenizer and generation files are put beside the delta where they are not
+    the base's own.
+
+    Args:
+        base, finetuned: folders in Hugging Face's layout, files, or hub ids, see
+            :func:`dpp_lightning.checkpoints.load_tensors`.
+        output: folder of the delta; made, or an older delta replaced.
+        method, pruning_rate, seed, dtype, q, settings: as in :func:`dpp_lightning.pruning.prune`.
+        scope: which tensors are pruned; default all.
+        search: finds q when the delta is written, given plan and delta.
+        base_revision, finetuned_revision: of hub ids.
+        progress: told the bytes of both models that are done, and all of them.
+
+    Raises:
+        ValueError: as in :func:`dpp_lightning.pruning.prune`.
+        FileExistsError: the output folder holds something other than a delta.
+        OSError: it cannot be written.
+    """
+    row, settings = get_method(method), dict(settings or {})
+    row.check(pruning_rate, settings)
+    if q is not None:
+        check_q(q, pruning_rate)
+    if row.needs_search and q is None and search is None and pruning_rate > 0:
+        raise ValueError(f"{method} searches q: give calibration data, or q, or take method 'dare' for q = 1 - p")
+    with whole_folder(Path(output), replaces=CONFIG_FILE) as folder:
+        plan = PruningPlan.of(
+            load_tensors(base, base_revision),
+            load_tensors(finetuned, finetuned_revision),
+            scope or Scope(),
+            base_name=str(base),
+            base_revision=base_revision,
+            files=has_own_names(finetuned),
+        )
+        check = EntriesHash()
+        write_files(
+            folder,
+            _told(plan, plan.stream(method, pruning_rate, seed, dtype, settings), check, progress),
+            plan.carried,
+            plan.new_rows,
+            lambda: plan.info(method, pruning_rate, seed, dtype, settings, check),
+            seeded=row.seeded,
+            dtype=dtype,
+            scores={},
+            side_files=_own_side_files(base, base_revision, finetuned, finetuned_revision),
+        )
+        if q is None and search is not None and row.searches_q:
+            q = search(plan, DeltaReader.open(folder).delta())
+        if q is not None:
+            config = folder / CONFIG_FILE
+            config.write_bytes(with_q(config.read_bytes(), q))
+            carried = total_bytes(plan.carried) + total_bytes(plan.new_rows)
+            write_card(folder, {}, len(plan.carried) + len(plan.new_rows), carried)
+    return Path(output)
+
+
+def _told(
+    plan: PruningPlan,
+    parts: Iterator[tuple[str, SparseTensor, Tensor]],
+    check: EntriesHash,
+    progress: Progress | None,
+) -> Iterator[tuple[str, SparseTensor]]:
+    """The parts, while the base's hashes are taken (so that its pages are read once) and progress is told."""
+    sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
+    sizes = {name: sum(t.numel() * t.element_size() for t in pair) for name, pair in sides.items()}
+    done, total, names = 0, sum(sizes.values()), list(sizes)
+
+    def ahead(place: int) -> None:
+        """Hash one tensor while another thread draws from it, and have the next one read."""
+        for tensor in sides[names[place + 1]] if place + 1 < len(names) else ():
+            will_need(tensor)
+        plan.digest(names[place])
+
+    with ThreadPoolExecutor(1) as hashing:
+        for place in range(len(names)):
+            pending = hashing.submit(ahead, place)
+            name, part, base = next(parts)
+            check.update(base)
+            yield name, part
+            pending.result()
+            done += sizes[name]
+            if progress:
+                progress(done, total)
+
+
+def _own_side_files(
+    base: str | Path, base_revision: str | None, finetuned: str | Path, finetuned_revision: str | None
+) -> dict[str, Path]:
+    """The fine-tuned model's further files that are not the base's byte for byte."""
+    theirs = further_files(base, base_revision)
+    return {
+        name: path
+        for name, path in further_files(finetuned, finetuned_revision).items()
+        if name != CONFIG_FILE and not (name in theirs and _same_content(theirs[name], path))
+    }
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    """Equal byte for byte, or JSON that says the same (libraries write it with and without spaces)."""
+    one, other = a.read_bytes(), b.read_bytes()
+    if one == other or a.suffix != ".json":
+        return one == other
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
+def further_files(source: str | Path, revision: str | None) -> dict[str, Path]:
+    """Configuration, tokenizer and generation files of a model, if the source is a folder."""
+    with suppress(FileNotFoundError):
+        return side_files(source, revision)
+    return {}

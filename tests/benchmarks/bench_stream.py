@@ -1,0 +1,162 @@
+"""Time and memory of dpp prune and dpp apply on synthetic Llama-shaped bfloat16 pairs of growing size. Run by hand.
+
+python tests/benchmarks/bench_stream.py [--billions 0.1 0.3 1 3] [--rate 0.99] [--folder DIR]
+
+Every size needs about 8 bytes of disk a parameter while it runs; everything is deleted after. The peer in the same run
+is reading both models' files once. Memory is the peak of RssAnon (private memory; pages mapped from files are apart)
+above that of the interpreter with the library imported, sampled every 5 ms in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dpp_lightning.safetensors_file import Entry, ShardedWriter
+
+_WORKER = """
+import json, sys, threading, time
+from dpp_lightning.exporting import apply_checkpoint
+from dpp_lightning.streaming import prune_checkpoint
+def anonymous():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
+idle, peak, going = anonymous(), [0.0], [True]
+def watch():
+    while going:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch); thread.start()
+start = time.perf_counter()
+what, arguments = json.loads(sys.argv[1])
+(prune_checkpoint if what == "prune" else apply_checkpoint)(*arguments)
+seconds = time.perf_counter() - start
+going.clear(); thread.join()
+print(json.dumps([seconds, idle, peak[0] - idle]))
+"""
+
+
+def shapes(billions: float, vocabulary: int = 32000) -> dict[str, tuple[int, ...]]:
+    """A Llama of about that many parameters: width a multiple of 128, ffn 2.75 times, as many layers as fit."""
+    width = {0.1: 640, 0.3: 1024, 1.0: 2048, 3.0: 3072}.get(billions, 4096)
+    ffn = width * 11 // 4
+    layer = {f"self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+    layer |= {"mlp.gate_proj.weight": (ffn, width), "mlp.up_proj.weight": (ffn, width)}
+    layer |= {"mlp.down_proj.weight": (width, ffn)}
+    layer |= {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    ends = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
+    room = billions * 1e9 - 2 * vocabulary * width
+    layers = max(1, -(-int(room) // sum(torch.Size(s).numel() for s in layer.values())))
+    found = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    return {**ends, **found, "model.norm.weight": (width,)}
+
+
+def build(folder: Path, billions: float) -> int:
+    """Write base and fine-tuned model; returns the number of parameters."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(1 << 24, generator=generator)
+    step = 1e-3 * torch.randn(1 << 24, generator=generator)
+    entries = [Entry(name, torch.bfloat16, shape) for name, shape in shapes(billions).items()]
+    for side in ("base", "tuned"):
+        (folder / side).mkdir(parents=True)
+        (folder / side / "config.json").write_text("{}")
+        with ShardedWriter(folder / side, entries) as writer:
+            for place, entry in enumerate(entries):
+                for block in blocks(torch.Size(entry.shape).numel()):
+                    values = noise[:block] if side == "base" else noise[:block] + step.roll(place)[:block]
+                    writer.write(values.bfloat16())
+    os.sync()
+    return sum(torch.Size(entry.shape).numel() for entry in entries)
+
+
+def blocks(numel: int) -> Iterator[int]:
+    while numel > 0:
+        yield min(numel, 1 << 24)
+        numel -= 1 << 24
+
+
+def weights(folder: Path) -> list[Path]:
+    return [path for side in ("base", "tuned") for path in sorted((folder / side).glob("*.safetensors"))]
+
+
+def forget(folder: Path) -> None:
+    """Drop the files from the page cache."""
+    for path in weights(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(folder: Path) -> float:
+    start = time.perf_counter()
+    buffer = bytearray(1 << 23)
+    for path in weights(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def work(what: str, *arguments: object) -> tuple[float, float, float]:
+    call = json.dumps([what, [str(a) if isinstance(a, Path) else a for a in arguments]])
+    done = subprocess.run([sys.executable, "-c", _WORKER, call], check=True, capture_output=True, text=True)
+    seconds, idle, peak = json.loads(done.stdout.splitlines()[-1])
+    return seconds, idle, peak
+
+
+def measure(folder: Path, parameters: int, rate: float, repeats: int, *, cold: bool) -> None:
+    methods = ("dare",) if cold else ("dare", "magnitude", "importance")
+    reads, runs = [], {name: [] for name in methods}
+    for _ in range(repeats):
+        if cold:
+            forget(folder)
+        reads.append(read(folder))
+        for method in methods:
+            if cold:
+                forget(folder)
+            shutil.rmtree(folder / method, ignore_errors=True)
+            runs[method].append(work("prune", folder / "base", folder / "tuned", folder / method, method, rate))
+    reading, start = statistics.median(reads), f"| {parameters / 1e9:.2f} | {'cold' if cold else 'warm'} |"
+    print(f"{start} reading both once | {reading:.2f} | 1 | | |", flush=True)
+    for method, results in runs.items():
+        seconds = statistics.median(r[0] for r in results)
+        size = sum(f.stat().st_size for f in (folder / method).glob("delta_*"))
+        peak = max(r[2] for r in results)
+        print(
+            f"{start} prune, {method} | {seconds:.2f} | {seconds / reading:.2f} | {peak:.0f} | {size / 1e6:.1f} |",
+            flush=True,
+        )
+    if not cold:
+        shutil.rmtree(folder / "dense", ignore_errors=True)
+        seconds, _, peak = work("apply", folder / "base", folder / "dare", folder / "dense")
+        print(f"{start} apply, dare | {seconds:.2f} | {seconds / reading:.2f} | {peak:.0f} | |", flush=True)
+        shutil.rmtree(folder / "dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--billions", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0])
+    parser.add_argument("--rate", type=float, default=0.99)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--cold", action="store_true", help="also with the files dropped from the page cache")
+    arguments = parser.parse_args()
+    print(f"p = {arguments.rate}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print("| billion parameters | page cache | | seconds | of reading | peak RssAnon above idle, MiB | delta, MB |")
+    print("|---|---|---|---|---|---|---|")
+    for billions in arguments.billions:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+            parameters = build(Path(place), billions)
+            for cold in (False, True)[: 1 + arguments.cold]:
+                measure(Path(place), parameters, arguments.rate, arguments.repeats, cold=cold)
+
+
+if __name__ == "__main__":
+    main()
