@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dpp_lightning.delta_info import AbsoluteEntries, DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.entries import EntriesHash, alike, put_entries, summed, take_entries
+from dpp_lightning.matching import matched
 from dpp_lightning.names import TensorSource, align, canonical_tensors, source_name, source_names
 from dpp_lightning.rescaling import check_q
 from dpp_lightning.threads import over_threads
@@ -276,22 +277,8 @@ class SparseDelta:
 
     def _find(self, target: TensorSource) -> dict[str, Tensor]:
         """The target's tensors under this delta's names, shapes checked."""
-        tensors = canonical_tensors(target)
         shapes = {name: self._shape(name) for name in (*self.tensors, *self.carried)}
-        names = align(shapes, tensors)
-        faults = [f"{name}: not in the target" for name in shapes if name not in names]
-        faults += [
-            f"{name}: shape {tuple(tensors[other].shape)}, the delta has {shapes[name]}"
-            for name, other in names.items()
-            if tuple(tensors[other].shape) != shapes[name]
-        ]
-        if faults:
-            raise ValueError(
-                f"the delta does not fit the target ({len(faults)} of {len(shapes)} tensors); is it the "
-                f"architecture of its base {self.info.base_name or ''} with the fine-tuned head and vocabulary?\n  "
-                + "\n  ".join(faults[:20])
-            )
-        return {name: tensors[other] for name, other in names.items()}
+        return matched(shapes, canonical_tensors(target), source_name(target), self.info)
 
     def _check_base(self, kept: dict[str, Tensor], target: TensorSource) -> None:
         digest = EntriesHash()

@@ -14,7 +14,8 @@ from dpp_lightning.delta_config import CONFIG_FILE
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.entries import EntriesHash, summed, take_entries
-from dpp_lightning.names import align, canonical_tensors
+from dpp_lightning.matching import matched
+from dpp_lightning.names import canonical_tensors
 from dpp_lightning.safetensors_file import Entry, ShardedWriter
 from dpp_lightning.streaming import Progress, further_files
 
@@ -54,7 +55,10 @@ def apply_checkpoint(
     """
     with whole_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
-        tensors = _matched(reader, canonical_tensors(load_tensors(base, base_revision)), str(base))
+        shapes: dict[str, tuple[int, ...] | None] = dict(reader.chunks.table)
+        shapes |= dict.fromkeys((*reader.info.reverted, *reader.info.unchanged))
+        base_tensors = canonical_tensors(load_tensors(base, base_revision))
+        tensors = matched(shapes, base_tensors, str(base), reader.info, longer=True)
         entries = list(_entries(reader, tensors))
         with ShardedWriter(folder, entries, max_shard_bytes) as writer:
             total, done = sum(entry.nbytes for entry in entries), 0
@@ -67,32 +71,6 @@ def apply_checkpoint(
             if name != CONFIG_FILE:
                 (folder / name).write_bytes(path.read_bytes())
     return Path(output)
-
-
-def _matched(reader: DeltaReader, base: Mapping[str, Tensor], base_name: str) -> dict[str, Tensor]:
-    """The base's tensors under the delta's names; all that is missing, of another shape, or left over in one error."""
-    shapes: dict[str, tuple[int, ...] | None] = dict(reader.chunks.table)
-    shapes |= dict.fromkeys((*reader.info.reverted, *reader.info.unchanged))
-    names = align([*shapes, *reader.carried], base)
-    faults = [f"{name}: not in the base" for name in shapes if name not in names]
-    for name, shape in shapes.items():
-        if name in names and shape is not None and not _holds(base[names[name]], shape):
-            faults.append(f"{name}: shape {tuple(base[names[name]].shape)} in the base, {shape} in the delta")
-    if faults:
-        extra = sorted(set(base) - set(names.values()))
-        raise ValueError(
-            f"the delta does not fit {base_name} ({len(faults)} of {len(shapes)} tensors); its base is "
-            f"{reader.info.base_name or '(unnamed)'}\n  "
-            + "\n  ".join([*faults[:40], *(f"{name}: only in the base" for name in extra[:40])])
-        )
-    return {name: base[names[name]] for name in shapes}
-
-
-def _holds(base: Tensor, shape: tuple[int, ...]) -> bool:
-    """Of the shape, or with more rows: a vocabulary that fine-tuning made shorter."""
-    if tuple(base.shape) == shape:
-        return True
-    return base.dim() == len(shape) > 0 and len(base) > shape[0] and tuple(base.shape[1:]) == shape[1:]
 
 
 def _entries(reader: DeltaReader, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:

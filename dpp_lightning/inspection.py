@@ -94,19 +94,7 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
     """
     reader = DeltaReader.open(source, revision)
     folder = Path(reader.folder)
-    pruned = [TensorCost(name, shape, "pruned") for name, shape in reader.chunks.table]
-    positions = values = 0
-    for first, chunk in reader.chunks.chunks():
-        sizes = chunk.head.stored(values=False), chunk.head.stored(values=True)
-        positions, values = positions + sizes[0], values + sizes[1]
-        for row, part in zip(pruned[first:], chunk.positions, strict=False):
-            share = len(part) / max(chunk.head.kept, 1)
-            row.kept += len(part)
-            row.positions += share * sizes[0]
-            row.values += share * sizes[1]
-    for row in pruned:
-        row.density = row.kept / max(prod(row.shape), 1)
-        row.entropy = 0.0 if reader.chunks.seeded else position_entropy(prod(row.shape), row.kept) / 8
+    pruned, positions, values = _pruned_rows(reader)
     dense = list(_dense_rows(reader))
     model, config = ((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
     carried, entropy = sum(row.carried for row in dense), sum(row.entropy for row in pruned)
@@ -136,6 +124,24 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         ratio_fp32=4 * info.entries / total,
         ratio_bf16=2 * info.entries / total,
     )
+
+
+def _pruned_rows(reader: DeltaReader) -> tuple[list[TensorCost], int, int]:
+    """One row for each pruned tensor, and the bytes of all positions and values."""
+    pruned = [TensorCost(name, shape, "pruned") for name, shape in reader.chunks.table]
+    positions = values = 0
+    for first, chunk in reader.chunks.chunks():
+        sizes = chunk.head.stored(values=False), chunk.head.stored(values=True)
+        positions, values = positions + sizes[0], values + sizes[1]
+        for row, part in zip(pruned[first:], chunk.positions, strict=False):
+            share = len(part) / max(chunk.head.kept, 1)
+            row.kept += len(part)
+            row.positions += share * sizes[0]
+            row.values += share * sizes[1]
+    for row in pruned:
+        row.density = row.kept / max(prod(row.shape), 1)
+        row.entropy = 0.0 if reader.chunks.seeded else position_entropy(prod(row.shape), row.kept) / 8
+    return pruned, positions, values
 
 
 def position_entropy(entries: int, kept: int) -> float:

@@ -56,6 +56,26 @@ class Method:
             if value not in known[name]:
                 raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
 
+    def check_q(self, name: str, pruning_rate: float, q: float | None, *, searched: bool) -> None:
+        """Refuse a q that cannot be, and a method that searches q without anything to search it by.
+
+        Args:
+            name: the method's.
+            pruning_rate: p in [0, 1).
+            q: given by hand, or None.
+            searched: an objective is at hand.
+
+        Raises:
+            ValueError: as said.
+        """
+        if q is not None:
+            rescaling.check_q(q, pruning_rate)
+        elif self.needs_search and not searched and pruning_rate > 0:
+            raise ValueError(
+                f"{name} searches q: give calibration data (calibration=, --calibration), or q by hand (q=, --q), or "
+                "take method 'dare' for q = 1 - pruning_rate"
+            )
+
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
         """The method's own settings and their choices."""

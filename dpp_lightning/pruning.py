@@ -14,7 +14,6 @@ from dpp_lightning.delta import SparseDelta
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
 from dpp_lightning.plan import PruningPlan
-from dpp_lightning.rescaling import check_q
 from dpp_lightning.scope import Scope
 
 Weights = TensorSource | str | Path
@@ -60,18 +59,14 @@ def prune(
     """
     row = get_method(method)
     row.check(pruning_rate, method_settings)
-    if row.needs_search and q is None and calibration is None and pruning_rate > 0:
-        raise ValueError(
-            f"{method} searches q: pass calibration= (candidate SparseDelta to a number to be minimised), "
-            "or q= to set it by hand, or take method='dare' for q = 1 - pruning_rate"
-        )
+    row.check_q(method, pruning_rate, q, searched=calibration is not None)
     settings = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
     plan = PruningPlan.of(
         _weights(base), _weights(finetuned), settings, base_name=_name(base), files=has_own_names(finetuned)
     )
     delta = plan.draw(method, pruning_rate, seed, dtype, method_settings)
     if q is not None:
-        return delta.rescaled(check_q(q, pruning_rate))
+        return delta.rescaled(q)
     if row.searches_q and calibration is not None:
         return delta.rescaled(search_q(lambda x: calibration(delta.rescaled(x)), pruning_rate).q)
     return delta

@@ -23,7 +23,6 @@ from dpp_lightning.mapped_file import will_need
 from dpp_lightning.methods import get_method
 from dpp_lightning.plan import PruningPlan
 from dpp_lightning.pruning import has_own_names
-from dpp_lightning.rescaling import check_q
 from dpp_lightning.scope import Scope
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -69,10 +68,7 @@ def prune_checkpoint(
     """
     row, settings = get_method(method), dict(settings or {})
     row.check(pruning_rate, settings)
-    if q is not None:
-        check_q(q, pruning_rate)
-    if row.needs_search and q is None and search is None and pruning_rate > 0:
-        raise ValueError(f"{method} searches q: give calibration data, or q, or take method 'dare' for q = 1 - p")
+    row.check_q(method, pruning_rate, q, searched=search is not None)
     with whole_folder(Path(output), replaces=CONFIG_FILE) as folder:
         plan = PruningPlan.of(
             load_tensors(base, base_revision),
@@ -97,11 +93,16 @@ def prune_checkpoint(
         if q is None and search is not None and row.searches_q:
             q = search(plan, DeltaReader.open(folder).delta())
         if q is not None:
-            config = folder / CONFIG_FILE
-            config.write_bytes(with_q(config.read_bytes(), q))
-            carried = total_bytes(plan.carried) + total_bytes(plan.new_rows)
-            write_card(folder, {}, len(plan.carried) + len(plan.new_rows), carried)
+            _set_q(folder, plan, q)
     return Path(output)
+
+
+def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:
+    """Put another q into a delta that is written."""
+    config = folder / CONFIG_FILE
+    config.write_bytes(with_q(config.read_bytes(), q))
+    carried = total_bytes(plan.carried) + total_bytes(plan.new_rows)
+    write_card(folder, {}, len(plan.carried) + len(plan.new_rows), carried)
 
 
 def _told(
