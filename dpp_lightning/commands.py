@@ -77,6 +77,7 @@ def _prune_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", metavar="FILE", help="text (one example a line) or a .safetensors batch, to search q on"
     )
+    parser.add_argument("--weights-only", action="store_true", help="no configuration and tokenizer files beside it")
     parser.add_argument("--calibration-samples", type=int, default=64, metavar="N", help="examples used at most")
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--finetuned-revision", metavar="REV", help="likewise")
@@ -102,6 +103,7 @@ def _prune(options: argparse.Namespace) -> None:
             settings=settings,
             base_revision=options.base_revision,
             finetuned_revision=options.finetuned_revision,
+            weights_only=options.weights_only,
             progress=told,
         )
     cost = inspect_delta(output)
@@ -113,6 +115,8 @@ def _prune(options: argparse.Namespace) -> None:
     if dense:
         names = ", ".join(row.name for row in dense[:6]) + (", …" if len(dense) > 6 else "")
         _say(f"stored dense, {cost.carried:,} bytes: {names}")
+    if cost.side_files:
+        _say(f"beside it, {cost.side_files:,} bytes: files unlike the base's (--weights-only leaves them out)")
 
 
 def _search(options: argparse.Namespace) -> Search | None:

@@ -182,6 +182,7 @@ def _as_saved(
     if row is not None and row.weighs and name in INTEGERS:
         raise ValueError(f"{info.method} weighs the kept values, which {name} would lose; take a float dtype")
     parts: Parts = delta.tensors.items()
-    if name is not None and any(t.values.dtype != FLOATS.get(name) for t in delta.tensors.values()):
+    held = torch.float32 if name in INTEGERS and name == info.dtype else FLOATS.get(name or "")
+    if name is not None and any(t.values.dtype != held for t in delta.tensors.values()):
         parts = ((n, replace(t, values=to_dtype(t.values, name, t.values, n))) for n, t in delta.tensors.items())
     return replace(info, dtype=name), parts, coding == "seed"

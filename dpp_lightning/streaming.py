@@ -44,6 +44,7 @@ def prune_checkpoint(
     settings: Mapping[str, Any] | None = None,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
+    weights_only: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
@@ -59,6 +60,7 @@ def prune_checkpoint(
         scope: which tensors are pruned; default all.
         search: finds q when the delta is written, given plan and delta.
         base_revision, finetuned_revision: of hub ids.
+        weights_only: put no configuration, tokenizer and generation files beside the delta.
         progress: told the bytes of both models that are done, and all of them.
 
     Raises:
@@ -88,7 +90,7 @@ def prune_checkpoint(
             seeded=row.seeded,
             dtype=dtype,
             scores={},
-            side_files=_own_side_files(base, base_revision, finetuned, finetuned_revision),
+            side_files={} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision),
         )
         if q is None and search is not None and row.searches_q:
             q = search(plan, DeltaReader.open(folder).delta())
