@@ -49,7 +49,9 @@ class DeltaPruneCallback(pl.Callback):
             code for encoders does; it suits large deltas and misleads on those that AdamR made small.
         forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step.
         scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
-        dtype: dtype of the kept values in the file (and in the score); default the weights', at most 32 bits.
+        dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
+            bits.
+        method_settings: a method's own settings under its name, such as ``{"magnitude": {"budget": "model"}}``.
         apply: leave the pruned weights in the model; needs a single method, rate and seed.
         ckpt: prune the weights at the end of training (``last``) or ModelCheckpoint's ``best``.
         plot: also plot score and output change over q for each rate, ``q_curve.png``.
@@ -80,7 +82,8 @@ class DeltaPruneCallback(pl.Callback):
         exclude: Sequence[str] = (),
         outside: Literal["carry", "revert"] = "carry",
         carry: Sequence[str] = (),
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
+        method_settings: dict[str, dict[str, str]] | None = None,
         apply: bool = False,
         ckpt: Literal["last", "best"] = "last",
         plot: bool = False,
@@ -97,6 +100,7 @@ class DeltaPruneCallback(pl.Callback):
         self.output_layer, self.forward_fn = output_layer, forward_fn
         self.scope = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
         self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
+        self.method_settings = method_settings or {}
         check_settings(self)
         self.results: list[Result] = []
         self._base: BaseWeights | None = None

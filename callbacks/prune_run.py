@@ -119,6 +119,7 @@ class PruneRun:
             higher_is_better=self.settings.mode == "max",
             folder=self.folder if self.trainer.is_global_zero else None,
             dtype=self.settings.dtype,
+            method_settings=self.settings.method_settings,
             split=self.passes.split,
             q_split=self.source,
             side_files=hub_config(self.module),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpp_lightning.methods import get_method
+from dpp_lightning.methods import METHODS, get_method
 from dpp_lightning.sampling import exact_rate, stream_key
-from dpp_lightning.value_code import DTYPES
+from dpp_lightning.value_code import DTYPES, INTEGERS
 
 if TYPE_CHECKING:
     from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
@@ -47,12 +48,27 @@ def check_settings(settings: DeltaPruneCallback) -> None:
     for what, values in lists:
         if not values or len(set(values)) != len(values):
             faults.append(f"{what} must name at least one value and none twice, got {list(values)}")
+    faults += _method_faults(settings)
     if settings.calibration_samples < 1:
         faults.append(f"calibration_samples must be at least 1, got {settings.calibration_samples}")
     if settings.apply and len(settings.methods) * len(settings.rates) * len(settings.seeds) != 1:
         faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
     if faults:
         raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
+
+
+def _method_faults(settings: DeltaPruneCallback) -> list[str]:
+    """Settings of methods that are not run or do not have them, and a dtype that a method's values would be lost in."""
+    faults = []
+    for name, own in settings.method_settings.items():
+        if name not in settings.methods:
+            faults.append(f"method_settings name {name!r}, which is not among the methods {list(settings.methods)}")
+        elif name in METHODS:
+            faults += _refused(partial(METHODS[name].check, 0), [own])
+    if settings.dtype in INTEGERS:
+        weighing = [name for name in settings.methods if name in METHODS and METHODS[name].weighs]
+        faults += [f"{name} weighs the kept values, which {settings.dtype} would lose" for name in weighing]
+    return faults
 
 
 def _refused(check: Callable[[Any], Any], values: Sequence[Any]) -> list[str]:

@@ -6,7 +6,7 @@ Knows neither Lightning nor data: the caller lends it functions that score the m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -85,6 +85,7 @@ class Experiment:
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).
         dtype: dtype of the kept values in the file; scores are of these very values.
+        method_settings: a method's own settings under its name.
         split, q_split: names of the scored data and of the data q is searched on.
         side_files: further files for the deltas' folders, name to bytes.
         card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
@@ -101,6 +102,7 @@ class Experiment:
     higher_is_better: bool
     folder: Path | None
     dtype: str | None = None
+    method_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     split: str = "validation"
     q_split: str = "calibration"
     side_files: dict[str, bytes] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Experiment:
                 search: SearchResult | None = None
                 for index, seed in enumerate(seeds if get_method(method).random else seeds[:1]):
                     start = time.perf_counter()
-                    delta = self.plan.draw(method, rate, seed, self.dtype)
+                    delta = self.plan.draw(method, rate, seed, self.dtype, self.method_settings.get(method))
                     if get_method(method).searches_q:
                         search = search or self.search(delta)
                         delta = delta.rescaled(search.q)
@@ -139,7 +141,7 @@ class Experiment:
 
     def curve(self, method: str, rate: float, seed: int, points: int, chosen: float | None) -> QCurve:
         """Score and output change over q, both on one mask."""
-        delta = self.plan.draw(method, rate, seed, self.dtype)
+        delta = self.plan.draw(method, rate, seed, self.dtype, self.method_settings.get(method))
         curve = QCurve(rate, q_grid(rate, points), [], [], chosen)
         for q in curve.q:
             candidate = delta.rescaled(q)

@@ -41,6 +41,17 @@ class Spy(pl.Callback):
         self.training = pl_module.training
 
 
+def test_a_methods_own_settings_and_integers_reach_the_deltas(tmp_path):
+    settings = {"magnitude": {"budget": "model"}}
+    pruned = callback(tmp_path, method=["magnitude", "dare"], dtype="int8", method_settings=settings)
+    trainer(pruned).fit(Foreign(), train_loader(), val_loader())
+    ranked, drawn = (SparseDelta.from_pretrained(tmp_path / f"{name}-p0.9-seed0") for name in ("magnitude", "dare"))
+    assert (ranked.info.settings, drawn.info.settings) == ({"budget": "model"}, {})
+    assert ranked.info.dtype == drawn.info.dtype == "int8"
+    shares = {round(t.values.numel() / t.indices.new_empty(t.shape).numel(), 2) for t in ranked.tensors.values()}
+    assert len(shares) > 1, "one budget for the model leaves more of one tensor than of another"
+
+
 @pytest.mark.parametrize("optimizer", [None, adamr])
 def test_every_row_is_the_score_of_the_saved_delta_and_the_weights_come_back(tmp_path, optimizer):
     torch.manual_seed(0)
@@ -263,6 +274,10 @@ def test_forward_fn_and_output_layer(tmp_path):
         ({"mode": "best"}, "mode must be"),
         ({"objective": "labels"}, "objective must be"),
         ({"dtype": "int2"}, "dtype must be"),
+        ({"method": "importance", "dtype": "int4"}, "importance weighs the kept values"),
+        ({"method_settings": {"magnitude": {"budget": "model"}}}, "not among the methods"),
+        ({"method": "magnitude", "method_settings": {"magnitude": {"budget": "layer"}}}, "budget must be one of"),
+        ({"method_settings": {"dare": {"budget": "model"}}}, "unknown method setting"),
         ({"calibration_samples": 0}, "calibration_samples"),
         ({"apply": True, "seeds": [0, 1]}, "apply=True"),
         ({"scope": "mlp"}, "scope must be"),
