@@ -15,6 +15,7 @@ from dpp_lightning.callbacks.base_weights import BaseWeights
 from dpp_lightning.callbacks.calibration_data import calibration_batch, labelled_loader
 from dpp_lightning.callbacks.hub_config import hub_config
 from dpp_lightning.callbacks.passes import Passes
+from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.experiment import Experiment, QCurve, Result, mean_and_deviation
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import canonical_tensors, saved_names
@@ -127,7 +128,7 @@ class PruneRun:
 
     def _reference_rows(self, experiment: Experiment, finetuned: float) -> None:
         """The base (all of the delta dropped, carried tensors kept) and the fine-tuned model, unpruned."""
-        dense = sum(t.numel() * t.element_size() for t in experiment.plan.finetuned.values())
+        dense = total_bytes(experiment.plan.finetuned)
         split, base = self.passes.split, self.passes.score()
         experiment.card = {"base": base, "fine-tuned": finetuned}
         self._record(Result("base", base, split=split))

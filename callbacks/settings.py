@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpp_lightning.methods import METHODS, get_method
 from dpp_lightning.sampling import exact_rate, stream_key
-from dpp_lightning.value_code import DTYPES, INTEGERS
+from dpp_lightning.value_code import DTYPES
 
 if TYPE_CHECKING:
     from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
@@ -65,9 +65,9 @@ def _method_faults(settings: DeltaPruneCallback) -> list[str]:
             faults.append(f"method_settings name {name!r}, which is not among the methods {list(settings.methods)}")
         elif name in METHODS:
             faults += _refused(partial(METHODS[name].check, 0), [own])
-    if settings.dtype in INTEGERS:
-        weighing = [name for name in settings.methods if name in METHODS and METHODS[name].weighs]
-        faults += [f"{name} weighs the kept values, which {settings.dtype} would lose" for name in weighing]
+    for name in settings.methods if settings.dtype in DTYPES else ():
+        if name in METHODS:
+            faults += _refused(partial(METHODS[name].check_dtype, name), [settings.dtype])
     return faults
 
 

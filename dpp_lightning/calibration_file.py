@@ -111,5 +111,8 @@ def _put_base(model: nn.Module, plan: PruningPlan) -> None:
     if missing:
         raise ValueError(f"the model that config.json names lacks tensors of the fine-tuned weights: {missing[:5]}")
     for name, other in names.items():
-        rows = min(len(own[other]), len(plan.base[name])) if own[other].dim() else None
-        own[other][:rows].copy_(plan.base[name][:rows]) if rows is not None else own[other].copy_(plan.base[name])
+        target, base = own[other], plan.base[name]
+        if target.shape != base.shape:  # vocabularies: the rows in common
+            rows = min(len(target), len(base))
+            target, base = target[:rows], base[:rows]
+        target.copy_(base)

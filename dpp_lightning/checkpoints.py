@@ -110,6 +110,12 @@ def side_files(source: str | Path, revision: str | None = None) -> dict[str, Pat
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _is_side_file(path)}
 
 
+def has_own_names(source: str | Path) -> bool:
+    """Whether the names in a source are those of the model's own files: so in a hub folder or a safetensors file, not
+    in a trainer's checkpoint."""
+    return Path(source).suffix not in (".ckpt", ".pt", ".pth")
+
+
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size of all tensors in bytes; tied ones count each time."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -109,7 +109,7 @@ def read_head(blob: ByteArray, start: int, left: int, *, seeded: bool) -> Head:
     span, kept, coding, shift, kind, form = _HEAD.unpack_from(blob.data, start)
     if not 0 < span <= left or kept > min(span, _LIMIT):
         raise ValueError(f"a chunk of {kept} kept in {span} entries, where {left} entries are left")
-    if coding not in position_code.STREAMS or (coding == position_code.SEED) != seeded:
+    if coding not in position_code.CODINGS or (coding == position_code.SEED) != seeded:
         raise ValueError(f"coding {coding} of positions, which {'follow' if seeded else 'do not follow'} from a seed")
     if kind >= len(value_code.DTYPES) or form not in (value_code.PLANES, value_code.SIGNS):
         raise ValueError(f"dtype {kind} and form {form} of values are not known")

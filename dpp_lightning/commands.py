@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from dpp_lightning.checkpoints import total_bytes
+from dpp_lightning.delta_file import delta_bytes, further_bytes
+from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.exporting import apply_checkpoint
 from dpp_lightning.inspection import DeltaCost, TensorCost, inspect_delta
 from dpp_lightning.methods import METHODS, get_method
@@ -106,17 +110,24 @@ def _prune(options: argparse.Namespace) -> None:
             weights_only=options.weights_only,
             progress=told,
         )
-    cost = inspect_delta(output)
+    _tell(output)
+
+
+def _tell(output: Path) -> None:
+    """What was written, from the config and the heads of the chunks: nothing is drawn or decoded again."""
+    reader = DeltaReader.open(output)
+    info, size, beside = reader.info, delta_bytes(output), further_bytes(output)
+    dense = {**reader.carried, **reader.new_rows}
+    kept = sum(head.kept for _, head in reader.chunks.heads) + sum(t.numel() for t in dense.values())
     _say(
-        f"{output}: {cost.total:,} bytes, {cost.ratio_bf16:.1f} times smaller than the model in bfloat16 "
-        f"({cost.method}, p={cost.pruning_rate:g}, q={cost.q:.4g}, density {100 * cost.density:.3g} %)"
+        f"{output}: {size:,} bytes, {2 * info.entries / size:.1f} times smaller than the model in bfloat16 "
+        f"({info.method}, p={info.pruning_rate:g}, q={info.q:.4g}, density {100 * kept / max(info.entries, 1):.3g} %)"
     )
-    dense = [row for row in cost.tensors if row.kind != "pruned"]
     if dense:
-        names = ", ".join(row.name for row in dense[:6]) + (", …" if len(dense) > 6 else "")
-        _say(f"stored dense, {cost.carried:,} bytes: {names}")
-    if cost.side_files:
-        _say(f"beside it, {cost.side_files:,} bytes: files unlike the base's (--weights-only leaves them out)")
+        names = ", ".join([*dense][:6]) + (", …" if len(dense) > 6 else "")
+        _say(f"stored dense, {total_bytes(dense):,} bytes: {names}")
+    if beside:
+        _say(f"beside it, {beside:,} bytes: files unlike the base's (--weights-only leaves them out)")
 
 
 def _search(options: argparse.Namespace) -> Search | None:

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from dpp_lightning.atomic import whole_folder
 from dpp_lightning.card import model_card
+from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.chunks import ChunkWriter
 from dpp_lightning.delta import SparseDelta
-from dpp_lightning.delta_config import CONFIG_FILE, Table, read_config, write_config
+from dpp_lightning.delta_config import CONFIG_FILE, Table, write_config
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor
 from dpp_lightning.methods import METHODS
 from dpp_lightning.plan import to_dtype
 from dpp_lightning.safetensors_file import Entry, SafetensorsWriter
-from dpp_lightning.value_code import DTYPES, FLOATS, INTEGERS
+from dpp_lightning.value_code import FLOATS, INTEGERS, check_dtype
 
 MODEL_FILE, CARD_FILE = "delta_model.safetensors", "README.md"
 KEPT, CARRIED, ROWS = "kept", "carried.", "rows."
@@ -109,16 +110,26 @@ def write_files(
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     with (folder / MODEL_FILE).open("wb") as file:
         table, checksum = write_model(file, parts, carried, new_rows, seeded=seeded, dtype=dtype)
-    (folder / CONFIG_FILE).write_bytes(write_config(info(), table, seeded=seeded, model_checksum=checksum))
-    dense = (*carried.values(), *new_rows.values())
-    write_card(folder, scores, len(dense), sum(t.numel() * t.element_size() for t in dense))
+    description = info()
+    (folder / CONFIG_FILE).write_bytes(write_config(description, table, seeded=seeded, model_checksum=checksum))
+    write_card(folder, description, scores, {**carried, **new_rows})
 
 
-def write_card(folder: Path, scores: Mapping[str, float], carried: int, carried_bytes: int) -> None:
-    """Write the card of a folder that has its two files."""
-    info, *_ = read_config((folder / CONFIG_FILE).read_bytes())
-    size = sum((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
-    (folder / CARD_FILE).write_text(model_card(info, size, scores, carried, carried_bytes), encoding="utf-8")
+def write_card(folder: Path, info: DeltaInfo, scores: Mapping[str, float], dense: Mapping[str, Tensor]) -> None:
+    """Write the card of a folder that has its two files; ``dense`` are the carried tensors and new rows."""
+    card = model_card(info, delta_bytes(folder), scores, len(dense), total_bytes(dense))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def delta_bytes(folder: Path) -> int:
+    """Bytes of the model and config file of a delta folder."""
+    return sum((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
+
+
+def further_bytes(folder: Path) -> int:
+    """Bytes of what lies in a delta folder beside the delta and its card: configuration and tokenizer files."""
+    own = {MODEL_FILE, CONFIG_FILE, CARD_FILE}
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in own)
 
 
 def write_model(
@@ -176,11 +187,9 @@ def _as_saved(
         allowed = "'seed' or 'index'" if info.seeded else "'index' (this selection follows from no seed)"
         raise ValueError(f"positions must be {allowed}, got {positions!r}")
     name = info.dtype if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    row = METHODS.get(info.method)
-    if row is not None and row.weighs and name in INTEGERS:
-        raise ValueError(f"{info.method} weighs the kept values, which {name} would lose; take a float dtype")
+    check_dtype(name)
+    if info.method in METHODS:
+        METHODS[info.method].check_dtype(info.method, name)
     parts: Parts = delta.tensors.items()
     held = torch.float32 if name in INTEGERS and name == info.dtype else FLOATS.get(name or "")
     if name is not None and any(t.values.dtype != held for t in delta.tensors.values()):

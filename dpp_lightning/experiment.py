@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dpp_lightning.calibration import SearchResult, output_change, q_grid, search_q, search_q_by_score
 from dpp_lightning.delta import SparseDelta
-from dpp_lightning.delta_config import CONFIG_FILE
-from dpp_lightning.delta_file import MODEL_FILE
+from dpp_lightning.delta_file import delta_bytes
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
 from dpp_lightning.plan import PruningPlan
@@ -164,7 +163,7 @@ class Experiment:
             saved = delta.save_pretrained(
                 self.folder / name, scores={**self.card, "pruned": score}, side_files=self.side_files
             )
-            num_bytes = sum((saved / file).stat().st_size for file in (MODEL_FILE, CONFIG_FILE))
+            num_bytes = delta_bytes(saved)
         return Result(
             method=info.method,
             score=score,

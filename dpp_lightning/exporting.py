@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.atomic import whole_folder
-from dpp_lightning.checkpoints import load_tensors
+from dpp_lightning.checkpoints import load_tensors, side_files
 from dpp_lightning.delta_config import CONFIG_FILE
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.delta_reader import DeltaReader
@@ -17,7 +17,7 @@ from dpp_lightning.entries import EntriesHash, summed, take_entries
 from dpp_lightning.matching import matched
 from dpp_lightning.names import canonical_tensors
 from dpp_lightning.safetensors_file import Entry, ShardedWriter
-from dpp_lightning.streaming import Progress, further_files
+from dpp_lightning.streaming import Progress
 
 _BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
 _SHARD = 5_000_000_000
@@ -67,7 +67,7 @@ def apply_checkpoint(
                 done += piece.numel() * piece.element_size()
                 if progress:
                     progress(done, total)
-        for name, path in {**further_files(base, base_revision), **further_files(delta, delta_revision)}.items():
+        for name, path in {**side_files(base, base_revision), **side_files(delta, delta_revision)}.items():
             if name != CONFIG_FILE:
                 (folder / name).write_bytes(path.read_bytes())
     return Path(output)

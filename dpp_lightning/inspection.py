@@ -8,10 +8,8 @@ from math import lgamma, log, prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpp_lightning.delta_config import CONFIG_FILE
-from dpp_lightning.delta_file import MODEL_FILE
+from dpp_lightning.delta_file import delta_bytes, further_bytes
 from dpp_lightning.delta_reader import DeltaReader
 
 
@@ -93,13 +91,11 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         ValueError: a damaged or hostile delta.
     """
     reader = DeltaReader.open(source, revision)
-    folder = Path(reader.folder)
     pruned, positions, values = _pruned_rows(reader)
     dense = list(_dense_rows(reader))
-    model, config = ((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
+    total, config = delta_bytes(reader.folder), (reader.folder / CONFIG_FILE).stat().st_size
     carried, entropy = sum(row.carried for row in dense), sum(row.entropy for row in pruned)
-    kept, total = sum(row.kept for row in (*pruned, *dense)), model + config
-    own = {MODEL_FILE, CONFIG_FILE, "README.md"}
+    kept = sum(row.kept for row in (*pruned, *dense))
     info = reader.info
     return DeltaCost(
         method=info.method,
@@ -116,9 +112,9 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         values=values,
         carried=carried,
         config=config,
-        overhead=model - positions - values - carried,
+        overhead=total - config - positions - values - carried,
         total=total,
-        side_files=sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name not in own),
+        side_files=further_bytes(reader.folder),
         entropy=entropy,
         above_entropy=positions / entropy - 1 if entropy else 0.0,
         ratio_fp32=4 * info.entries / total,
@@ -152,5 +148,4 @@ def position_entropy(entries: int, kept: int) -> float:
 def _dense_rows(reader: DeltaReader) -> Iterator[TensorCost]:
     for kind, tensors in (("carried", reader.carried), ("new rows", reader.new_rows)):
         for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            yield TensorCost(name, tuple(torch.Size(tensor.shape)), kind, tensor.numel(), 1.0, carried=size)
+            yield TensorCost(name, tuple(tensor.shape), kind, tensor.numel(), 1.0, carried=tensor.nbytes)

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from dpp_lightning import rescaling, selection
 from dpp_lightning.sampling import exact_rate
+from dpp_lightning.value_code import FLOATS, INTEGERS, check_dtype
 
 _DARE = ("Language Models are Super Mario (ICML 2024)", "https://arxiv.org/abs/2311.03099")
 _DAREX = ("DARE the Extreme (ICLR 2025)", "https://arxiv.org/abs/2410.09344")
@@ -55,6 +56,23 @@ class Method:
                 raise ValueError(f"unknown method setting {name!r}; this method has {', '.join(known) or 'none'}")
             if value not in known[name]:
                 raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
+
+    def check_dtype(self, name: str, dtype: str | None) -> None:
+        """Refuse a dtype of the kept values that is not known, or that this method's values would be lost in.
+
+        Args:
+            name: the method's.
+            dtype: one of ``value_code.DTYPES``, or None for the values' own.
+
+        Raises:
+            ValueError: as said.
+        """
+        check_dtype(dtype)
+        if self.weighs and dtype in INTEGERS:
+            raise ValueError(
+                f"{name} weighs the kept values, most of them to one magnitude that costs a bit each; {dtype} would "
+                f"lose it: take one of {', '.join(FLOATS)}"
+            )
 
     def check_q(self, name: str, pruning_rate: float, q: float | None, *, searched: bool) -> None:
         """Refuse a q that cannot be, and a method that searches q without anything to search it by.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor
 from dpp_lightning.entries import EntriesHash, take_entries
@@ -18,7 +19,7 @@ from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource, align, buffer_names, canonical_tensors, check_prunable, saved_names
 from dpp_lightning.pairs import Pair
 from dpp_lightning.scope import Fate, Scope
-from dpp_lightning.value_code import DTYPES, FLOATS, INTEGERS, quantised
+from dpp_lightning.value_code import FLOATS, INTEGERS, quantised
 
 _PROBE = 4096  # entries compared before whole tensors are
 
@@ -139,13 +140,7 @@ class PruningPlan:
         """
         row = get_method(method)
         row.check(pruning_rate, settings)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if row.weighs and dtype in INTEGERS:
-            raise ValueError(
-                f"{method} weighs the kept values, most of them to one magnitude that costs a bit each; {dtype} would "
-                f"lose it: take one of {', '.join(FLOATS)}"
-            )
+        row.check_dtype(method, dtype)
         for pair, kept in zip(self.pairs, row.select(self.pairs, pruning_rate, seed, **settings), strict=True):
             base = take_entries(pair.base, kept.positions)
             values = kept.values
@@ -195,7 +190,7 @@ class PruningPlan:
             base_check=check.hexdigest(),
             base_first=check.first,
             entries=sum(t.numel() for t in self.finetuned.values()),
-            dense_bytes=sum(t.numel() * t.element_size() for t in self.finetuned.values()),
+            dense_bytes=total_bytes(self.finetuned),
             dtype=dtype,
             scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
             settings=dict(settings),

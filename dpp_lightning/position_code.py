@@ -15,7 +15,7 @@ Int64Array = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
 
 SEED, ALL, GAPS, BITMAP = 0, 1, 2, 3  # codings; SEED stores nothing here, the sampler gives the positions
-STREAMS = {SEED: 0, ALL: 0, GAPS: 2, BITMAP: 1}
+CODINGS = (SEED, ALL, GAPS, BITMAP)
 _ESCAPE = 255
 _DENSE = 5  # a bitmap is smaller than gaps if at least one in so many entries is kept
 _HIGH_BITS = 6  # the high parts of the gaps average less than 2**6, and at least half of that where low bits exist

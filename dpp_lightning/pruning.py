@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dpp_lightning.calibration import search_q
-from dpp_lightning.checkpoints import load_tensors
+from dpp_lightning.checkpoints import has_own_names, load_tensors
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
@@ -62,7 +62,11 @@ def prune(
     row.check_q(method, pruning_rate, q, searched=calibration is not None)
     settings = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
     plan = PruningPlan.of(
-        _weights(base), _weights(finetuned), settings, base_name=_name(base), files=has_own_names(finetuned)
+        _weights(base),
+        _weights(finetuned),
+        settings,
+        base_name=_name(base),
+        files=isinstance(finetuned, str | Path) and has_own_names(finetuned),
     )
     delta = plan.draw(method, pruning_rate, seed, dtype, method_settings)
     if q is not None:
@@ -76,12 +80,6 @@ def _weights(source: Weights) -> TensorSource:
     if isinstance(source, nn.Module | Mapping):
         return source
     return load_tensors(source)
-
-
-def has_own_names(source: Weights) -> bool:
-    """Whether the names in a source are those of the model's own files: so in a hub folder or a safetensors file, not
-    in a module or a trainer's checkpoint."""
-    return isinstance(source, str | Path) and Path(source).suffix not in (".ckpt", ".pt", ".pth")
 
 
 def _name(source: Weights) -> str | None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dpp_lightning.atomic import whole_folder
-from dpp_lightning.checkpoints import load_tensors, side_files, total_bytes
+from dpp_lightning.checkpoints import has_own_names, load_tensors, side_files, total_bytes
 from dpp_lightning.delta import SparseDelta
-from dpp_lightning.delta_config import CONFIG_FILE, with_q
+from dpp_lightning.delta_config import CONFIG_FILE, read_config, with_q
 from dpp_lightning.delta_file import write_card, write_files
 from dpp_lightning.delta_info import SparseTensor
 from dpp_lightning.delta_reader import DeltaReader
@@ -22,7 +21,6 @@ from dpp_lightning.entries import EntriesHash
 from dpp_lightning.mapped_file import will_need
 from dpp_lightning.methods import get_method
 from dpp_lightning.plan import PruningPlan
-from dpp_lightning.pruning import has_own_names
 from dpp_lightning.scope import Scope
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -101,10 +99,9 @@ def prune_checkpoint(
 
 def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:
     """Put another q into a delta that is written."""
-    config = folder / CONFIG_FILE
-    config.write_bytes(with_q(config.read_bytes(), q))
-    carried = total_bytes(plan.carried) + total_bytes(plan.new_rows)
-    write_card(folder, {}, len(plan.carried) + len(plan.new_rows), carried)
+    config = with_q((folder / CONFIG_FILE).read_bytes(), q)
+    (folder / CONFIG_FILE).write_bytes(config)
+    write_card(folder, read_config(config)[0], {}, {**plan.carried, **plan.new_rows})
 
 
 def _told(
@@ -115,7 +112,7 @@ def _told(
 ) -> Iterator[tuple[str, SparseTensor]]:
     """The parts, while the base's hashes are taken (so that its pages are read once) and progress is told."""
     sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
-    sizes = {name: sum(t.numel() * t.element_size() for t in pair) for name, pair in sides.items()}
+    sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
     done, total, names = 0, sum(sizes.values()), list(sizes)
 
     def ahead(place: int) -> None:
@@ -140,10 +137,10 @@ def _own_side_files(
     base: str | Path, base_revision: str | None, finetuned: str | Path, finetuned_revision: str | None
 ) -> dict[str, Path]:
     """The fine-tuned model's further files that are not the base's byte for byte."""
-    theirs = further_files(base, base_revision)
+    theirs = side_files(base, base_revision)
     return {
         name: path
-        for name, path in further_files(finetuned, finetuned_revision).items()
+        for name, path in side_files(finetuned, finetuned_revision).items()
         if name != CONFIG_FILE and not (name in theirs and _same_content(theirs[name], path))
     }
 
@@ -157,10 +154,3 @@ def _same_content(a: Path, b: Path) -> bool:
         return json.loads(one) == json.loads(other)
     except ValueError:
         return False
-
-
-def further_files(source: str | Path, revision: str | None) -> dict[str, Path]:
-    """Configuration, tokenizer and generation files of a model, if the source is a folder."""
-    with suppress(FileNotFoundError):
-        return side_files(source, revision)
-    return {}

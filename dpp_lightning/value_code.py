@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-ByteArray = npt.NDArray[np.uint8]
+from dpp_lightning.position_code import ByteArray
+
 UnsignedArray = npt.NDArray[Any]  # of unsigned integers as wide as the floats
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,6 +26,16 @@ DTYPES = (*FLOATS, *INTEGERS)  # their numbers in the file are their places here
 PLANES, SIGNS = 0, 1  # forms of the float types; integers have one form
 _SAMPLE = 127  # values that are looked at to find a tensor's usual magnitude
 _EQUAL_SHARE = 0.5  # of the values must have their tensor's usual magnitude for the form with signs
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that values cannot be held in; None stands for their own.
+
+    Raises:
+        ValueError: with those that are known.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def quantised(values: Tensor, dtype: str) -> Tensor:
