@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dpp_lightning.checkpoints import load_tensors
 from dpp_lightning.fingerprint import hash_tensors
-from dpp_lightning.names import align, canonical_names, canonical_tensors, check_prunable
+from dpp_lightning.names import align, canonical_names, canonical_tensors, check_prunable, without_adapters
 
 
 class BaseWeights:
@@ -54,7 +54,9 @@ class BaseWeights:
         """
         loaded = canonical_tensors(load_tensors(pretrained, revision))
         own = canonical_tensors(module)
-        matched = {name: loaded[other] for name, other in align(own, loaded).items()}
+        plain = {name: without_adapters(name) for name in own}
+        found = align(set(plain.values()), loaded)
+        matched = {name: loaded[found[other]] for name, other in plain.items() if other in found}
         matched = {name: t.clone() for name, t in matched.items() if t.shape == own[name].shape}
         if not matched:
             raise ValueError(
@@ -118,7 +120,8 @@ def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> se
     They are told by the module (``new_parameter_names``) and by optimizer groups with ``new=True``; never guessed.
     """
     own = canonical_names(module)
-    names = {own[name] for name in getattr(module, "new_parameter_names", ()) if name in own}
+    told = [n for name in getattr(module, "new_parameter_names", ()) for n in (name, without_adapters(name))]
+    names = {own[name] for name in told if name in own}
     by_tensor = {id(t): name for name, t in canonical_tensors(module).items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

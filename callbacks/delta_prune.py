@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.atomic import check_writable
 from dpp_lightning.calibration import resolve_layer
+from dpp_lightning.callbacks.adapters import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, load_best, new_names
 from dpp_lightning.callbacks.calibration_data import labelled_loader
-from dpp_lightning.callbacks.passes import ForwardFn, Passes, read_monitor
+from dpp_lightning.callbacks.passes import ForwardFn, Passes, check_callable, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
 from dpp_lightning.callbacks.settings import LAST_HIDDEN, check_settings, listed
+from dpp_lightning.callbacks.watching import Log, Watcher
 from dpp_lightning.experiment import Result
-from dpp_lightning.names import buffer_names, canonical_tensors
+from dpp_lightning.methods import get_method
+from dpp_lightning.names import buffer_names, canonical_tensors, without_adapters
 from dpp_lightning.scope import Scope
 
 
@@ -54,7 +58,14 @@ class DeltaPruneCallback(pl.Callback):
         method_settings: a method's own settings under its name, such as ``{"magnitude": {"budget": "model"}}``.
         apply: leave the pruned weights in the model; needs a single method, rate and seed.
         ckpt: prune the weights at the end of training (``last``) or ModelCheckpoint's ``best``.
-        plot: also plot score and output change over q for each rate, ``q_curve.png``.
+        plot: also plot score and output change over q for each rate, ``q_curve.png``: True for the first method, or a
+            method's name.
+        resume: go on where an earlier run of the same weights and settings stopped: the rows that ``results.jsonl`` in
+            ``output_dir`` has are kept and not made again. A file of another run is refused.
+        save_deltas: save a delta folder for each row; without it their bytes are counted all the same.
+        lora: what is pruned of a module with a LoRA adapter (a ``PeftModel`` by peft): ``adapter`` (the default there)
+            its own parameters A and B, whose base is zero, saved also as a PEFT folder ``adapter`` inside the delta's;
+            ``merged`` the dense delta scaling B A of each adapted weight, which fits the plain base.
 
     Raises:
         ValueError: at construction or before training starts: a rate outside [0, 1), an unknown method, settings that
@@ -83,10 +94,13 @@ class DeltaPruneCallback(pl.Callback):
         outside: Literal["carry", "revert"] = "carry",
         carry: Sequence[str] = (),
         dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
-        method_settings: dict[str, dict[str, str]] | None = None,
+        method_settings: dict[str, dict[str, str | float]] | None = None,
         apply: bool = False,
         ckpt: Literal["last", "best"] = "last",
-        plot: bool = False,
+        plot: bool | str = False,
+        resume: bool = False,
+        save_deltas: bool = True,
+        lora: AdapterView | None = None,
     ) -> None:
         self.methods = [method] if isinstance(method, str) else list(method)
         self.rates = [float(r) for r in listed(pruning_rate)]
@@ -101,6 +115,8 @@ class DeltaPruneCallback(pl.Callback):
         self.scope = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
         self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
         self.method_settings = method_settings or {}
+        self.resume, self.save_deltas, self.lora = resume, save_deltas, lora
+        self.watcher: Watcher = Log()
         check_settings(self)
         self.results: list[Result] = []
         self._base: BaseWeights | None = None
@@ -128,12 +144,15 @@ class DeltaPruneCallback(pl.Callback):
             )
         if stage == "fit" and self.ckpt == "best" and trainer.checkpoint_callback is None:
             raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
+        if self.forward_fn is None and any(get_method(name).fitted == "learned" for name in self.methods):
+            check_callable(pl_module)
         if self.objective == "metric":
             labelled_loader(trainer, self.calibration_dataloader)
         self._folder = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
         if trainer.is_global_zero:
             check_writable(self._folder)
         if has_weights(pl_module):
+            find_adapter(pl_module, self.lora)
             self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,8 +163,9 @@ class DeltaPruneCallback(pl.Callback):
                 self._base = BaseWeights({}, explicit=False)  # only an optimizer can still know theta_0
             else:
                 self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
-        if self.forward_fn is None:
-            resolve_layer(pl_module, self.layer(pl_module))
+        with self._seen(pl_module):
+            if self.forward_fn is None:
+                resolve_layer(pl_module, self.layer(pl_module))
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
@@ -159,18 +179,8 @@ class DeltaPruneCallback(pl.Callback):
         assert self._base is not None
         self._base.adopt_optimizer_copies(pl_module, trainer.optimizers)
         self._base.settle(pl_module)
-        own, new = canonical_tensors(pl_module), new_names(pl_module, trainer.optimizers)
-        trainable = {name for name, tensor in own.items() if tensor.requires_grad}
-        missing = sorted(trainable - new - set(self._base.tensors))
-        if missing and not self._base.explicit:  # a checkpoint the user named lacks just what is new
-            raise ValueError(
-                f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
-                "weights were restored before they could be seen. Pass "
-                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
-            )
-        self._fingerprint = self._base.fingerprint(pl_module, new, self.scope.carry)
-        self._verify(self._fingerprint)
-        self._scope(pl_module, trainer).fates(self._base.tensors, own)
+        with self._seen(pl_module) as base:
+            self._check_base(trainer, pl_module, base)
         if not self._monitor_seen:
             self._check_monitor(trainer)
 
@@ -230,20 +240,41 @@ class DeltaPruneCallback(pl.Callback):
                 "a fit with this callback"
             )
             return
-        self._verify(self._base.fingerprint(pl_module, new_names(pl_module, ()), self.scope.carry))
+        with self._seen(pl_module) as base:
+            self._verify(base.fingerprint(pl_module, new_names(pl_module, ()), self.scope.carry))
         self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._base is not None
         assert self._folder is not None
         self._running = self._pruning = True
         try:
-            run = PruneRun(self, trainer, pl_module, self._base, self._scope(pl_module, trainer), self._folder)
-            self.results = run.run()
+            with self._seen(pl_module, keep=self.apply) as base:
+                run = PruneRun(self, trainer, pl_module, base, self._scope(pl_module, trainer), self._folder)
+                self.results = run.run()
         finally:
             self._running = False
 
     # ------------------------------------------------------------------ pieces
+
+    def _seen(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
+        """The module and its base as they are pruned, with an adapter's own or merged weights."""
+        assert self._base is not None
+        return adapter_view(module, self._base, self.lora, keep=keep)
+
+    def _check_base(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> None:
+        """Refuse a base that is not known whole, is another than the checkpoint's, or leaves nothing to prune."""
+        own, new = canonical_tensors(module), new_names(module, trainer.optimizers)
+        trainable = {name for name, tensor in own.items() if tensor.requires_grad}
+        missing = sorted(trainable - new - set(base.tensors))
+        if missing and not base.explicit:  # a checkpoint the user named lacks just what is new
+            raise ValueError(
+                f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
+                "weights were restored before they could be seen. Pass "
+                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
+            )
+        self._fingerprint = base.fingerprint(module, new, self.scope.carry)
+        self._verify(self._fingerprint)
+        self._scope(module, trainer).fates(base.tensors, own)
 
     def _verify(self, fingerprint: str) -> None:
         if self._restored is not None and fingerprint != self._restored:
@@ -273,7 +304,8 @@ class DeltaPruneCallback(pl.Callback):
                 f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
                 f"which {type(module).__name__} has not; name the submodule itself"
             )
-        return str(module.output_layer)
+        told = str(module.output_layer)
+        return told if told in dict(module.named_modules()) else without_adapters(told)
 
     def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
         """The scope with buffers and the heads that were new in this training carried."""

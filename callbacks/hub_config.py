@@ -15,7 +15,8 @@ def hub_config(module: nn.Module) -> dict[str, bytes]:
     """
     for part in module.modules():
         config = getattr(part, "config", None)
-        if hasattr(part, "save_pretrained") and hasattr(config, "to_json_string"):
+        # a PeftModel passes its model's attributes on; asked by class, it is not the model
+        if hasattr(type(part), "base_model_prefix") and hasattr(config, "to_json_string"):
             own: Any = deepcopy(config)
             own.architectures = [type(part).__name__]
             return {"config.json": own.to_json_string(use_diff=False).encode()}

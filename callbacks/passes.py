@@ -9,12 +9,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from dpp_lightning.activations import InputStatistics, collected_inputs
+from dpp_lightning.batch_learner import BatchLearner
 from dpp_lightning.calibration import recorded_outputs
 
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
+
+_NO_LOGITS = (
+    "darex-learned needs logits with gradients: give {} a forward(batch) that returns them (got {}), or pass "
+    "DeltaPruneCallback(forward_fn=...)"
+)
 
 
 class Passes:
@@ -48,21 +56,53 @@ class Passes:
         """
         return read_monitor(self._run(loader), self.monitor)
 
+    def inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
+        """What every weight sees as input on one batch, by canonical name; warns of weights that no call reaches."""
+        with collected_inputs(self.trainer.lightning_module) as collector:
+            self._feed(batch, forward_fn)
+        if collector.uncalled:
+            rank_zero_warn(
+                f"nothing is known of the inputs of {len(collector.uncalled)} weights, which the evaluation step does "
+                f"not reach by calling their modules: {', '.join(collector.uncalled[:8])}; they are ranked by their "
+                "delta alone"
+            )
+        return collector.statistics
+
     def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None = None) -> list[Tensor]:
         """What the output layer returns on one batch, in the module's own evaluation step (or ``forward_fn``)."""
-        module = self.trainer.lightning_module
-        if forward_fn is None:
-            with recorded_outputs(module, layer) as outputs:
-                self._run(OneBatch(batch))
-        else:
-            training, batch = module.training, self.trainer.strategy.batch_to_device(batch)
-            module.eval()
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                outputs = [forward_fn(module, batch).detach().clone()]
-            module.train(training)
+        if forward_fn is not None:
+            return [self._feed(batch, forward_fn)]
+        with recorded_outputs(self.trainer.lightning_module, layer) as outputs:
+            self._feed(batch, None)
         if not outputs:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
         return outputs
+
+    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchLearner:
+        """Gradients on one batch: of ``forward_fn``, or of the module called with the batch (or the first of a pair).
+
+        Raises:
+            ValueError: the module cannot be called so, or the batch is too small.
+        """
+        trainer, module = self.trainer, self.trainer.lightning_module
+
+        def forward(piece: Any) -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                return forward_fn(module, piece) if forward_fn else _called(module, piece)
+
+        return BatchLearner(module, trainer.strategy.batch_to_device(batch), forward)
+
+    def _feed(self, batch: Any, forward_fn: ForwardFn | None) -> Any:
+        """One batch through the evaluation step, or through ``forward_fn``, whose output is returned."""
+        if forward_fn is None:
+            return self._run(OneBatch(batch))
+        module = self.trainer.lightning_module
+        training, batch = module.training, self.trainer.strategy.batch_to_device(batch)
+        module.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            output = forward_fn(module, batch).detach().clone()
+        module.train(training)
+        return output
 
     def _run(self, loader: Any) -> dict[str, Any]:
         """One pass; returns the metrics as callbacks see them."""
@@ -73,6 +113,23 @@ class Passes:
             metrics = dict(trainer.callback_metrics)
             loop.teardown()
         return metrics
+
+
+def check_callable(module: pl.LightningModule) -> None:
+    """Refuse a module that cannot be called, where the gradients of its outputs are wanted.
+
+    Raises:
+        ValueError: it has no ``forward``.
+    """
+    if type(module).forward is pl.LightningModule.forward:
+        raise ValueError(_NO_LOGITS.format(type(module).__name__, "no forward"))
+
+
+def _called(module: pl.LightningModule, batch: Any) -> Tensor:
+    output = module(batch[0] if isinstance(batch, tuple | list) else batch)
+    if not isinstance(output, Tensor):
+        raise ValueError(_NO_LOGITS.format(type(module).__name__, type(output).__name__))
+    return output
 
 
 class OneBatch(Sized):

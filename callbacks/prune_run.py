@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpp_lightning.atomic import whole_file
+from dpp_lightning.activations import InputStatistics
+from dpp_lightning.batch_learner import BatchLearner
+from dpp_lightning.callbacks.adapters import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.base_weights import BaseWeights
 from dpp_lightning.callbacks.calibration_data import calibration_batch, labelled_loader
 from dpp_lightning.callbacks.hub_config import hub_config
-from dpp_lightning.callbacks.passes import Passes
+from dpp_lightning.callbacks.identity import check_score, run_identity
+from dpp_lightning.callbacks.passes import Passes, read_monitor
 from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.experiment import Experiment, QCurve, Result, mean_and_deviation
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import canonical_tensors, saved_names
 from dpp_lightning.plan import PruningPlan
 from dpp_lightning.report import console_table, plot_over_q
+from dpp_lightning.results_log import ResultsLog, grid, rows_of
 from dpp_lightning.scope import Scope
 
 if TYPE_CHECKING:
@@ -54,28 +59,49 @@ class PruneRun:
         self.scope, self.folder = scope, folder
         self.passes = Passes(trainer, settings.monitor)
         self.layer = settings.layer(module)
-        searches = any(get_method(m).searches_q for m in settings.methods)
+        rows = {name: get_method(name) for name in settings.methods}
+        searches = any(row.fitted for row in rows.values())
+        self.needs_inputs = any(row.needs_inputs(settings.method_settings.get(n, {})) for n, row in rows.items())
+        self.learns = any(row.fitted == "learned" for row in rows.values())
         self.labelled, self.source = None, ""
         self.batch = None
-        if settings.plot or (searches and settings.objective == "output_change"):
+        compares = settings.plot or (searches and settings.objective == "output_change")
+        if compares or self.needs_inputs or self.learns:
             self.batch, self.source = calibration_batch(
                 trainer, settings.calibration_dataloader, settings.calibration_samples
             )
         if searches and settings.objective == "metric":
             self.labelled, self.source = labelled_loader(trainer, settings.calibration_dataloader)
-        self.results: list[Result] = []
+        self.inputs: dict[str, InputStatistics] = {}
+        self.learner: BatchLearner | None = None
+        own = {name: settings.method_settings.get(name, {}) for name in settings.methods}
+        identity = run_identity(settings, module, base, self.passes)
+        self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, own)
+        self.results: list[Result] = self.log.resume() if settings.resume else []
+        self.done = rows_of(self.results)
 
     def run(self) -> list[Result]:
         """Do it; the module holds the fine-tuned weights again afterwards, bit for bit, unless ``apply``."""
         settings, module = self.settings, self.module
+        pending = [row for row in grid(settings.methods, settings.rates, settings.seeds) if row not in self.done]
+        self._check_resumed()
+        settings.watcher.begin(pending, len(self.done))
+        if not pending and not settings.plot and len(self.results) >= 2:
+            self._report([])
+            return self.results
         reference = self._outputs() if self.batch is not None else []
-        finetuned = self.passes.score()
+        if self.needs_inputs:
+            self.inputs = self.passes.inputs(self.batch, settings.forward_fn)
+        if self.learns:
+            self.learner = self.passes.learner(self.batch, settings.forward_fn)
+        finetuned = self._known("fine-tuned") or Result("fine-tuned", self.passes.score(), split=self.passes.split)
         fates = self.scope.fates(self.base.tensors, canonical_tensors(module))
         moved = [name for name, fate in fates.items() if fate != "carry"]
         with self.base.exchanged(module, moved):
             experiment = self._experiment(self._plan(moved), reference)
             self._reference_rows(experiment, finetuned)
             for result in experiment.run(settings.methods, settings.rates, settings.seeds):
+                self._save_adapter(experiment, result)
                 self._record(result)
             curves = self._curves(experiment) if settings.plot else []
         if settings.apply and experiment.last is not None:
@@ -97,7 +123,7 @@ class PruneRun:
         finetuned = {**own, **{name: held[name] for name in moved}}
         name = self.settings.pretrained or getattr(self.module, "pretrained", None)
         revision = self.settings.revision or getattr(self.module, "revision", None)
-        return PruningPlan.of(
+        plan = PruningPlan.of(
             base,
             finetuned,
             self.scope,
@@ -106,6 +132,7 @@ class PruneRun:
             canonical=True,
             saved=saved_names(self.module, exact=False),
         )
+        return plan.with_inputs(self.inputs) if self.inputs else plan
 
     def _experiment(self, plan: PruningPlan, reference: list[torch.Tensor]) -> Experiment:
         labelled = self.labelled
@@ -116,44 +143,65 @@ class PruneRun:
             outputs=self._outputs if self.batch is not None else None,
             reference=reference,
             metric=(lambda: self.passes.score(labelled)) if labelled is not None else None,
+            learner=self.learner,
             objective=self.settings.objective,
             higher_is_better=self.settings.mode == "max",
-            folder=self.folder if self.trainer.is_global_zero else None,
+            folder=self.folder if self.trainer.is_global_zero and self.settings.save_deltas else None,
             dtype=self.settings.dtype,
             method_settings=self.settings.method_settings,
             split=self.passes.split,
             q_split=self.source,
             side_files=hub_config(self.module),
+            done=self.done,
         )
 
-    def _reference_rows(self, experiment: Experiment, finetuned: float) -> None:
+    def _known(self, reference: str) -> Result | None:
+        """The row of the base or the fine-tuned model, if an earlier run made it."""
+        return next((r for r in self.results if r.method == reference), None)
+
+    def _check_resumed(self) -> None:
+        """Outside a fit the trainer has just scored the fine-tuned model: it must score as it did."""
+        before = self._known("fine-tuned")
+        if before is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            now = read_monitor(self.trainer.callback_metrics, self.passes.monitor)
+            check_score(before.score, now, self.passes.monitor, self.log.path)
+
+    def _reference_rows(self, experiment: Experiment, finetuned: Result) -> None:
         """The base (all of the delta dropped, carried tensors kept) and the fine-tuned model, unpruned."""
+        base = self._known("base") or Result("base", self.passes.score(), split=self.passes.split)
+        experiment.card = {"base": base.score, "fine-tuned": finetuned.score}
         dense = total_bytes(experiment.plan.finetuned)
-        split, base = self.passes.split, self.passes.score()
-        experiment.card = {"base": base, "fine-tuned": finetuned}
-        self._record(Result("base", base, split=split))
-        self._record(Result("fine-tuned", finetuned, density=1.0, num_bytes=dense, ratio=1.0, split=split))
+        for row in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):
+            if self._known(row.method) is None:
+                self._record(row)
+
+    def _save_adapter(self, experiment: Experiment, result: Result) -> None:
+        """The pruned adapter as a PEFT folder inside the delta's."""
+        adapter = find_adapter(self.module)
+        if adapter is None or self.settings.lora == "merged" or experiment.folder is None:
+            return
+        assert experiment.last is not None
+        assert result.folder is not None
+        with experiment.last.applied(self.module, force=True):
+            save_adapter(adapter, experiment.folder / result.folder / ADAPTER_FOLDER)
 
     def _record(self, result: Result) -> None:
-        """One more row: told, and written with all others so far, so that a run that is cut short leaves them."""
+        """One more row: written at once, so that a run that is cut short leaves it, and told."""
+        if not self.settings.save_deltas:
+            result = replace(result, folder=None)
         self.results.append(result)
-        what = (
-            f"{result.method} p={result.pruning_rate:g} seed={result.seed} q={result.q:.4g}"
-            if result.q
-            else result.method
-        )
-        rank_zero_info(f"{what}: {self.passes.monitor} {result.score:.4f} ({result.seconds:.1f} s)")
         if self.trainer.is_global_zero:
-            with whole_file(self.folder / RESULTS_FILE) as temporary:
-                rows = (json.dumps({**r.to_json(), "monitor": self.passes.monitor}) + "\n" for r in self.results)
-                temporary.write_text("".join(rows))
+            self.log.append(result)
+        self.settings.watcher.row(result, self.passes.monitor)
 
     def _curves(self, experiment: Experiment) -> list[QCurve]:
         """Fig. 1 for every rate, on the first seed, with the q that was chosen if one was searched."""
         curves = []
         for rate in self.settings.rates:
             rows = [r for r in self.results if r.pruning_rate == rate]
-            chosen = next((r.q for r in rows if get_method(r.method).searches_q), None)
+            if isinstance(self.settings.plot, str):
+                rows = [r for r in rows if r.method == self.settings.plot]
+            chosen = next((r.q for r in rows if get_method(r.method).fitted == "q"), None)
             curves.append(experiment.curve(rows[0].method, rate, self.settings.seeds[0], PLOT_POINTS, chosen))
         return curves
 
@@ -173,6 +221,7 @@ class PruneRun:
             return
         console_table(self.results, self.passes.monitor)
         if curves:
-            base, finetuned = self.results[0].score, self.results[1].score
+            base, finetuned = (row.score for row in self.results[:2])
             plot_over_q(curves, self.folder / PLOT_FILE, monitor=self.passes.monitor, finetuned=finetuned, base=base)
-        rank_zero_info(f"deltas and {RESULTS_FILE} are in {self.folder}")
+        what = f"deltas and {RESULTS_FILE}" if self.settings.save_deltas else RESULTS_FILE
+        rank_zero_info(f"{what} are in {self.folder}")

@@ -37,6 +37,7 @@ def check_settings(settings: DeltaPruneCallback) -> None:
         ("objective", settings.objective, ("output_change", "metric")),
         ("ckpt", settings.ckpt, ("last", "best")),
         ("dtype", settings.dtype, (None, *DTYPES)),
+        ("lora", settings.lora, (None, "adapter", "merged")),
     ):
         if value not in choices:
             faults.append(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}")
@@ -48,9 +49,11 @@ def check_settings(settings: DeltaPruneCallback) -> None:
     for what, values in lists:
         if not values or len(set(values)) != len(values):
             faults.append(f"{what} must name at least one value and none twice, got {list(values)}")
-    faults += _method_faults(settings)
+    faults += [*_method_faults(settings), *_plot_faults(settings)]
     if settings.calibration_samples < 1:
         faults.append(f"calibration_samples must be at least 1, got {settings.calibration_samples}")
+    if settings.apply and settings.resume:
+        faults.append("apply=True leaves the pruned model in place, which resume=True would not make again: take one")
     if settings.apply and len(settings.methods) * len(settings.rates) * len(settings.seeds) != 1:
         faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
     if faults:
@@ -69,6 +72,18 @@ def _method_faults(settings: DeltaPruneCallback) -> list[str]:
         if name in METHODS:
             faults += _refused(partial(METHODS[name].check_dtype, name), [settings.dtype])
     return faults
+
+
+def _plot_faults(settings: DeltaPruneCallback) -> list[str]:
+    """A curve over q of a method that is not run, or that has more than one q."""
+    method = settings.plot
+    if not isinstance(method, str):
+        return []
+    if method not in settings.methods:
+        return [f"plot names {method!r}, which is not among the methods {settings.methods}"]
+    if method in METHODS and METHODS[method].fitted not in (None, "q"):
+        return [f"plot={method!r}: that method has more than one q, so there is no curve over q"]
+    return []
 
 
 def _refused(check: Callable[[Any], Any], values: Sequence[Any]) -> list[str]:

@@ -15,6 +15,8 @@ from dpp_lightning.rescaling import keep_rate
 
 MAX_FORWARDS = 15  # of one search: the reference, q = 1 - p, and the minimiser's
 _XATOL = 0.01  # of log q: one per cent of q
+_ETAS = (0.01, 100.0)
+_TOP = 5  # logits that count in the squared error
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,42 @@ def search_q(objective: Callable[[float], float], pruning_rate: float) -> Search
         pruning_rate: p in [0, 1); p = 0 has the single candidate q = 1.
     """
     lowest = keep_rate(pruning_rate)
+    return _search(objective, lowest, (lowest, 1.0) if lowest < 1 else None)
+
+
+def search_eta(objective: Callable[[float], float], *, smooth: bool) -> SearchResult:
+    """Minimise an objective of eta, the one number of the per-layer q, over 0 (DARE) and [0.01, 100].
+
+    Args:
+        objective: eta to a number to be minimised.
+        smooth: by a bounded scalar search over log eta; otherwise on nine values, refined once beside the best.
+
+    Returns:
+        The best eta, as ``q`` of the result.
+    """
+    if smooth:
+        return _search(objective, 0.0, _ETAS)
+    tried = {eta: float(objective(eta)) for eta in (0.0, *(10 ** (k / 2) for k in range(-4, 4)))}
+    best = min(tried, key=lambda eta: (tried[eta], eta))
+    for eta in (best / 10**0.25, best * 10**0.25) if best else ():
+        tried[eta] = float(objective(eta))
+    return SearchResult(min(tried, key=lambda eta: (tried[eta], eta)), tuple(tried.items()))
+
+
+def _search(objective: Callable[[float], float], first: float, bounds: tuple[float, float] | None) -> SearchResult:
+    """A first candidate of its own, then a bounded scalar search over the logarithm."""
     tried: list[tuple[float, float]] = []
 
-    def cost(q: float) -> float:
-        value = float(objective(q))
-        tried.append((q, value if isfinite(value) else float("inf")))
+    def cost(x: float) -> float:
+        value = float(objective(x))
+        tried.append((x, value if isfinite(value) else float("inf")))
         return min(tried[-1][1], 1e300)
 
-    cost(lowest)
-    if lowest < 1:
+    cost(first)
+    if bounds is not None:
         minimize_scalar(
             lambda u: cost(exp(u)),
-            bounds=(log(lowest), 0.0),
+            bounds=(log(bounds[0]), log(bounds[1])),
             method="bounded",
             options={"maxiter": MAX_FORWARDS - 2, "xatol": _XATOL},
         )
@@ -105,6 +131,17 @@ def output_change(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> flo
         )
     total = sum((a.double() - b.double()).abs().sum().item() for a, b in zip(reference, outputs, strict=True))
     return float(total) / max(sum(t.numel() for t in reference), 1)
+
+
+def top_logits_error(reference: Tensor, outputs: Tensor) -> Tensor:
+    """Mean squared difference over the fine-tuned model's top-min(5, classes) logits (released code for decoders).
+
+    Args:
+        reference: the fine-tuned model's logits, (..., classes).
+        outputs: the pruned model's, of the same shape; may carry gradients.
+    """
+    top = reference.topk(min(_TOP, reference.shape[-1]), dim=-1)
+    return (outputs.gather(-1, top.indices) - top.values).square().mean()
 
 
 @contextmanager

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.calibration import output_change, search_q
+from dpp_lightning.activations import InputStatistics, collected_inputs
+from dpp_lightning.batch_learner import BatchLearner
+from dpp_lightning.calibration import output_change
 from dpp_lightning.delta import SparseDelta
+from dpp_lightning.fitting import Bench
+from dpp_lightning.methods import get_method
 from dpp_lightning.names import align, canonical_tensors
 from dpp_lightning.plan import PruningPlan
 
 _TEXT = (".txt", ".text", ".md")
 
 
-class OutputChangeSearch:
-    """q by the change of the fine-tuned model's output on one batch, without labels (DAREx-q, objective e).
+class FileCalibration:
+    """Calibration by a model folder and a file, without labels: the inputs of the layers, and what a method fits by the
+    change of the fine-tuned model's output (DAREx-q, objective e).
 
     The output is the logits, or the last hidden state of a model without a head; padded places do not count.
 
@@ -47,30 +53,39 @@ class OutputChangeSearch:
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
         self.source, self.revision = str(finetuned), revision
-        self.inputs = _inputs(self.source, Path(data), samples, max_length, revision)
+        self.batch = read_batch(self.source, Path(data), samples, max_length, revision)
 
-    def __call__(self, plan: PruningPlan, delta: SparseDelta) -> float:
-        """The best q of one delta; loads the whole model."""
-        model = _model(self.source, self.revision)
+    def inputs(self) -> dict[str, InputStatistics]:
+        """What every weight of the fine-tuned model sees as input; loads the whole model."""
+        model = load_model(self.source, self.revision)
+        with collected_inputs(model) as collector:
+            self._outputs(model)
+        return collector.statistics
+
+    def fit(self, plan: PruningPlan, delta: SparseDelta) -> SparseDelta:
+        """The delta with what its method fits; loads the whole model."""
+        model = load_model(self.source, self.revision)
         reference = self._outputs(model)
+        learns = get_method(delta.info.method).fitted == "learned"
+        learner = BatchLearner(model, self.batch, partial(_logits, model)) if learns else None
         _put_base(model, plan)
 
-        def change(q: float) -> float:
-            with delta.rescaled(q).applied(model, force=True):
+        def change(candidate: SparseDelta) -> float:
+            with candidate.applied(model, force=True):
                 return output_change(reference, self._outputs(model))
 
-        return search_q(change, delta.pruning_rate).q
+        return Bench(plan, change, learner=learner).fit(delta).apply(delta)
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        result = model(**self.inputs)
-        output = result["logits"] if "logits" in result else next(iter(result.values()))
-        mask = self.inputs.get("attention_mask")
+        output = _logits(model, self.batch)
+        mask = self.batch.get("attention_mask")
         places = mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape
         return [output[mask.bool()] if places and mask is not None else output]
 
 
-def _inputs(source: str, data: Path, samples: int, max_length: int, revision: str | None) -> dict[str, Tensor]:
+def read_batch(source: str, data: Path, samples: int, max_length: int, revision: str | None) -> dict[str, Tensor]:
+    """A model's inputs by name from a text or batch file; arguments and errors as :class:`FileCalibration`."""
     if not data.is_file():
         raise FileNotFoundError(f"{data}: no such calibration file")
     if data.suffix == ".safetensors":
@@ -90,7 +105,17 @@ def _inputs(source: str, data: Path, samples: int, max_length: int, revision: st
     return dict(tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
 
 
-def _model(source: str, revision: str | None) -> nn.Module:
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    result = model(**batch)
+    return result["logits"] if "logits" in result else next(iter(result.values()))
+
+
+def load_model(source: str, revision: str | None) -> nn.Module:
+    """The model that a folder's ``config.json`` names, for evaluation.
+
+    Raises:
+        ValueError: it names no architecture of transformers.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, revision=revision)

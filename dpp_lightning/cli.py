@@ -20,6 +20,15 @@ def _train_or_evaluate(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _sweep(arguments: list[str]) -> int:
+    """sweep: as `_train_or_evaluate`."""
+    arguments = recipes.resolve_arguments(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dpp_lightning.sweep import run
+
+    return run(arguments)
+
+
 def _configs(arguments: list[str]) -> int:
     """``dpp configs`` lists the packaged configs, ``dpp configs NAME`` prints one."""
     match arguments[1:]:
@@ -57,9 +66,10 @@ COMMANDS = {
     "validate": Command("score a checkpoint on the validation data", _train_or_evaluate),
     "test": Command("score a checkpoint on the test data", _train_or_evaluate),
     "predict": Command("predict with a checkpoint", _train_or_evaluate),
+    "sweep": Command("score methods x rates x seeds on one fine-tuned checkpoint; resumable; table and plots", _sweep),
     "prune": Command("prune the delta between two checkpoints, of any size, into a delta folder", _delta_command),
     "apply": Command("write base plus delta as a dense folder that from_pretrained loads", _delta_command),
-    "inspect": Command("show what a delta folder holds and what it costs", _delta_command),
+    "inspect": Command("show what a delta folder costs; or, of two models, the method to take and why", _delta_command),
     "configs": Command("list the packaged configs, or print one: dpp configs [NAME]", _configs),
 }
 
@@ -81,6 +91,7 @@ options:
 examples:
   dpp fit --config quickstart.yaml
   dpp fit --config bert_cola_adamr.yaml --trainer.max_epochs 2
+  dpp sweep --config bert_sst2_adamw.yaml --ckpt_path last.ckpt --methods dare importance --rates 0.9 0.99 --output DIR
   dpp prune BASE FINETUNED --method dare --pruning_rate 0.99 --output DELTA
   dpp apply BASE DELTA --output DENSE
 

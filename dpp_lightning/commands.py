@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from dpp_lightning import inspect_pair
 from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.delta_file import delta_bytes, further_bytes
 from dpp_lightning.delta_reader import DeltaReader
@@ -22,7 +23,7 @@ from dpp_lightning.exporting import apply_checkpoint
 from dpp_lightning.inspection import DeltaCost, TensorCost, inspect_delta
 from dpp_lightning.methods import METHODS, get_method
 from dpp_lightning.scope import Scope
-from dpp_lightning.streaming import Search, prune_checkpoint
+from dpp_lightning.streaming import Calibration, prune_checkpoint
 from dpp_lightning.value_code import DTYPES
 
 _FAILED, _WRONG = 1, 2
@@ -48,9 +49,15 @@ def apply(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """``dpp inspect DELTA``."""
-    parser = _parser("inspect", "Show what a delta folder holds and what it costs, tensor by tensor.")
-    parser.add_argument("delta", metavar="DELTA", help="a delta folder or hub id")
+    """``dpp inspect DELTA`` or ``dpp inspect BASE FINETUNED``."""
+    parser = _parser(
+        "inspect",
+        "Show what a delta folder holds and what it costs, tensor by tensor; or, of a base and a model fine-tuned from "
+        "it, every layer's delta and what it does, with the method to take.",
+    )
+    parser.add_argument("delta", metavar="DELTA|BASE", help=f"a delta folder or hub id; or {_MODEL}")
+    parser.add_argument("finetuned", nargs="?", metavar="FINETUNED", help=_MODEL)
+    inspect_pair.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     return _run(parser, arguments, _inspect)
@@ -73,13 +80,18 @@ def _prune_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="mask seed (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="how kept values are held (default: the fine-tuned dtype)")
     parser.add_argument("--q", type=float, help="divide kept values by this (default: the method's own)")
-    parser.add_argument("--budget", choices=("tensor", "model"), help="of magnitude and importance: counted over what")
+    parser.add_argument(
+        "--settings", nargs="+", default=(), metavar="NAME=VALUE",
+        help="the method's own, such as budget=model, score=activation, variant=released, a=0.1",
+    )  # fmt: skip
     parser.add_argument("--scope", choices=("all", "linear"), default="all", help="tensors that are pruned")
     parser.add_argument("--outside", choices=("carry", "revert"), default="carry", help="what becomes of the others")
     for name, what in (("include", "only these are pruned"), ("exclude", "never pruned"), ("carry", "stored dense")):
         parser.add_argument(f"--{name}", nargs="+", default=(), metavar="GLOB", help=f"tensor names: {what}")
     parser.add_argument(
-        "--calibration", metavar="FILE", help="text (one example a line) or a .safetensors batch, to search q on"
+        "--calibration",
+        metavar="FILE",
+        help="text (one example a line) or a .safetensors batch, for what a method fits",
     )
     parser.add_argument("--weights-only", action="store_true", help="no configuration and tokenizer files beside it")
     parser.add_argument("--calibration-samples", type=int, default=64, metavar="N", help="examples used at most")
@@ -90,8 +102,9 @@ def _prune_parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> None:
     scope = Scope(options.scope, tuple(options.include), tuple(options.exclude), options.outside, tuple(options.carry))
-    settings = {"budget": options.budget} if options.budget else {}
+    settings = method_settings(options.settings)
     get_method(options.method).check(options.pruning_rate, settings)
+    calibration = _calibration(options, settings)
     with _progress("pruning") as told:
         output = prune_checkpoint(
             options.base,
@@ -103,7 +116,7 @@ def _prune(options: argparse.Namespace) -> None:
             scope=scope,
             dtype=options.dtype,
             q=options.q,
-            search=_search(options),
+            calibration=calibration,
             settings=settings,
             base_revision=options.base_revision,
             finetuned_revision=options.finetuned_revision,
@@ -130,14 +143,36 @@ def _tell(output: Path) -> None:
         _say(f"beside it, {beside:,} bytes: files unlike the base's (--weights-only leaves them out)")
 
 
-def _search(options: argparse.Namespace) -> Search | None:
-    if options.calibration is None:
-        return None
-    if not get_method(options.method).searches_q:
-        raise ValueError(f"{options.method} has nothing to calibrate; methods that search q: darex-q, importance")
-    from dpp_lightning.calibration_file import OutputChangeSearch
+def method_settings(words: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` words as a mapping; what reads as a number is one.
 
-    return OutputChangeSearch(
+    Raises:
+        ValueError: a word without ``=``.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"a method setting is NAME=VALUE, such as budget=model; got {word!r}")
+        try:
+            settings[name] = float(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _calibration(options: argparse.Namespace, settings: Mapping[str, Any]) -> Calibration | None:
+    row = get_method(options.method)
+    if options.calibration is None:
+        if row.needs_inputs(settings):
+            raise ValueError(f"{options.method} needs the layers' inputs on calibration data: give --calibration FILE")
+        return None
+    if not row.fitted and not row.needs_inputs(settings):
+        others = ", ".join(name for name, other in METHODS.items() if other.fitted or other.inputs)
+        raise ValueError(f"{options.method} has nothing to calibrate; methods that do: {others}")
+    from dpp_lightning.calibration_file import FileCalibration
+
+    return FileCalibration(
         options.finetuned,
         options.calibration,
         samples=options.calibration_samples,
@@ -161,6 +196,15 @@ def _apply(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    inspect_pair.check_options(options)
+    if options.finetuned is not None:
+        with _progress("reading") as told:
+            report = inspect_pair.from_options(options, told)
+        if options.json:
+            sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
+        else:
+            inspect_pair.show(report, Console())
+        return
     cost = inspect_delta(options.delta, options.revision)
     if options.json:
         sys.stdout.write(json.dumps(cost.to_json(), indent=1) + "\n")

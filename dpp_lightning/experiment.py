@@ -6,7 +6,7 @@ Knows neither Lightning nor data: the caller lends it functions that score the m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dpp_lightning.calibration import SearchResult, output_change, q_grid, search_q, search_q_by_score
+from dpp_lightning.calibration import output_change, q_grid
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.delta_file import delta_bytes
+from dpp_lightning.fitting import Bench, Fit, cast, fitting_dtype
+from dpp_lightning.learned import Learner
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
 from dpp_lightning.plan import PruningPlan
@@ -80,6 +82,7 @@ class Experiment:
         outputs: the output layer's tensors on the fixed calibration batch; None if no method needs them.
         reference: the same of the fine-tuned model.
         metric: scores the target on the calibration split; only for the objective ``metric``.
+        learner: gives gradients on the calibration batch; only for ``darex-learned``.
         objective: what q is searched by.
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).
@@ -88,6 +91,7 @@ class Experiment:
         split, q_split: names of the scored data and of the data q is searched on.
         side_files: further files for the deltas' folders, name to bytes.
         card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
+        done: (method, rate, seed) of the rows that an earlier, unfinished run made; they are left out.
         last: the last delta that was scored.
     """
 
@@ -101,42 +105,58 @@ class Experiment:
     higher_is_better: bool
     folder: Path | None
     dtype: str | None = None
-    method_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     split: str = "validation"
     q_split: str = "calibration"
     side_files: dict[str, bytes] = field(default_factory=dict)
     card: dict[str, float] = field(default_factory=dict)
+    learner: Learner | None = None
+    done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
 
     def run(self, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> Iterator[Result]:
-        """Every method, rate and seed (one for a method that draws nothing); q is found once per method and rate, on
-        the first seed's mask."""
+        """Every method, rate and seed (one for a method that draws nothing); what a method fits is found once per
+        method and rate, on the first seed's mask."""
         for method in methods:
             for rate in rates:
-                search: SearchResult | None = None
-                for index, seed in enumerate(seeds if get_method(method).random else seeds[:1]):
-                    start = time.perf_counter()
-                    delta = self.plan.draw(method, rate, seed, self.dtype, self.method_settings.get(method))
-                    if get_method(method).searches_q:
-                        search = search or self.search(delta)
-                        delta = delta.rescaled(search.q)
+                fit: Fit | None = None
+                own = seeds if get_method(method).random else seeds[:1]
+                for seed in own:
+                    if (method, float(rate), seed) in self.done:
+                        continue
+                    start, forwards = time.perf_counter(), 0
+                    delta = self._draw(method, rate, seed)
+                    if get_method(method).fitted and rate > 0:
+                        if fit is None:
+                            fit = self.fit(delta if seed == own[0] else self._draw(method, rate, own[0]))
+                            forwards = len(fit.tried)
+                        delta = fit.apply(delta)
+                    delta = cast(delta, self.plan, self.dtype)
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta
-                    yield self._result(delta, score, start, len(search.tried) if search and index == 0 else 0)
+                    yield self._result(delta, score, start, forwards)
 
-    def search(self, delta: SparseDelta) -> SearchResult:
-        """q for one mask, by the chosen objective."""
-        rate = delta.pruning_rate
-        if self.objective == "metric" and self.metric is not None:
-            metric = self.metric
+    def fit(self, delta: SparseDelta) -> Fit:
+        """What the delta's method finds on calibration data, by the chosen objective."""
+        return Bench(self.plan, self._cost, smooth=self._smooth, learner=self.learner).fit(delta)
 
-            def labelled(q: float) -> float:
-                with delta.rescaled(q).applied(self.target, force=True):
-                    return metric()
+    @property
+    def _smooth(self) -> bool:
+        return self.objective != "metric" or self.metric is None
 
-            return search_q_by_score(labelled, rate, higher_is_better=self.higher_is_better)
-        return search_q(lambda q: self._change(delta.rescaled(q)), rate)
+    def _cost(self, delta: SparseDelta) -> float:
+        """The number to be minimised: the output change, or the metric on the calibration split, turned."""
+        if self._smooth:
+            return self._change(delta)
+        assert self.metric is not None
+        with delta.applied(self.target, force=True):
+            score = self.metric()
+        return -score if self.higher_is_better else score
+
+    def _draw(self, method: str, rate: float, seed: int) -> SparseDelta:
+        settings = self.method_settings.get(method)
+        return self.plan.draw(method, rate, seed, fitting_dtype(method, self.dtype), settings)
 
     def curve(self, method: str, rate: float, seed: int, points: int, chosen: float | None) -> QCurve:
         """Score and output change over q, both on one mask."""
@@ -155,7 +175,7 @@ class Experiment:
             return output_change(self.reference, self.outputs())
 
     def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
-        info = delta.info
+        info, row = delta.info, get_method(delta.info.method)
         name = f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}"
         if self.folder is None:
             num_bytes = delta.num_bytes
@@ -177,7 +197,7 @@ class Experiment:
             seconds=time.perf_counter() - start,
             forwards=forwards,
             split=self.split,
-            q_split=self.q_split if get_method(info.method).searches_q else "",
+            q_split=self.q_split if row.fitted or row.needs_inputs(info.settings) else "",
             folder=name,
         )
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,9 +45,11 @@ class DPPCLI(LightningCLI):
     The command line and the configs are the whole truth: hyper-parameters stored in a checkpoint do not override them.
     """
 
+    usage = "dpp {name} --config NAME [options]"
+
     def __init__(self, args: list[str]) -> None:
         shared = {"allow_abbrev": False}
-        per_command = {name: {"usage": f"dpp {name} --config NAME [options]", **shared} for name in self.subcommands()}
+        per_command = {name: {"usage": self.usage.format(name=name), **shared} for name in self.subcommands()}
         super().__init__(
             args=args,
             save_config_kwargs={"overwrite": True},
@@ -73,7 +76,7 @@ class DPPCLI(LightningCLI):
         try:
             self.trainer.fit(**arguments)
         except SystemExit as stop:
-            if _signal_code(stop) and self.trainer.is_global_zero:
+            if signal_code(stop) and self.trainer.is_global_zero:
                 sys.stderr.write(_how_to_resume(self.trainer, started))
             raise
 
@@ -87,16 +90,21 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code: 0, 2 for a wrong command line or setting, 130 or 143 where a signal stopped it.
     """
+    return guarded(arguments[0], lambda: DPPCLI(arguments))
+
+
+def guarded(command: str, act: Callable[[], object]) -> int:
+    """Do what a command does, and turn what the user can cure and signals into messages and exit codes, as `run`."""
     _silence_what_no_user_can_cure()
     try:
-        DPPCLI(arguments)
+        act()
     except SystemExit as stop:
-        return _signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+        return signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
         message = _for_the_user(error)
         if message is None or os.environ.get(SHOW_TRACEBACK):
             raise
-        sys.stderr.write(f"dpp {arguments[0]}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
+        sys.stderr.write(f"dpp {command}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
         return USAGE_ERROR
     return 0
 
@@ -148,7 +156,7 @@ def leave_gloo() -> None:
     os._exit(0)
 
 
-def _signal_code(stop: SystemExit) -> int:
+def signal_code(stop: SystemExit) -> int:
     """130 after Ctrl-C, 143 after SIGTERM, else 0. Lightning turns both into SystemExit, the latter with code 0."""
     if isinstance(stop.__context__, KeyboardInterrupt):
         return INTERRUPTED

@@ -5,6 +5,7 @@ LightningModule ``model.bert.embeddings.word…``, a compiled one adds ``_orig_m
 head, so the sampler, the file, the callback and the command line all take them from here.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +18,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _BASE_MODEL_PREFIXES = frozenset(
     {"albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "model", "roberta", "transformer", "vit"}
 )
+_ADAPTER_PARTS = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 _RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -47,6 +49,11 @@ def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
 def without_wrappers(name: str) -> str:
     """A tensor's name without the parts that ``torch.compile``, FSDP and activation checkpointing put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def without_adapters(name: str) -> str:
+    """A tensor's name without what peft puts into it: ``query.base_layer.weight`` to ``query.weight``."""
+    return _ADAPTER_PARTS.sub("", name).removeprefix(".")
 
 
 def buffer_names(source: TensorSource) -> set[str]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from dpp_lightning.activations import InputStatistics
+
+_LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
 
 BLOCK = 1 << 19  # entries; a multiple of what the sampler draws at once
 
@@ -17,6 +22,7 @@ class Pair:
     Attributes:
         name: canonical name.
         shape: of the entries in common.
+        inputs: what the weight's input features did on calibration data, where that is known.
         base, finetuned: those entries, one-dimensional in C order (views where the tensors are contiguous, so that
             files mapped into memory are read only where they are looked at).
     """
@@ -25,14 +31,16 @@ class Pair:
     shape: tuple[int, ...]
     base: Tensor
     finetuned: Tensor
+    inputs: InputStatistics | None = None
 
     @classmethod
-    def of(cls, name: str, base: Tensor, finetuned: Tensor) -> Pair:
+    def of(cls, name: str, base: Tensor, finetuned: Tensor, inputs: InputStatistics | None = None) -> Pair:
         """Two tensors of one shape, or of two that differ in their number of rows: then the common rows."""
         rows = min(len(base), len(finetuned)) if finetuned.dim() else 0
         if base.shape != finetuned.shape:
             base, finetuned = base[:rows], finetuned[:rows]
-        return cls(name, tuple(finetuned.shape), base.detach().reshape(-1), finetuned.detach().reshape(-1))
+        shape = tuple(finetuned.shape)
+        return cls(name, shape, base.detach().reshape(-1), finetuned.detach().reshape(-1), inputs)
 
     @property
     def numel(self) -> int:
@@ -44,3 +52,26 @@ class Pair:
         for start in range(0, self.numel, BLOCK):
             stop = start + BLOCK
             yield start, self.finetuned[start:stop].cpu().float() - self.base[start:stop].cpu().float()
+
+    def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.
+
+        Args:
+            kind: ``magnitude`` is |delta|; ``wanda`` is |delta| times the root mean square of the input feature of a
+                linear map, |delta| for all else; ``activation`` is the same with embeddings by how often a token came.
+        """
+        scale = None if kind == "magnitude" else self._input_scale(embeddings=kind == "activation")
+        stride = 1 if self.inputs is None or self.inputs.axis == 1 else self.numel // max(self.shape[0], 1)
+        for start, delta in self.deltas():
+            score = delta.abs()
+            if scale is not None:
+                features = torch.arange(start, start + len(delta))
+                features = features % len(scale) if stride == 1 else features // stride
+                score *= scale[features]
+            yield start, delta, score
+
+    def _input_scale(self, *, embeddings: bool) -> Tensor | None:
+        if self.inputs is None or (self.inputs.embedding and not embeddings):
+            return None
+        rms = self.inputs.rms[: self.shape[self.inputs.axis]]
+        return rms.clamp_min(_LEAST_INPUT * float(rms.mean())).float()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpp_lightning.activations import InputStatistics
 from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor
@@ -36,6 +37,7 @@ class PruningPlan:
         base_name, base_revision: for the file.
         prefix, names: how the fine-tuned model's own names follow from the canonical ones, see :class:`DeltaInfo`.
         ignored: base tensors that the fine-tuned model does not have.
+        inputs: what weights see as input on calibration data, by canonical name; for methods that ask for it.
     """
 
     base: dict[str, Tensor]
@@ -48,6 +50,7 @@ class PruningPlan:
     prefix: str = ""
     names: Mapping[str, str] | None = None
     ignored: tuple[str, ...] = ()
+    inputs: Mapping[str, InputStatistics] | None = None
 
     @classmethod
     def of(
@@ -99,7 +102,13 @@ class PruningPlan:
     @cached_property
     def pairs(self) -> list[Pair]:
         """The pruned tensors, both sides."""
-        return [Pair.of(name, self.base[name], self.finetuned[name]) for name in self.pruned]
+        known = self.inputs or {}
+        return [Pair.of(name, self.base[name], self.finetuned[name], known.get(name)) for name in self.pruned]
+
+    def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
+        """This plan, knowing the inputs of its weights, whatever the names' leading parts."""
+        names = align(self.pruned, inputs)
+        return replace(self, inputs={name: inputs[other] for name, other in names.items()})
 
     @property
     def carried(self) -> dict[str, Tensor]:
@@ -141,7 +150,13 @@ class PruningPlan:
         row = get_method(method)
         row.check(pruning_rate, settings)
         row.check_dtype(method, dtype)
-        for pair, kept in zip(self.pairs, row.select(self.pairs, pruning_rate, seed, **settings), strict=True):
+        own = row.selection_settings(settings)
+        if row.needs_inputs(settings) and not self.inputs:
+            raise ValueError(
+                f"{method} needs the layers' inputs on calibration data, and there is none: give it (calibration=, "
+                "--calibration), or take a method without data such as 'magnitude' or 'importance' with score=magnitude"
+            )
+        for pair, kept in zip(self.pairs, row.select(self.pairs, pruning_rate, seed, **own), strict=True):
             base = take_entries(pair.base, kept.positions)
             values = kept.values
             if values is None:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dpp_lightning.calibration import search_q
+from dpp_lightning.activations import InputStatistics
 from dpp_lightning.checkpoints import has_own_names, load_tensors
 from dpp_lightning.delta import SparseDelta
+from dpp_lightning.fitting import Bench, cast, fitting_dtype
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource
 from dpp_lightning.plan import PruningPlan
@@ -35,6 +36,7 @@ def prune(
     outside: Literal["carry", "revert"] = "carry",
     dtype: str | None = None,
     q: float | None = None,
+    inputs: Mapping[str, InputStatistics] | None = None,
     **method_settings: Any,
 ) -> SparseDelta:
     """Prune the delta between two models.
@@ -46,16 +48,19 @@ def prune(
         pruning_rate: fraction of the delta dropped, in [0, 1).
         seed: mask seed, an integer >= 0.
         scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
-        calibration: for a method that searches q: candidate delta to a number to be minimised, such as the output
-            change on one batch.
+        calibration: for a method that searches q, eta or factors: candidate delta to a number to be minimised, such as
+            the output change on one batch, or minus a score.
         dtype: how kept values are held: float32, bfloat16, float16, int8 or int4; default the fine-tuned dtype, at
             most 32 bits.
         q: a q given by hand; then nothing is searched.
+        inputs: what the layers of the fine-tuned model see on calibration data, from
+            :func:`dpp_lightning.activations.collected_inputs`; for ``wanda``, ``darex-q-layer`` and
+            ``score="activation"``.
         method_settings: the method's own, such as ``budget="model"`` of ``magnitude``.
 
     Raises:
         ValueError: an unknown method or setting, a rate outside [0, 1), weights that do not match or cannot be pruned,
-            a method that searches q without ``q=`` and ``calibration=``.
+            a method that searches q without ``q=`` and ``calibration=``, or that needs ``inputs=`` without them.
     """
     row = get_method(method)
     row.check(pruning_rate, method_settings)
@@ -68,12 +73,14 @@ def prune(
         base_name=_name(base),
         files=isinstance(finetuned, str | Path) and has_own_names(finetuned),
     )
-    delta = plan.draw(method, pruning_rate, seed, dtype, method_settings)
+    if inputs:
+        plan = plan.with_inputs(inputs)
+    delta = plan.draw(method, pruning_rate, seed, fitting_dtype(method, dtype), method_settings)
     if q is not None:
         return delta.rescaled(q)
-    if row.searches_q and calibration is not None:
-        return delta.rescaled(search_q(lambda x: calibration(delta.rescaled(x)), pruning_rate).q)
-    return delta
+    if row.fitted and calibration is not None and pruning_rate > 0:
+        delta = Bench(plan, calibration).fit(delta).apply(delta)
+    return cast(delta, plan, dtype)
 
 
 def _weights(source: Weights) -> TensorSource:

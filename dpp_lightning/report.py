@@ -16,11 +16,14 @@ _COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
 
 
 def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
-    """One row per method and rate, in order: mean and sample deviation over mask seeds; MB are 10**6 true bytes."""
+    """One row per method, in order of appearance, and rate: mean and sample deviation over mask seeds; MB are 10**6
+    true bytes."""
     groups: dict[tuple[str, float | None], list[Result]] = {}
     for result in results:
         groups.setdefault((result.method, result.pruning_rate), []).append(result)
-    return [_row(method, rate, group) for (method, rate), group in groups.items()]
+    order = {method: place for place, method in enumerate(dict.fromkeys(method for method, _ in groups))}
+    rows = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0.0))
+    return [_row(method, rate, group) for (method, rate), group in rows]
 
 
 def _row(method: str, rate: float | None, group: list[Result]) -> tuple[str, ...]:
@@ -57,7 +60,7 @@ def console_table(results: Sequence[Result], monitor: str, console: Console | No
     caption = f"score: {monitor} on {results[0].split}"
     caption += f", mean ± deviation over {seeds} mask seeds" if seeds > 1 else ""
     caption += f"; q found on {searched}" if searched else ""
-    table = Table(title="Pruned deltas", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="Pruned deltas", caption=caption, box=SIMPLE_HEAD, padding=0)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in summary_rows(results):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
@@ -99,11 +99,11 @@ class Scope:
             if name not in base
             else f"{name}: shape {tuple(tensor.shape)}, in the base {tuple(base[name].shape)}"
             for name, tensor in finetuned.items()
-            if _is_linear_map(name, tensor)
+            if is_linear_map(name, tensor.shape)
             and not _matches(name, self.carry)
             and (name not in base or base[name].shape != tensor.shape)
         ]
-        faults += [f"{name}: only in the base" for name, tensor in ignored.items() if _is_linear_map(name, tensor)]
+        faults += [f"{name}: only in the base" for name, tensor in ignored.items() if is_linear_map(name, tensor.shape)]
         if faults:
             raise ValueError(
                 f"base and fine-tuned model do not have the same layers ({len(faults)} tensors). If a tensor is meant "
@@ -135,8 +135,15 @@ def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
     return both and bool(_VOCABULARY.search(name))
 
 
-def _is_linear_map(name: str, tensor: Tensor) -> bool:
-    return bool(_BLOCK.search(name)) and name.endswith(".weight") and tensor.dim() == 2
+def block_of(name: str) -> str | None:
+    """The numbered block a tensor belongs to, ``encoder.layer.7.`` for example; None outside the blocks."""
+    found = _BLOCK.search(name)
+    return name[: found.end()] if found else None
+
+
+def is_linear_map(name: str, shape: Sequence[int]) -> bool:
+    """The weight of a linear map inside the numbered blocks, by name and shape."""
+    return block_of(name) is not None and name.endswith(".weight") and len(shape) == 2
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

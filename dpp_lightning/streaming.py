@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from dpp_lightning.activations import InputStatistics
 from dpp_lightning.atomic import whole_folder
 from dpp_lightning.checkpoints import has_own_names, load_tensors, side_files, total_bytes
 from dpp_lightning.delta import SparseDelta
@@ -18,13 +19,25 @@ from dpp_lightning.delta_file import write_card, write_files
 from dpp_lightning.delta_info import SparseTensor
 from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.entries import EntriesHash
+from dpp_lightning.fitting import cast, fitting_dtype
 from dpp_lightning.mapped_file import will_need
 from dpp_lightning.methods import get_method
 from dpp_lightning.plan import PruningPlan
 from dpp_lightning.scope import Scope
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-Search = Callable[[PruningPlan, SparseDelta], float]
+
+
+class Calibration(Protocol):
+    """What pruning may ask of calibration data."""
+
+    def inputs(self) -> Mapping[str, InputStatistics]:
+        """What every weight of the fine-tuned model sees as input, by canonical name."""
+        ...
+
+    def fit(self, plan: PruningPlan, delta: SparseDelta) -> SparseDelta:
+        """The delta with what its method finds."""
+        ...
 
 
 def prune_checkpoint(
@@ -38,7 +51,7 @@ def prune_checkpoint(
     scope: Scope | None = None,
     dtype: str | None = None,
     q: float | None = None,
-    search: Search | None = None,
+    calibration: Calibration | None = None,
     settings: Mapping[str, Any] | None = None,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
@@ -56,7 +69,7 @@ def prune_checkpoint(
         output: folder of the delta; made, or an older delta replaced.
         method, pruning_rate, seed, dtype, q, settings: as in :func:`dpp_lightning.pruning.prune`.
         scope: which tensors are pruned; default all.
-        search: finds q when the delta is written, given plan and delta.
+        calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
         base_revision, finetuned_revision: of hub ids.
         weights_only: put no configuration, tokenizer and generation files beside the delta.
         progress: told the bytes of both models that are done, and all of them.
@@ -68,7 +81,7 @@ def prune_checkpoint(
     """
     row, settings = get_method(method), dict(settings or {})
     row.check(pruning_rate, settings)
-    row.check_q(method, pruning_rate, q, searched=search is not None)
+    row.check_q(method, pruning_rate, q, searched=calibration is not None)
     with whole_folder(Path(output), replaces=CONFIG_FILE) as folder:
         plan = PruningPlan.of(
             load_tensors(base, base_revision),
@@ -78,23 +91,41 @@ def prune_checkpoint(
             base_revision=base_revision,
             files=has_own_names(finetuned),
         )
-        check = EntriesHash()
-        write_files(
-            folder,
-            _told(plan, plan.stream(method, pruning_rate, seed, dtype, settings), check, progress),
-            plan.carried,
-            plan.new_rows,
-            lambda: plan.info(method, pruning_rate, seed, dtype, settings, check),
-            seeded=row.seeded,
-            dtype=dtype,
-            scores={},
-            side_files={} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision),
-        )
-        if q is None and search is not None and row.searches_q:
-            q = search(plan, DeltaReader.open(folder).delta())
-        if q is not None:
-            _set_q(folder, plan, q)
+        if row.needs_inputs(settings) and calibration is not None:
+            plan = plan.with_inputs(calibration.inputs())
+        beside = {} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision)
+        if row.fitted in (None, "q") or calibration is None or pruning_rate == 0:
+            _stream(folder, plan, (method, pruning_rate, seed, dtype, settings), beside, progress)
+            if q is None and calibration is not None and row.fitted:
+                q = calibration.fit(plan, DeltaReader.open(folder).delta()).q
+            if q is not None:
+                _set_q(folder, plan, q)
+        else:  # the kept values get weights, which are known only when all entries are
+            drawn = plan.draw(method, pruning_rate, seed, fitting_dtype(method, dtype), settings)
+            cast(calibration.fit(plan, drawn), plan, dtype).save_pretrained(folder, side_files=beside)
     return Path(output)
+
+
+def _stream(
+    folder: Path,
+    plan: PruningPlan,
+    drawn: tuple[str, float, int, str | None, Mapping[str, Any]],
+    beside: Mapping[str, Path],
+    progress: Progress | None,
+) -> None:
+    """Draw and write one pair of tensors at a time; ``drawn`` is method, rate, seed, dtype and settings."""
+    check = EntriesHash()
+    write_files(
+        folder,
+        _told(plan, plan.stream(*drawn), check, progress),
+        plan.carried,
+        plan.new_rows,
+        lambda: plan.info(*drawn, check),
+        seeded=get_method(drawn[0]).seeded,
+        dtype=drawn[3],
+        scores={},
+        side_files=beside,
+    )
 
 
 def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpp_lightning import METHODS, pairs, selection
+from dpp_lightning.activations import InputStatistics
 from dpp_lightning.pairs import Pair
 from dpp_lightning.sampling import kept_positions
 
@@ -244,3 +245,51 @@ def test_every_method_yields_sorted_positions_of_every_tensor(method, rate):
         assert not len(part.positions) or (int(part.positions[0]) >= 0 and int(part.positions[-1]) < pair.numel)
         assert (part.values is not None) == METHODS[method].weighs
         assert part.values is None or (part.values.dtype == torch.float32 and len(part.values) == len(part.positions))
+
+
+def with_inputs(name, delta, seed=0, axis=1, embedding=False):
+    squares = (
+        torch.rand(delta.shape[axis], generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4 * 10
+    )
+    return Pair.of(name, torch.zeros_like(delta), delta, InputStatistics(squares, squares, 10, axis, embedding))
+
+
+def test_importance_by_activation_is_unbiased_and_has_less_output_variance():
+    """Horvitz-Thompson: E[value / (1 - p)] = delta; the layer's output varies less than by |delta| or by chance."""
+    g = torch.Generator().manual_seed(0)
+    delta = torch.randn(20, 60, generator=g) * 1e-2
+    made = with_inputs("w", delta)
+    x = torch.randn(60, generator=g) * made.inputs.rms.float()
+    error, mean = {}, torch.zeros(1200)
+    for name, method, settings_ in (
+        ("activation", "importance", {"score": "activation"}), ("magnitude", "importance", {}), ("chance", "random", {})
+    ):  # fmt: skip
+        total = 0.0
+        for seed in range(250):
+            (kept,) = chosen(method, [made], 0.8, seed, **settings_)
+            values = made.finetuned[kept.positions] if kept.values is None else kept.values
+            drawn = torch.zeros(1200).index_copy_(0, kept.positions, values / 0.2)
+            mean += drawn / 250 if name == "activation" else 0
+            total += float(((drawn.view(20, 60) - delta) @ x).square().mean())
+        error[name] = total
+    assert error["activation"] < 0.8 * error["magnitude"] < 0.8 * error["chance"]
+    deviation = (mean - delta.flatten()).abs() / delta.flatten().abs().mean()
+    assert float(deviation.mean()) < 0.3
+
+
+def test_importance_by_activation_without_inputs_is_that_by_magnitude():
+    made = [heavy(500)]
+    plain, weighed = (chosen("importance", made, 0.9, 1, score=score)[0] for score in ("magnitude", "activation"))
+    assert torch.equal(plain.positions, weighed.positions)
+    assert torch.equal(plain.values, weighed.values)
+
+
+def test_importance_on_embeddings_prefers_tokens_that_came():
+    counts = torch.zeros(50, dtype=torch.float64)
+    counts[:5] = 20
+    made = Pair.of(
+        "e.weight", torch.zeros(50, 8), torch.full((50, 8), 1e-3), InputStatistics(counts, counts, 100, 0, True)
+    )
+    (kept,) = chosen("importance", [made], 0.5, 0, score="activation")
+    rows = torch.bincount(kept.positions // 8, minlength=50).float()
+    assert rows[:5].mean() > 2 * rows[5:].mean() > 0

@@ -311,7 +311,7 @@ def test_q_is_searched_on_a_text_or_a_batch(tmp_path, capsys):
     [
         (["--method", "dare-x"], "did you mean"),
         (["--pruning_rate", "1"], r"\[0, 1\)"),
-        (["--budget", "model"], "unknown method setting"),
+        (["--settings", "budget=model"], "unknown method setting"),
         (["--carry", "nothing.*"], "matches none"),
         (["--calibration", "x.txt"], "nothing to calibrate"),
         (["--q", "0"], "finite number above 0"),
@@ -430,3 +430,48 @@ def test_hub_ids_are_read_through_the_hubs_client(bert, monkeypatch):
     info = SparseDelta.from_pretrained("us/delta", revision="main").info
     assert (info.base_name, info.base_revision) == ("us/base", "v1")
     assert {("us/base", "v1"), ("us/tuned", None), ("us/delta", "main")} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("wanda", []),
+        ("importance", ["--settings", "score=activation"]),
+        ("darex-q-layer", ["--settings", "rows=trimmed", "--dtype", "int8"]),
+        ("darex-learned", ["--dtype", "bfloat16"]),
+        ("dppa", ["--settings", "variant=released"]),
+        ("struct-darex-q", ["--settings", "b=0.5"]),
+    ],
+)
+def test_methods_with_calibration_from_the_command_line(tmp_path, method, extra):
+    """The delta applies, says what was found, and gives an output nearer to the fine-tuned model's than no delta."""
+    base, tuned = make_model(tmp_path / "base"), tmp_path / "tuned"
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=2).eval()
+    perturb(model, 0.3).save_pretrained(tuned)
+    make_tokenizer(tuned)
+    (tmp_path / "text.txt").write_text(
+        "\n".join(["good film", "bad film with a good end", "so bad", "w1 w2", "w3 good"])
+    )
+    command = [
+        "prune",
+        base,
+        str(tuned),
+        "--method",
+        method,
+        "--pruning_rate",
+        "0.8",
+        "--calibration",
+        str(tmp_path / "text.txt"),
+    ]
+    assert main([*command, "--output", str(tmp_path / "delta"), *extra]) == 0
+    delta = SparseDelta.from_pretrained(tmp_path / "delta")
+    found = {"darex-q-layer": "eta", "dppa": "factors"}.get(method)
+    assert found is None or found in delta.info.settings
+    assert main(["apply", base, str(tmp_path / "delta"), "--output", str(tmp_path / "dense")]) == 0
+    dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense").eval()
+    inputs = AutoTokenizer.from_pretrained(tuned)(["good film", "so bad w1"], padding=True, return_tensors="pt")
+    plain = BertForSequenceClassification.from_pretrained(tuned).eval()
+    plain.bert.load_state_dict(BertModel.from_pretrained(base).state_dict())
+    with torch.no_grad():
+        wanted, got, none = (m(**inputs).logits for m in (model, dense, plain))
+    assert (got - wanted).abs().mean() < 2 * (none - wanted).abs().mean()

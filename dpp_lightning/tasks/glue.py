@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue_data import GLUEDataModule
 from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
+from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
 
@@ -38,14 +39,16 @@ class GLUEModule(LightningModule):
         scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
         scheduler_interval: whether a scheduler of your own is stepped each ``step`` or each ``epoch``.
         warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
-        seed: of the new head and of dropout; by default the one of ``seed_everything``, else 0.
+        seed: of the new head, of adapters and of dropout; by default the one of ``seed_everything``, else 0.
+        lora: train adapters and the new head, with the base frozen; by default everything is trained.
 
     Attributes:
         new_parameter_names: parameters that no file of the base holds, e.g. ``model.classifier.weight``.
         output_layer: submodule whose output is the last hidden representation, e.g. ``model.bert.encoder.layer.11``.
 
     Raises:
-        ValueError: an unknown task, or a base that lacks more than whole parts such as head and pooler.
+        ValueError: an unknown task, a base that lacks more than whole parts such as head and pooler, or adapters for
+            layers that it has not.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class GLUEModule(LightningModule):
         scheduler_interval: Literal["step", "epoch"] = "step",
         warmup_fraction: float = 0.06,
         seed: int | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.definition = glue_task(task)
@@ -65,10 +69,17 @@ class GLUEModule(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.scheduler_interval, self.warmup_fraction = scheduler_interval, warmup_fraction
         self.save_hyperparameters("task", "pretrained", "revision", "seed")
-        self.model, missing = _load(pretrained, revision, self.definition.num_labels, self.seed)
-        own = {name for name, _ in self.named_parameters()}
-        self.new_parameter_names = tuple(sorted(own & {f"model.{name}" for name in missing}))
-        self.output_layer = f"model.{_last_hidden_layer(self.model)}"
+        self.lora = LoRA.of(lora)
+        self.hparams["lora"] = self.lora.plain() if self.lora else None  # a checkpoint holds plain values alone
+        model, missing = _load(pretrained, revision, self.definition.num_labels, self.seed)
+        new = {name for name, _ in model.named_parameters()} & missing
+        layer = _last_hidden_layer(model)
+        if self.lora is None:
+            self.model: nn.Module = model
+        else:
+            self.model, new, layer = with_adapters(model, self.lora, new, layer, self.seed)
+        self.new_parameter_names = tuple(sorted(f"model.{name}" for name in new))
+        self.output_layer = f"model.{layer}"
         self.metrics = nn.ModuleDict({name: _metrics(self.definition) for name in ("val", "test", "test_mismatched")})
 
     @property

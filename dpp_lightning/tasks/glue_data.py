@@ -146,8 +146,12 @@ class GLUEDataModule(LightningDataModule):
         return self._evaluation_loader("calibration")
 
     def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
-        """Batches in the split's order; ``shared`` deals them out to the ranks."""
+        """Batches in the split's order; ``shared`` deals them out to the ranks, and sorts them by length: half of the
+        places would be padding else."""
         data, replica = self.splits[split], self._replica()
+        if shared:
+            lengths = [len(tokens) for tokens in data["input_ids"]]
+            data = data.select(sorted(range(len(data)), key=lengths.__getitem__))
         sampler = EvaluationSampler(len(data), **replica) if shared and replica["num_replicas"] > 1 else None
         return DataLoader(
             _Samples(data),

@@ -1,0 +1,96 @@
+"""Every method through the callback: scores are those of the saved deltas, data and settings reach the methods."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import Foreign, train_loader, trainer, val_loader
+
+from dpp_lightning import METHODS, SparseDelta
+from dpp_lightning.callbacks import DeltaPruneCallback
+
+
+def logits(module, batch):
+    return module.net(batch[0])
+
+
+def fit(callback, module=None, **settings):
+    module = module or Foreign()
+    runner = trainer(callback, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner.fit(module, train_loader(), val_loader())
+    return module
+
+
+def accuracy(module):
+    correct = [(module.net(x).argmax(1) == y).float().mean() for x, y in val_loader()]
+    return float(torch.stack(correct).mean())
+
+
+def test_all_methods_in_one_run(tmp_path):
+    torch.manual_seed(0)
+    module = Foreign()
+    base = {n: t.detach().clone() for n, t in module.state_dict().items()}
+    callback = DeltaPruneCallback(
+        list(METHODS), [0.8, 0.95], [0, 1], monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
+        method_settings={"importance": {"score": "activation"}, "struct-dare": {"b": 0.5}, "darex-q-layer": {"rows": "median"}},
+    )  # fmt: skip
+    fit(callback, module)
+    rows = {(r.method, r.pruning_rate, r.seed): r for r in callback.results if r.pruning_rate}
+    random = [m for m in METHODS if METHODS[m].random]
+    assert len(rows) == 2 * (2 * len(random) + len(METHODS) - len(random))
+    module.load_state_dict(base)
+    for row in rows.values():
+        delta = SparseDelta.from_pretrained(tmp_path / row.folder)
+        with delta.applied(module):
+            assert accuracy(module) == pytest.approx(row.score, abs=1e-6), row.method
+        if METHODS[row.method].fitted or row.method == "wanda":
+            assert "train" in row.q_split
+    one, two = rows["dare", 0.8, 0], rows["darex-learned", 0.8, 0]
+    assert two.score != one.score or two.num_bytes != one.num_bytes
+    saved = SparseDelta.from_pretrained(tmp_path / "importance-p0.8-seed0").info.settings
+    assert saved == {"score": "activation"}
+
+
+def test_labels_are_used_by_every_fit_under_the_metric(tmp_path):
+    callback = DeltaPruneCallback(
+        ["dppa", "dare-dpa", "darex-q-layer"], 0.8, monitor="acc", output_dir=str(tmp_path), objective="metric",
+        calibration_dataloader=val_loader(100), forward_fn=logits,
+    )  # fmt: skip
+    fit(callback)
+    dppa = SparseDelta.from_pretrained(tmp_path / "dppa-p0.8-seed0").info.settings
+    assert dppa["partitions"] == [0.9, 0.8]
+    assert all(f == 0 or f >= 1 for f in dppa["factors"])
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {r["q_split"] for r in lines if r["pruning_rate"]} == {"calibration_dataloader="}
+
+
+def test_learned_needs_logits_and_says_so_before_training(tmp_path):
+    callback = DeltaPruneCallback("darex-learned", 0.8, monitor="acc", output_dir=str(tmp_path))
+    module = Foreign()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(ValueError, match="forward_fn"):
+        fit(callback, module)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+
+
+def test_learned_works_on_frozen_parameters_and_outside_a_fit(tmp_path):
+    """Trainer.validate runs in inference mode; parameters without requires_grad get gradients for the while."""
+    torch.manual_seed(0)
+    module = Foreign()
+    save_file({n: t.contiguous() for n, t in module.state_dict().items()}, tmp_path / "base.safetensors")
+    fit(DeltaPruneCallback("dare", 0.5, monitor="acc", output_dir=str(tmp_path / "a")), module)
+    module.net[0].weight.requires_grad_(False)
+    callback = DeltaPruneCallback(
+        "darex-learned", 0.9, monitor="acc", output_dir=str(tmp_path / "b"), forward_fn=logits,
+        pretrained=str(tmp_path / "base.safetensors"), calibration_dataloader=val_loader(64),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(callback).validate(module, val_loader(), verbose=False)
+    assert callback.results[-1].method == "darex-learned"
+    assert not module.net[0].weight.requires_grad
+    assert module.net[2 if hasattr(module.net[2], "weight") else 3].weight.requires_grad
