@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from dpp_lightning.activations import InputStatistics
-from dpp_lightning.pairs import BLOCK, Pair
+from dpp_lightning.layer_sums import OutputSums
+from dpp_lightning.pairs import Pair
 from dpp_lightning.theory import bound, kearns_saul
 
 # LLM.int8() (Dettmers et al. 2022) calls a feature an outlier from a magnitude of 6 on where the others are about 1.
@@ -93,16 +93,16 @@ def layer_statistics(pair: Pair) -> LayerStatistics:
     inputs = None if pair.inputs is None or pair.inputs.embedding else pair.inputs
     total = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros(())
-    sums = None if inputs is None else _Sums.of(pair, inputs)
-    for start, delta in _row_blocks(pair):
+    sums = None if inputs is None else OutputSums.of(pair)
+    for start, delta in pair.row_blocks():
         size = delta.abs()
         total += size.sum(dtype=torch.float64)
         largest = torch.maximum(largest, size.amax())
         if sums is not None:
-            sums.add(start, delta.double())
+            sums.add(start, delta)
     if not bool(torch.isfinite(total)):
         raise ValueError(f"{pair.name}: weights that are not finite (NaN or infinity) have no statistics; check them")
-    influence = None if inputs is None or sums is None else sums.influence(*outlier_features(inputs))
+    influence = None if inputs is None or sums is None else _influence(sums, *outlier_features(inputs))
     magnitude = float(total) / max(pair.numel, 1)
     return LayerStatistics(pair.name, pair.shape, magnitude, float(largest), float(total), influence)
 
@@ -136,62 +136,20 @@ def outlier_features(inputs: InputStatistics) -> tuple[tuple[int, ...], tuple[in
     return tuple(outliers), tuple(massive)
 
 
-def _row_blocks(pair: Pair) -> Iterator[tuple[int, Tensor]]:
-    """First row and delta of rows together, float32, shape (rows, columns); a tensor of another rank is one column."""
-    columns = pair.shape[1] if len(pair.shape) == 2 else 1
-    rows = pair.numel // max(columns, 1)
-    step = max(BLOCK // max(columns, 1), 1)
-    for start in range(0, rows, step):
-        part = slice(start * columns, min(start + step, rows) * columns)
-        delta = pair.finetuned[part].cpu().float() - pair.base[part].cpu().float()
-        yield start, delta.view(-1, columns)
-
-
-@dataclass
-class _Sums:
-    """Sums over j of c_ij, its square and its absolute value, of every output i."""
-
-    mean: Tensor  # of the inputs, shape (features,)
-    axis: int
-    first: Tensor
-    second: Tensor
-    absolute: Tensor
-
-    @classmethod
-    def of(cls, pair: Pair, inputs: InputStatistics) -> _Sums:
-        if len(pair.shape) != 2 or len(inputs.total) != pair.shape[inputs.axis]:
-            raise ValueError(
-                f"{pair.name}: inputs of {len(inputs.total)} features along dimension {inputs.axis}, but the weight's "
-                f"shape is {pair.shape}; collect them from the fine-tuned model itself"
-            )
-        return cls(inputs.mean, inputs.axis, *torch.zeros(3, pair.shape[1 - inputs.axis], dtype=torch.float64))
-
-    def add(self, start: int, delta: Tensor) -> None:
-        """Rows of the weight from ``start`` on."""
-        rows = slice(start, start + len(delta))
-        if self.axis == 1:
-            self.first[rows] = delta @ self.mean
-            self.second[rows] = delta.square() @ self.mean.square()
-            self.absolute[rows] = delta.abs() @ self.mean.abs()
-        else:
-            self.first += self.mean[rows] @ delta
-            self.second += self.mean[rows].square() @ delta.square()
-            self.absolute += self.mean[rows].abs() @ delta.abs()
-
-    def influence(self, outliers: tuple[int, ...], massive: tuple[int, ...]) -> Influence:
-        """The statistics, once all rows are in."""
-        n = max(len(self.mean), 1)
-        mean, norm = self.first / n, self.second.sqrt()
-        if not len(norm):
-            return Influence(len(self.mean), 0.0, 0.0, 0.0, 0.0, 0.0, outliers, massive)
-        variance = (self.second / n - mean.square()).clamp_min(0)
-        return Influence(
-            features=len(self.mean),
-            magnitude=float((self.absolute / n).mean()),
-            mean=float(mean.abs().mean()),
-            variance=float(variance.mean()),
-            norm_mean=float(norm.mean()),
-            norm_median=float(norm.quantile(0.5)),
-            outliers=outliers,
-            massive=massive,
-        )
+def _influence(sums: OutputSums, outliers: tuple[int, ...], massive: tuple[int, ...]) -> Influence:
+    """The statistics, once all rows are in."""
+    n = max(len(sums.mean), 1)
+    mean, norm = sums.first / n, sums.second.sqrt()
+    if not len(norm):
+        return Influence(len(sums.mean), 0.0, 0.0, 0.0, 0.0, 0.0, outliers, massive)
+    variance = (sums.second / n - mean.square()).clamp_min(0)
+    return Influence(
+        features=len(sums.mean),
+        magnitude=float((sums.absolute / n).mean()),
+        mean=float(mean.abs().mean()),
+        variance=float(variance.mean()),
+        norm_mean=float(norm.mean()),
+        norm_median=float(norm.quantile(0.5)),
+        outliers=outliers,
+        massive=massive,
+    )

@@ -7,8 +7,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpp_lightning.pairs import BLOCK, Pair
+from dpp_lightning.pairs import Pair
 from dpp_lightning.plan import PruningPlan
+
+
+@dataclass
+class OutputSums:
+    """Running sums over the inputs j of c_ij = delta_ij mean(x_j), for every output i of one linear map.
+
+    Attributes:
+        mean: mean(x_j), float64, shape (features,).
+        axis: the weight's dimension of the features.
+        first, second, absolute: sums of c_ij, its square and its absolute value, float64, shape (outputs,).
+    """
+
+    mean: Tensor
+    axis: int
+    first: Tensor
+    second: Tensor
+    absolute: Tensor
+
+    @classmethod
+    def of(cls, pair: Pair) -> OutputSums:
+        """Nothing summed yet.
+
+        Raises:
+            ValueError: the inputs are not those of this weight.
+        """
+        inputs = pair.inputs
+        if inputs is None or len(pair.shape) != 2 or len(inputs.total) != pair.shape[inputs.axis]:
+            known = "unknown" if inputs is None else f"of {len(inputs.total)} features along dimension {inputs.axis}"
+            raise ValueError(
+                f"{pair.name}: inputs {known}, but the weight's shape is {pair.shape}; collect them from the "
+                "fine-tuned model itself"
+            )
+        outputs = pair.shape[1 - inputs.axis]
+        return cls(inputs.mean, inputs.axis, *torch.zeros(3, outputs, dtype=torch.float64))
+
+    def add(self, start: int, delta: Tensor) -> None:
+        """Rows of the weight from ``start`` on, shape (rows, columns)."""
+        rows, delta = slice(start, start + len(delta)), delta.double()
+        if self.axis == 1:
+            self.first[rows] = delta @ self.mean
+            self.second[rows] = delta.square() @ self.mean.square()
+            self.absolute[rows] = delta.abs() @ self.mean.abs()
+        else:
+            self.first += self.mean[rows] @ delta
+            self.second += self.mean[rows].square() @ delta.square()
+            self.absolute += self.mean[rows].abs() @ delta.abs()
 
 
 @dataclass(frozen=True)
@@ -29,7 +75,10 @@ def layer_sums(plan: PruningPlan) -> LayerSums:
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for pair in plan.pairs:
         if pair.inputs is not None and not pair.inputs.embedding:
-            sums[pair.name] = _sums(pair)
+            found = OutputSums.of(pair)
+            for start, delta in pair.row_blocks():
+                found.add(start, delta)
+            sums[pair.name] = (found.first, found.second)
     owners = {name: name for name in sums}
     for pair in plan.pairs:
         owner = pair.name.rpartition(".")[0] + ".weight"
@@ -38,22 +87,3 @@ def layer_sums(plan: PruningPlan) -> LayerSums:
             delta = torch.cat([block for _, block in pair.deltas()]).double()
             sums[owner] = (sums[owner][0] + delta, sums[owner][1] + delta.square())
     return LayerSums(sums, owners)
-
-
-def _sums(pair: Pair) -> tuple[Tensor, Tensor]:
-    assert pair.inputs is not None
-    rows, columns = pair.shape
-    mean = pair.inputs.mean[: pair.shape[pair.inputs.axis]]
-    s1, s2 = torch.zeros(2, pair.shape[1 - pair.inputs.axis], dtype=torch.float64)
-    step = max(BLOCK // max(columns, 1), 1)
-    for start in range(0, rows, step):
-        part = slice(start * columns, min(start + step, rows) * columns)
-        delta = pair.finetuned[part].cpu().double() - pair.base[part].cpu().double()
-        delta = delta.view(-1, columns)
-        if pair.inputs.axis == 1:
-            s1[start : start + step] = delta @ mean
-            s2[start : start + step] = delta.square() @ mean.square()
-        else:
-            s1 += mean[start : start + step] @ delta
-            s2 += mean[start : start + step].square() @ delta.square()
-    return s1, s2

@@ -53,6 +53,16 @@ class Pair:
             stop = start + BLOCK
             yield start, self.finetuned[start:stop].cpu().float() - self.base[start:stop].cpu().float()
 
+    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and delta of rows together, float32, shape (rows, columns); of another rank than 2 one column."""
+        columns = self.shape[1] if len(self.shape) == 2 else 1
+        rows = self.numel // max(columns, 1)
+        step = max(BLOCK // max(columns, 1), 1)
+        for start in range(0, rows, step):
+            part = slice(start * columns, min(start + step, rows) * columns)
+            delta = self.finetuned[part].cpu().float() - self.base[part].cpu().float()
+            yield start, delta.view(-1, columns)
+
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.
 

@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import pair
 
-from dpp_lightning import METHODS, SparseDelta, chunks, prune
+from dpp_lightning import METHODS, SparseDelta, chunks
+from dpp_lightning.activations import InputStatistics
 from dpp_lightning.chunks import ChunkReader, ChunkWriter
 from dpp_lightning.codec import CHUNK_KEPT, CHUNK_LEAST, decode_chunk, read_head
 from dpp_lightning.delta_file import encode
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor
 from dpp_lightning.delta_reader import decode
 from dpp_lightning.fingerprint import raw_bytes
+from dpp_lightning.plan import PruningPlan
 from dpp_lightning.sampling import kept_positions
+from dpp_lightning.scope import Scope
 from dpp_lightning.value_code import FLOATS, INTEGERS, quantised
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -160,8 +163,12 @@ def equal_deltas(a, b):
 
 
 def drawn(method, rate, dtype=None, weights=torch.float32, **more):
-    settings_of = {"q": 0.5} if METHODS[method].needs_search else {}
-    return prune(*pair(dtype=weights), method, rate, seed=5, dtype=dtype, carry=["head.*"], **settings_of, **more)
+    """A mask of any method, without the fit that some add to it."""
+    plan = PruningPlan.of(*pair(dtype=weights), Scope(carry=("head.*",)))
+    matrices = {p.name: torch.ones(p.shape[1], dtype=torch.float64) for p in plan.pairs if len(p.shape) == 2}
+    plan = plan.with_inputs({name: InputStatistics(ones, ones, 1, 1) for name, ones in matrices.items()})
+    delta = plan.draw(method, rate, 5, dtype, more)
+    return delta.rescaled(0.5) if METHODS[method].needs_search else delta
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpp_lightning import delta_statistics, theory
+from dpp_lightning import pairs, theory
 from dpp_lightning.activations import InputStatistics, collected_inputs
 from dpp_lightning.delta_statistics import layer_statistics, mean_magnitude, outlier_features
 from dpp_lightning.methods import METHODS
@@ -114,7 +114,7 @@ def inputs_of(x: torch.Tensor, axis: int = 1) -> InputStatistics:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("block", [1 << 19, 100])
 def test_statistics_are_those_of_a_dense_twin(axis, block, monkeypatch):
-    monkeypatch.setattr(delta_statistics, "BLOCK", block)
+    monkeypatch.setattr(pairs, "BLOCK", block)
     torch.manual_seed(0)
     base, x = torch.randn(33, 21), torch.randn(50, (33, 21)[axis]) + 0.5
     tuned = base + 0.01 * torch.randn_like(base)
@@ -137,7 +137,7 @@ def test_statistics_are_those_of_a_dense_twin(axis, block, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(), (7,), (0, 3), (3, 0), (2, 3, 4)])
 def test_tensors_of_any_rank(shape, monkeypatch):
-    monkeypatch.setattr(delta_statistics, "BLOCK", 5)
+    monkeypatch.setattr(pairs, "BLOCK", 5)
     delta = torch.linspace(-1, 2, int(torch.Size(shape).numel())).reshape(shape)
     found = layer_statistics(Pair.of("w", torch.zeros(shape), delta))
     assert found.influence is None
