@@ -150,18 +150,13 @@ def _fit_partitions(bench: Bench, delta: SparseDelta) -> Fit:
     rates = partition_rates(delta.pruning_rate)
     step = 0.1 if delta.q == 1 else -0.1
 
-    def at(other: SparseDelta, factors: Sequence[float]) -> SparseDelta:
-        parts = _partitions(bench.plan, other, rates)
+    def at(other: SparseDelta, parts: Mapping[str, Tensor], factors: Sequence[float]) -> SparseDelta:
         weights = {name: amplified(torch.ones(len(part)), part, factors) for name, part in parts.items()}
         return weighted(other, weights, factors=list(factors), partitions=rates)
 
-    parts = _partitions(bench.plan, delta, rates)
-
-    def cost(factors: Sequence[float]) -> float:
-        return bench.cost(weighted(delta, {n: amplified(torch.ones(len(p)), p, factors) for n, p in parts.items()}))
-
-    factors, tried = search_factors(cost, len(rates), step)
-    return Fit(lambda other: at(other, factors), tried)
+    own = _partitions(bench.plan, delta, rates)  # once for all candidates
+    factors, tried = search_factors(lambda candidate: bench.cost(at(delta, own, candidate)), len(rates), step)
+    return Fit(lambda other: at(other, _partitions(bench.plan, other, rates), factors), tried)
 
 
 def _partitions(plan: PruningPlan, delta: SparseDelta, rates: Sequence[float]) -> dict[str, Tensor]:
