@@ -96,7 +96,7 @@ def prune_checkpoint(
         beside = {} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision)
         if row.fitted in (None, "q") or calibration is None or pruning_rate == 0:
             _stream(folder, plan, (method, pruning_rate, seed, dtype, settings), beside, progress)
-            if q is None and calibration is not None and row.fitted:
+            if q is None and calibration is not None and row.fitted == "q":
                 q = calibration.fit(plan, DeltaReader.open(folder).delta()).q
             if q is not None:
                 _set_q(folder, plan, q)
