@@ -83,7 +83,8 @@ def _search(objective: Callable[[float], float], first: float, bounds: tuple[flo
 def search_q_by_score(score: Callable[[float], float], pruning_rate: float, *, higher_is_better: bool) -> SearchResult:
     """Optimise a step function of q, such as an accuracy, on a short grid in log q that is then refined once.
 
-    Seven values from 1 - p to 1, then the two halfway points beside the best; among equals the q nearest to 1 - p wins.
+    Nine values (1 - p)^(1 - (k/8)^2), close together near 1 - p, where the best q mostly lies; then the two halfway
+    points beside the best. Among equals the q nearest to 1 - p wins.
 
     Args:
         score: q to the metric on the whole calibration set.
@@ -100,7 +101,7 @@ def search_q_by_score(score: Callable[[float], float], pruning_rate: float, *, h
             tried[q] = float(score(q))
         return sign * tried[q] if isfinite(tried[q]) else float("inf")
 
-    grid = q_grid(pruning_rate, 7)
+    grid = [lowest, *(exp(log(lowest) * (1 - (k / 8) ** 2)) for k in range(1, 8)), 1.0]
     best = min(range(len(grid)), key=lambda i: (cost(grid[i]), i))
     near = [grid[i] for i in (best - 1, best + 1) if 0 <= i < len(grid)]
     for q in near:

@@ -1,5 +1,6 @@
 """The search for q, output change and the output hook."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,16 @@ def test_search_by_score_takes_steps_and_breaks_ties_toward_dare(higher_is_bette
         lambda q: sign * (1.0 if 0.02 <= q <= 0.06 else 0.5), 0.99, higher_is_better=higher_is_better
     )
     assert 0.02 <= result.q <= 0.06
-    assert len(result.tried) <= 9
+    assert len(result.tried) <= 11
     assert search_q_by_score(lambda q: 0.7, 0.99, higher_is_better=higher_is_better).q == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("best", [1.0, 1.8, 2.5, 4.0, 7.0])
+def test_search_by_score_comes_close_to_a_best_q_near_dares(rate, best):
+    target = min(best * (1 - rate), 1.0)
+    found = search_q_by_score(lambda q: -abs(math.log(q / target)), rate, higher_is_better=True).q
+    assert target / 1.3 <= found <= target * 1.3
 
 
 def test_grid_ends_are_exact():
