@@ -10,14 +10,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dpp_lightning.delta import SparseDelta
+    from dpp_lightning.merging import merge
     from dpp_lightning.methods import METHODS
     from dpp_lightning.pruning import prune
 
-__all__ = ["METHODS", "SparseDelta", "__version__", "prune"]
+__all__ = ["METHODS", "SparseDelta", "__version__", "merge", "prune"]
 
 _HOME = {
     "METHODS": "dpp_lightning.methods",
     "SparseDelta": "dpp_lightning.delta",
+    "merge": "dpp_lightning.merging",
     "prune": "dpp_lightning.pruning",
 }
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpp_lightning.merge_rules import MERGES
+from dpp_lightning.merge_tasks import task_names
 from dpp_lightning.methods import METHODS
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ def model_card(
         scores: name to figure; left out if empty.
         carried, carried_bytes: number and bytes of the dense tensors.
     """
-    row = METHODS.get(info.method)
+    row = METHODS.get(info.method) or MERGES.get(info.method)
+    tasks = task_names(info)
     head = ["---", "library_name: dpp_lightning", "tags:", "- delta-parameter-pruning"]
     if info.base_name and not Path(info.base_name).is_absolute():
         head.insert(1, f"base_model: {info.base_name}")
@@ -32,9 +35,14 @@ def model_card(
         *head,
         "---",
         "",
-        "# Pruned delta",
+        "# Merged delta" if tasks else "# Pruned delta",
         "",
-        f"Fine-tuned minus base weights, {100 * info.pruning_rate:g} % of them dropped with `{info.method}`"
+        (
+            f"Deltas of one base ({', '.join(tasks)}) merged with `{info.method}`; together they drop "
+            f"{100 * info.pruning_rate:g} % of the entries"
+            if tasks
+            else f"Fine-tuned minus base weights, {100 * info.pruning_rate:g} % of them dropped with `{info.method}`"
+        )
         + (f" ([{row.paper}]({row.url}))." if row else "."),
         "",
         "| | |",
@@ -48,7 +56,7 @@ def model_card(
         "```python",
         "from dpp_lightning import SparseDelta",
         "",
-        'delta = SparseDelta.from_pretrained("this/folder")',
+        'delta = SparseDelta.from_pretrained("this/folder")' + (f'.for_task("{tasks[0]}")' if tasks else ""),
         "delta.apply_(base_model)   # and delta.revert_(base_model) restores it bit for bit",
         "```",
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 
@@ -89,7 +89,7 @@ def local_folder(source: str | Path, revision: str | None, patterns: list[str], 
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
 
-def side_files(source: str | Path, revision: str | None = None) -> dict[str, Path]:
+def side_files(source: str | Path, revision: str | None = None, tasks: Sequence[str] = ()) -> dict[str, Path]:
     """What belongs to a model beside its weights: configuration, tokenizer, processor, chat template.
 
     Neither code nor pickles are among them.
@@ -97,6 +97,7 @@ def side_files(source: str | Path, revision: str | None = None) -> dict[str, Pat
     Args:
         source: as for :func:`load_tensors`.
         revision: branch, tag or commit of a hub id.
+        tasks: of a merged delta, whose files may bear their task's name: ``sst2.config.json``.
 
     Returns:
         File name to path, sorted; nothing for a source that is a file.
@@ -107,7 +108,8 @@ def side_files(source: str | Path, revision: str | None = None) -> dict[str, Pat
     if Path(source).is_file():
         return {}
     folder = local_folder(source, revision, list(_SIDE_PATTERNS), "file or folder")
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _is_side_file(path)}
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return {path.name: path for path in files if any(_is_side_file(path, f"{t}." if t else "") for t in ("", *tasks))}
 
 
 def has_own_names(source: str | Path) -> bool:
@@ -121,8 +123,9 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _is_side_file(path: Path) -> bool:
-    return path.suffix in _SIDE_SUFFIXES and any(fnmatchcase(path.name, pattern) for pattern in _SIDE_PATTERNS)
+def _is_side_file(path: Path, start: str = "") -> bool:
+    name = path.name.removeprefix(start)
+    return path.suffix in _SIDE_SUFFIXES and any(fnmatchcase(name, pattern) for pattern in _SIDE_PATTERNS)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

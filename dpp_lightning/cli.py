@@ -53,6 +53,13 @@ def _delta_command(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _merge(arguments: list[str]) -> int:
+    """merge: as `_delta_command`."""
+    from dpp_lightning.merge_command import merge
+
+    return merge(arguments)
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the command table: the line ``dpp --help`` shows and what runs; it is given the whole command line."""
@@ -69,6 +76,7 @@ COMMANDS = {
     "sweep": Command("score methods x rates x seeds on one fine-tuned checkpoint; resumable; table and plots", _sweep),
     "prune": Command("prune the delta between two checkpoints, of any size, into a delta folder", _delta_command),
     "apply": Command("write base plus delta as a dense folder that from_pretrained loads", _delta_command),
+    "merge": Command("merge deltas of one base into one: task arithmetic, TIES, AdaMerging's weights", _merge),
     "inspect": Command("show what a delta folder costs; or, of two models, the method to take and why", _delta_command),
     "configs": Command("list the packaged configs, or print one: dpp configs [NAME]", _configs),
 }
@@ -94,6 +102,7 @@ examples:
   dpp sweep --config bert_sst2_adamw.yaml --ckpt_path last.ckpt --methods dare importance --rates 0.9 0.99 --output DIR
   dpp prune BASE FINETUNED --method dare --pruning_rate 0.99 --output DELTA
   dpp apply BASE DELTA --output DENSE
+  dpp merge BASE DELTA DELTA --tasks sst2 cola --method ties --output MERGED
 
 --config takes a file or the name of a packaged config; several compose, and options after them override.
 """

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from dpp_lightning import inspect_pair
 from dpp_lightning.checkpoints import total_bytes
+from dpp_lightning.command_line import MODEL, parser_of, progress_bar, run_command, say
 from dpp_lightning.delta_file import delta_bytes, further_bytes
 from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.exporting import apply_checkpoint
@@ -26,50 +25,44 @@ from dpp_lightning.scope import Scope
 from dpp_lightning.streaming import Calibration, prune_checkpoint
 from dpp_lightning.value_code import DTYPES
 
-_FAILED, _WRONG = 1, 2
-_MODEL = "a folder in Hugging Face's layout, a .safetensors or .ckpt file, or a hub id"
-
 
 def prune(arguments: list[str]) -> int:
     """``dpp prune BASE FINETUNED --output DIR``."""
-    return _run(_prune_parser(), arguments, _prune)
+    return run_command(_prune_parser(), arguments, _prune)
 
 
 def apply(arguments: list[str]) -> int:
     """``dpp apply BASE DELTA --output DIR``."""
-    parser = _parser("apply", "Write base plus delta as a dense folder that from_pretrained loads.")
-    parser.add_argument("base", metavar="BASE", help=_MODEL)
+    parser = parser_of("apply", "Write base plus delta as a dense folder that from_pretrained loads.")
+    parser.add_argument("base", metavar="BASE", help=MODEL)
     parser.add_argument("delta", metavar="DELTA", help="a delta folder or hub id")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--force", action="store_true", help="apply the delta although the base is another one")
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest weights file")
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--delta-revision", metavar="REV", help="likewise")
-    return _run(parser, arguments, _apply)
+    parser.add_argument("--task", help="of a merged delta with a head for each task, the one to write")
+    return run_command(parser, arguments, _apply)
 
 
 def inspect(arguments: list[str]) -> int:
     """``dpp inspect DELTA`` or ``dpp inspect BASE FINETUNED``."""
-    parser = _parser(
+    parser = parser_of(
         "inspect",
         "Show what a delta folder holds and what it costs, tensor by tensor; or, of a base and a model fine-tuned from "
         "it, every layer's delta and what it does, with the method to take.",
     )
-    parser.add_argument("delta", metavar="DELTA|BASE", help=f"a delta folder or hub id; or {_MODEL}")
-    parser.add_argument("finetuned", nargs="?", metavar="FINETUNED", help=_MODEL)
+    parser.add_argument("delta", metavar="DELTA|BASE", help=f"a delta folder or hub id; or {MODEL}")
+    parser.add_argument("finetuned", nargs="?", metavar="FINETUNED", help=MODEL)
     inspect_pair.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    return _run(parser, arguments, _inspect)
-
-
-def _parser(command: str, summary: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"dpp {command}", description=summary)
+    return run_command(parser, arguments, _inspect)
 
 
 def _prune_parser() -> argparse.ArgumentParser:
-    parser = _parser("prune", "Prune the delta between two checkpoints into a delta folder, tensor by tensor.")
-    parser.add_argument("base", metavar="BASE", help=_MODEL)
+    parser = parser_of("prune", "Prune the delta between two checkpoints into a delta folder, tensor by tensor.")
+    parser.add_argument("base", metavar="BASE", help=MODEL)
     parser.add_argument("finetuned", metavar="FINETUNED", help="likewise")
     parser.add_argument("--output", required=True, metavar="DIR", help="delta folder; an older delta is replaced")
     parser.add_argument("--method", default="dare", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
@@ -105,7 +98,7 @@ def _prune(options: argparse.Namespace) -> None:
     settings = method_settings(options.settings)
     get_method(options.method).check(options.pruning_rate, settings)
     calibration = _calibration(options, settings)
-    with _progress("pruning") as told:
+    with progress_bar("pruning") as told:
         output = prune_checkpoint(
             options.base,
             options.finetuned,
@@ -132,15 +125,15 @@ def _tell(output: Path) -> None:
     info, size, beside = reader.info, delta_bytes(output), further_bytes(output)
     dense = {**reader.carried, **reader.new_rows}
     kept = sum(head.kept for _, head in reader.chunks.heads) + sum(t.numel() for t in dense.values())
-    _say(
+    say(
         f"{output}: {size:,} bytes, {2 * info.entries / size:.1f} times smaller than the model in bfloat16 "
         f"({info.method}, p={info.pruning_rate:g}, q={info.q:.4g}, density {100 * kept / max(info.entries, 1):.3g} %)"
     )
     if dense:
         names = ", ".join([*dense][:6]) + (", …" if len(dense) > 6 else "")
-        _say(f"stored dense, {total_bytes(dense):,} bytes: {names}")
+        say(f"stored dense, {total_bytes(dense):,} bytes: {names}")
     if beside:
-        _say(f"beside it, {beside:,} bytes: files unlike the base's (--weights-only leaves them out)")
+        say(f"beside it, {beside:,} bytes: files unlike the base's (--weights-only leaves them out)")
 
 
 def method_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def _calibration(options: argparse.Namespace, settings: Mapping[str, Any]) -> Ca
 
 
 def _apply(options: argparse.Namespace) -> None:
-    with _progress("writing") as told:
+    with progress_bar("writing") as told:
         output = apply_checkpoint(
             options.base,
             options.delta,
@@ -190,15 +183,16 @@ def _apply(options: argparse.Namespace) -> None:
             max_shard_bytes=options.max_shard_bytes,
             base_revision=options.base_revision,
             delta_revision=options.delta_revision,
+            task=options.task,
             progress=told,
         )
-    _say(f"{output}: load it with from_pretrained")
+    say(f"{output}: load it with from_pretrained")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     inspect_pair.check_options(options)
     if options.finetuned is not None:
-        with _progress("reading") as told:
+        with progress_bar("reading") as told:
             report = inspect_pair.from_options(options, told)
         if options.json:
             sys.stdout.write(json.dumps(report.to_json(), indent=1) + "\n")
@@ -237,39 +231,3 @@ def _cells(row: TensorCost) -> tuple[str, ...]:
     counts = (row.positions, row.entropy, row.values, row.carried)
     shape = "×".join(map(str, row.shape)) or "scalar"
     return (row.name, shape, f"{100 * row.density:.3g} %", *(f"{n:,.0f}" if n else "" for n in counts))
-
-
-def _run(parser: argparse.ArgumentParser, arguments: list[str], act: Callable[[argparse.Namespace], None]) -> int:
-    """Parse, act, and say in one line what went wrong."""
-    try:
-        options = parser.parse_args(arguments[1:])
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else _WRONG
-    try:
-        act(options)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        _say(f"dpp {arguments[0]}: error: {error}")
-        return _WRONG
-    except (OSError, MemoryError) as error:
-        _say(f"dpp {arguments[0]}: failed, nothing was written: {error}")
-        return _FAILED
-    return 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], Any]]:
-    """A bar on the terminal with bytes a second; called with bytes done and bytes in all."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

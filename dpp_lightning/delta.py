@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dpp_lightning.delta_info import AbsoluteEntries, DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.entries import EntriesHash, alike, put_entries, summed, take_entries
 from dpp_lightning.matching import matched
+from dpp_lightning.merge_tasks import of_task
 from dpp_lightning.names import TensorSource, align, canonical_tensors, source_name, source_names
 from dpp_lightning.rescaling import check_q
 from dpp_lightning.threads import over_threads
@@ -85,6 +86,15 @@ class SparseDelta:
         """
         info = replace(self.info, q=check_q(q, self.pruning_rate))
         return SparseDelta(self.tensors, self.carried, info, self.new_rows)
+
+    def for_task(self, task: str) -> SparseDelta:
+        """A merged delta as one of its tasks uses it, with that task's head; shares all tensors.
+
+        Raises:
+            ValueError: it merges no such task.
+        """
+        info, carried = of_task(self.info, self.carried, task)
+        return SparseDelta(self.tensors, carried, info, self.new_rows)
 
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
         """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
@@ -277,6 +287,7 @@ class SparseDelta:
 
     def _find(self, target: TensorSource) -> dict[str, Tensor]:
         """The target's tensors under this delta's names, shapes checked."""
+        of_task(self.info, self.carried, None)  # a merged delta needs its task chosen
         shapes = {name: self._shape(name) for name in (*self.tensors, *self.carried)}
         return matched(shapes, canonical_tensors(target), source_name(target), self.info)
 

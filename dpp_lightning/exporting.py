@@ -15,6 +15,7 @@ from dpp_lightning.delta_info import DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.entries import EntriesHash, summed, take_entries
 from dpp_lightning.matching import matched
+from dpp_lightning.merge_tasks import of_task, strip_task, task_names
 from dpp_lightning.names import canonical_tensors
 from dpp_lightning.safetensors_file import Entry, ShardedWriter
 from dpp_lightning.streaming import Progress
@@ -32,6 +33,7 @@ def apply_checkpoint(
     max_shard_bytes: int = _SHARD,
     base_revision: str | None = None,
     delta_revision: str | None = None,
+    task: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write base plus delta as a dense folder that ``from_pretrained`` loads; whole or not at all.
@@ -46,6 +48,7 @@ def apply_checkpoint(
         force: apply the delta although the base is another one.
         max_shard_bytes: largest file of weights.
         base_revision, delta_revision: of hub ids.
+        task: of a merged delta with a head for each task, the one to write.
         progress: told the bytes written, and all of them.
 
     Raises:
@@ -55,6 +58,8 @@ def apply_checkpoint(
     """
     with whole_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
+        tasks = task_names(reader.info)
+        reader.info, reader.carried = of_task(reader.info, reader.carried, task)
         shapes: dict[str, tuple[int, ...] | None] = dict(reader.chunks.table)
         shapes |= dict.fromkeys((*reader.info.reverted, *reader.info.unchanged))
         base_tensors = canonical_tensors(load_tensors(base, base_revision))
@@ -67,7 +72,9 @@ def apply_checkpoint(
                 done += piece.numel() * piece.element_size()
                 if progress:
                     progress(done, total)
-        for name, path in {**side_files(base, base_revision), **side_files(delta, delta_revision)}.items():
+        beside = side_files(delta, delta_revision, tasks)
+        own = strip_task(beside, task or "", tasks, ".")
+        for name, path in {**side_files(base, base_revision), **own}.items():
             if name != CONFIG_FILE:
                 (folder / name).write_bytes(path.read_bytes())
     return Path(output)

@@ -1,0 +1,133 @@
+"""How the kept entries that several deltas have in one tensor become those of one delta. Work per kept entry.
+
+Pure functions on tensors: a part is (indices, values, weight), with sorted distinct flat positions (int32 or int64) and
+the deltas' values there (already divided by q), both of shape (kept,). Sums are taken in float64, so that the order of
+the deltas does not show in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.kept import exact_count
+
+
+class Part(NamedTuple):
+    """One delta's kept entries of a tensor, and its weight there."""
+
+    indices: Tensor
+    values: Tensor
+    weight: float
+
+
+Rule = Callable[[Sequence[Part], float], tuple[Tensor, Tensor]]
+
+
+def weighted_sum(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Task arithmetic: scale * sum_k weight_k * delta_k at the entries that any delta keeps.
+
+    Args:
+        parts: at least one.
+        scale: multiplies the sum.
+
+    Returns:
+        (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
+    """
+    union, places = _union(parts)
+    total = torch.zeros(len(union), dtype=torch.float64)
+    for place, part in zip(places, parts, strict=True):
+        total.index_add_(0, place, part.values.double() * part.weight)
+    return union, (total * scale).float()
+
+
+def elected_mean(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """TIES: elect a sign for each entry, then take the mean of the deltas that agree with it.
+
+    The sign is that of sum_k weight_k * delta_k; the value is scale * (sum over A of weight_k * delta_k) divided by the
+    sum over A of the weights' magnitudes, with A the deltas whose weighted entry has that sign. Entries without one (a
+    sum of exactly 0) are left out. Trimming is :func:`trimmed`.
+
+    Args, returns: as :func:`weighted_sum`.
+    """
+    union, places = _union(parts)
+    weighted = [part.values.double() * part.weight for part in parts]
+    total = torch.zeros(len(union), dtype=torch.float64)
+    for place, values in zip(places, weighted, strict=True):
+        total.index_add_(0, place, values)
+    sign, agreed, mass = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
+    for place, values, part in zip(places, weighted, parts, strict=True):
+        of_sign = values.sign() == sign[place]
+        agreed.index_add_(0, place, values * of_sign)
+        mass.index_add_(0, place, of_sign.double() * abs(part.weight))
+    kept = (sign != 0).nonzero().squeeze(1)
+    return union[kept], (scale * agreed[kept] / mass[kept]).float()
+
+
+def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tuple[Tensor, Tensor]:
+    """TIES' first step: of a tensor's entries only the numel - floor(trim_rate * numel) largest by magnitude.
+
+    Entries that pruning has dropped count as zeros, so a delta with no more kept entries than that is left as it is. Of
+    equal magnitudes the first are kept.
+
+    Args:
+        indices, values: the kept entries, shape (kept,).
+        numel: entries of the whole tensor.
+        trim_rate: fraction dropped, in [0, 1).
+    """
+    count = exact_count(numel, trim_rate)
+    if len(indices) <= count:
+        return indices, values
+    order = values.abs().argsort(descending=True, stable=True)[:count].sort().values
+    return indices[order], values[order]
+
+
+def _union(parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+    """All positions that occur, and where each part's lie among them."""
+    indices = [part.indices.long() for part in parts]
+    if all(torch.equal(indices[0], other) for other in indices[1:]):
+        return indices[0], [torch.arange(len(indices[0]))] * len(indices)
+    union = torch.cat(indices).unique(sorted=True)
+    return union, [torch.searchsorted(union, own) for own in indices]
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to merge: its rule, and where it comes from.
+
+    Attributes:
+        rule: parts of one tensor and the scale to the merged entries.
+        weight: of every delta where none is given.
+        keeps_all: every entry that a delta keeps is kept.
+        paper, url: for the card.
+    """
+
+    rule: Rule
+    weight: float
+    keeps_all: bool
+    paper: str
+    url: str
+
+
+MERGES: dict[str, MergeMethod] = {
+    "task-arithmetic": MergeMethod(
+        weighted_sum, 0.4, True, "Editing Models with Task Arithmetic", "https://arxiv.org/abs/2212.04089"
+    ),
+    "ties": MergeMethod(elected_mean, 1.0, False, "TIES-Merging", "https://arxiv.org/abs/2306.01708"),
+    "adamerging": MergeMethod(weighted_sum, 0.3, True, "AdaMerging", "https://arxiv.org/abs/2310.02575"),
+}
+
+
+def get_merge(name: str) -> MergeMethod:
+    """The row of that name.
+
+    Raises:
+        ValueError: an unknown name; known ones are listed.
+    """
+    if name not in MERGES:
+        raise ValueError(f"unknown merge method {name!r}; known are {', '.join(MERGES)}")
+    return MERGES[name]
