@@ -7,6 +7,7 @@ if __name__ != "dpp_lightning.callbacks":
         "install the project (pip install -e .) and write: from dpp_lightning.callbacks import DeltaPruneCallback"
     )
 
+from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
 
-__all__ = ["DeltaPruneCallback"]
+__all__ = ["ApplyDelta", "DeltaPruneCallback"]

@@ -10,27 +10,34 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from pydoc import locate
 from typing import Any, cast
 
 import torch.distributed as dist
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
-from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli import INTERRUPTED, USAGE_ERROR
 from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.adamerging import AdaMergingModule
 from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue_mix import GLUEMixDataModule
 from dpp_lightning.tasks.vision import VisionModule
 
 SHORT_NAMES = (
+    AdaMergingModule,
     AdamR,
+    ApplyDelta,
     DeltaPruneCallback,
     DigitsDataModule,
     GLUEDataModule,
+    GLUEMixDataModule,
     GLUEModule,
     VisionModule,
 )
@@ -65,8 +72,17 @@ class DPPCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would let the checkpoint's hyper-parameters silently replace what the user wrote."""
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """With ``--delta`` and ``--task`` where weights are used and not trained."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument("--delta", type=str | None, help="delta folder or hub id that is put onto the base")
+            parser.add_argument("--task", type=str | None, help="of a merged delta, the one whose head is taken")
+        return parser
+
     def before_instantiate_classes(self) -> None:
-        """Keep the config of a fit when its folder is validated or tested later."""
+        """Keep the config of a fit when its folder is validated or tested later; place the callback of a delta."""
+        place_delta(self.config[self.subcommand])
         if self.subcommand != "fit":
             self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
 
@@ -79,6 +95,31 @@ class DPPCLI(LightningCLI):
             if signal_code(stop) and self.trainer.is_global_zero:
                 sys.stderr.write(_how_to_resume(self.trainer, started))
             raise
+
+
+def place_delta(config: Namespace) -> None:
+    """Give the config of ``dpp test --delta`` the callback that applies it, in place of one that prunes.
+
+    Raises:
+        ValueError: ``--delta`` beside ``--ckpt_path``, or ``--task`` without ``--delta``.
+    """
+    delta, task = config.get("delta"), config.get("task")
+    if delta is None:
+        if task is not None:
+            raise ValueError("--task chooses among the heads of a merged delta: give --delta, or --model.task")
+        return
+    if config.get("ckpt_path") is not None:
+        raise ValueError("--delta goes onto the base, --ckpt_path loads fine-tuned weights: give one of them")
+    given = config.trainer.get("callbacks") or []
+    kept = [c for c in (given if isinstance(given, list) else [given]) if not is_callback(c, DeltaPruneCallback)]
+    path = f"{ApplyDelta.__module__}.{ApplyDelta.__name__}"
+    config.trainer.callbacks = [*kept, Namespace(class_path=path, init_args=Namespace(delta=delta, task=task))]
+
+
+def is_callback(callback: Any, cls: type) -> bool:
+    """Whether a callback, as a config or an object, is of a class."""
+    found = locate(callback.class_path) if isinstance(callback, Namespace) else type(callback)
+    return isinstance(found, type) and issubclass(found, cls)
 
 
 def run(arguments: list[str]) -> int:

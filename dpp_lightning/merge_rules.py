@@ -38,7 +38,7 @@ def weighted_sum(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Ten
     Returns:
         (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
     """
-    union, places = _union(parts)
+    union, places = union_of([part.indices.long() for part in parts])
     total = torch.zeros(len(union), dtype=torch.float64)
     for place, part in zip(places, parts, strict=True):
         total.index_add_(0, place, part.values.double() * part.weight)
@@ -54,7 +54,7 @@ def elected_mean(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Ten
 
     Args, returns: as :func:`weighted_sum`.
     """
-    union, places = _union(parts)
+    union, places = union_of([part.indices.long() for part in parts])
     weighted = [part.values.double() * part.weight for part in parts]
     total = torch.zeros(len(union), dtype=torch.float64)
     for place, values in zip(places, weighted, strict=True):
@@ -86,12 +86,11 @@ def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tu
     return indices[order], values[order]
 
 
-def _union(parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
-    """All positions that occur, and where each part's lie among them."""
-    indices = [part.indices.long() for part in parts]
+def union_of(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """All positions that occur, sorted, and where each delta's lie among them; int64."""
     if all(torch.equal(indices[0], other) for other in indices[1:]):
         return indices[0], [torch.arange(len(indices[0]))] * len(indices)
-    union = torch.cat(indices).unique(sorted=True)
+    union = torch.cat(list(indices)).unique(sorted=True)
     return union, [torch.searchsorted(union, own) for own in indices]
 
 

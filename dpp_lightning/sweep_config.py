@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 
 from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.lightning_cli import is_callback
 
 
 def place_callback(trainer: Namespace, options: argparse.Namespace) -> None:
@@ -24,13 +24,13 @@ def place_callback(trainer: Namespace, options: argparse.Namespace) -> None:
     """
     given = trainer.get("callbacks") or []
     callbacks = list(given) if isinstance(given, list) else [given]
-    own = [c for c in callbacks if _is(c, DeltaPruneCallback)]
+    own = [c for c in callbacks if is_callback(c, DeltaPruneCallback)]
     if len(own) > 1:
         raise ValueError(f"a sweep takes one DeltaPruneCallback, the config has {len(own)}: remove all but one")
     path = f"{DeltaPruneCallback.__module__}.{DeltaPruneCallback.__name__}"
     callback = own[0] if own else Namespace(class_path=path, init_args=Namespace())
     callback.init_args = Namespace(**{**vars(callback.get("init_args") or Namespace()), **_settings(callback, options)})
-    others = [c for c in callbacks if not _is(c, DeltaPruneCallback) and not _is(c, ProgressBar)]
+    others = [c for c in callbacks if not is_callback(c, DeltaPruneCallback) and not is_callback(c, ProgressBar)]
     trainer.callbacks = [*others, callback]
     trainer.default_root_dir, trainer.enable_progress_bar = options.output, False
     if trainer.get("logger") in (None, True):
@@ -46,8 +46,3 @@ def _settings(callback: Namespace, options: argparse.Namespace) -> dict[str, Any
     settings |= {"method_settings": own or None, "output_dir": options.output, "plot": options.curve or False}
     settings |= {"resume": True, "apply": False, "ckpt": "last"}
     return settings | ({"save_deltas": False} if options.no_deltas else {})
-
-
-def _is(callback: Any, cls: type) -> bool:
-    found = locate(callback.class_path) if isinstance(callback, Namespace) else type(callback)
-    return isinstance(found, type) and issubclass(found, cls)

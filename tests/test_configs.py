@@ -64,7 +64,8 @@ def test_parses_against_the_real_signatures(name):
     assert config["data"]["class_path"].startswith("dpp_lightning.tasks.")
     build(config["data"])
     built = [build(callback) for callback in config["trainer"]["callbacks"]]
-    assert "DeltaPruneCallback" in {type(callback).__name__ for callback in built}
+    if not name.startswith("adamerging"):
+        assert "DeltaPruneCallback" in {type(callback).__name__ for callback in built}
 
 
 @pytest.mark.parametrize("name", ADAMW)

@@ -1,24 +1,22 @@
 """Fine-tuning an encoder on GLUE as in DAREx, appendix C.2: learning rate 1e-4 with warm-up, batches of 16."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional
-from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue_data import GLUEDataModule
-from dpp_lightning.tasks.glue_tasks import GLUETask, glue_task
+from dpp_lightning.tasks.glue_scores import GLUEScores, glue_loss, glue_prediction
+from dpp_lightning.tasks.glue_tasks import glue_task
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
 
@@ -80,7 +78,7 @@ class GLUEModule(LightningModule):
             self.model, new, layer = with_adapters(model, self.lora, new, layer, self.seed)
         self.new_parameter_names = tuple(sorted(f"model.{name}" for name in new))
         self.output_layer = f"model.{layer}"
-        self.metrics = nn.ModuleDict({name: _metrics(self.definition) for name in ("val", "test", "test_mismatched")})
+        self.metrics = nn.ModuleDict({name: GLUEScores(self.definition) for name in ("val", "test", "test_mismatched")})
 
     @property
     def max_length(self) -> int | None:
@@ -101,7 +99,7 @@ class GLUEModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy, or STS-B's squared error."""
-        loss = self._loss(self(batch), batch["labels"])
+        loss = glue_loss(self.definition, self(batch), batch["labels"])
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
@@ -115,7 +113,7 @@ class GLUEModule(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Predicted class, or STS-B's similarity, of every sample: (samples,)."""
-        return self._predict(self(batch))
+        return glue_prediction(self.definition, self(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted pass has left."""
@@ -140,65 +138,19 @@ class GLUEModule(LightningModule):
         optimizer = self.optimizer(parameter_groups(self, self.new_parameter_names))
         return with_schedule(optimizer, self.scheduler, self.scheduler_interval, self.trainer, self.warmup_fraction)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.definition.num_labels == 1:
-            return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        return functional.cross_entropy(logits, labels)
-
-    def _predict(self, logits: Tensor) -> Tensor:
-        return logits.squeeze(-1) if self.definition.num_labels == 1 else logits.argmax(dim=-1)
-
     def _update(self, split: str, batch: Mapping[str, Tensor]) -> None:
-        logits, labels = self(batch), batch["labels"]
-        real = labels != IGNORED_LABEL  # fillers, which give every rank equally many steps, take no part
-        logits, labels = logits[real].float(), labels[real]
-        if not len(labels):
-            return
-        for name, metric in self._metrics_of(split).items():
-            if name == "loss":
-                metric.update(self._loss(logits, labels), weight=len(labels))
-            else:
-                metric.update(self._predict(logits), labels)
+        self._scores(split).add(self(batch), batch["labels"])
 
     def _log_scores(self, prefix: str) -> None:
-        values = {name: metric.compute() for name, metric in self._metrics_of(prefix).items()}
-        for name in self.definition.metrics:
-            if self.definition.num_labels == 1 and not values["loss"].isfinite():  # ranks of NaN are numbers
-                values[name] = torch.zeros_like(values[name])
-            values[name] = values[name].nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)  # constant predictions: 0/0
-        values["score"] = torch.stack([values[name] for name in self.definition.metrics]).mean()
-        for name, value in values.items():
+        for name, value in self._scores(prefix).scores().items():
             self.log(f"{prefix}_{name}", value, prog_bar=name == "score", sync_dist=True)
 
-    def _metrics_of(self, split: str) -> dict[str, Metric]:
-        return cast(dict[str, Metric], dict(cast(nn.ModuleDict, self.metrics[split])))
+    def _scores(self, split: str) -> GLUEScores:
+        return cast(GLUEScores, self.metrics[split])
 
     def _reset(self) -> None:
-        for metric in self.metrics.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
-
-
-class Matthews(MulticlassMatthewsCorrCoef):
-    """Matthews' correlation that is 0, as scikit-learn's, where all predictions or all labels are alike."""
-
-    def compute(self) -> Tensor:
-        confusion = self.confmat
-        alike = min(int((confusion.sum(dim) > 0).sum()) for dim in (0, 1)) < 2
-        return torch.zeros((), device=confusion.device) if alike else super().compute()
-
-
-def _metrics(task: GLUETask) -> nn.ModuleDict:
-    """Loss and metrics of one split, each over all its samples and all ranks."""
-    makers: dict[str, Any] = {
-        "accuracy": lambda: MulticlassAccuracy(task.num_labels, average="micro"),
-        "f1": BinaryF1Score,
-        "matthews": lambda: Matthews(task.num_labels),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-    }
-    loss = MeanMetric(nan_strategy=float("nan"))  # a NaN stays NaN; "disable" also would, but it drops the weights
-    return nn.ModuleDict({"loss": loss, **{name: makers[name]() for name in task.metrics}})
+        for split in self.metrics:
+            self._scores(split).reset()
 
 
 def _load(pretrained: str, revision: str | None, num_labels: int, seed: int) -> tuple[PreTrainedModel, set[str]]:

@@ -145,6 +145,19 @@ class GLUEDataModule(LightningDataModule):
             )
         return self._evaluation_loader("calibration")
 
+    def unlabelled_dataloader(self, split: str, batch_size: int) -> DataLoader[Any]:
+        """Shuffled batches of a split (``val``, ``calibration``, or ``test`` for GLUE's validation) without labels."""
+        data = self.splits[glue_task(self._task_name()).evaluation[0] if split == "test" else split]
+        if not len(data):
+            raise ValueError(f"the split {split} of {self._task_name()} holds no sample; raise its fraction, e.g. 0.1")
+        return DataLoader(
+            _Samples(data.remove_columns("labels")),
+            batch_size=batch_size,
+            shuffle=True,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+        )
+
     def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
         """Batches in the split's order; ``shared`` deals them out to the ranks, and sorts them by length: half of the
         places would be padding else."""

@@ -45,11 +45,11 @@ def outputs(module, batch) -> list[Tensor]:
 
 @torch.no_grad()
 def score(module, data) -> float:
-    module._reset()
+    scores = module._scores("val")
+    scores.reset()
     for batch in data.val_dataloader():
         module._update("val", batch)
-    values = module._metrics_of("val")
-    return float(mean(float(values[name].compute()) for name in module.definition.metrics))
+    return float(scores.scores()["score"])
 
 
 class ReleasedGrid:
