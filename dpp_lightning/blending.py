@@ -35,7 +35,7 @@ class Blend(nn.Module):
         super().__init__()
         self._held = (tensor,)  # in a tuple, so that it does not become a parameter of this module too
         self.deltas = sorted(entries)
-        union, places = union_of([entries[k][0].long() for k in self.deltas])
+        union, places = union_of([entries[k][0] for k in self.deltas], tensor.numel())
         self.register_buffer("union", union, persistent=False)
         self.register_buffer("original", take_entries(tensor, union), persistent=False)
         for k, place in zip(self.deltas, places, strict=True):

@@ -1,8 +1,7 @@
 """How the kept entries that several deltas have in one tensor become those of one delta. Work per kept entry.
 
-Pure functions on tensors: a part is (indices, values, weight), with sorted distinct flat positions (int32 or int64) and
-the deltas' values there (already divided by q), both of shape (kept,). Sums are taken in float64, so that the order of
-the deltas does not show in float32.
+Pure functions on tensors: a part has sorted distinct flat positions (int32 or int64) and the delta's values there, both
+of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
 """
 
 from __future__ import annotations
@@ -18,34 +17,41 @@ from dpp_lightning.kept import exact_count
 
 
 class Part(NamedTuple):
-    """One delta's kept entries of a tensor, and its weight there."""
+    """One delta's kept entries of a tensor, with its weight there and the q that the values are divided by."""
 
     indices: Tensor
     values: Tensor
     weight: float
+    q: float = 1.0
+
+    def weighted(self) -> Tensor:
+        """weight * value / q, float64, shape (kept,)."""
+        return self.values.double() * (self.weight / self.q)
 
 
-Rule = Callable[[Sequence[Part], float], tuple[Tensor, Tensor]]
+Rule = Callable[[Sequence[Part], int, float], tuple[Tensor, Tensor]]
+_SPARSE = 32  # below one kept entry in so many, sorting positions is faster than marking them
 
 
-def weighted_sum(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def weighted_sum(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Task arithmetic: scale * sum_k weight_k * delta_k at the entries that any delta keeps.
 
     Args:
         parts: at least one.
+        numel: entries of the tensor; all positions are below it.
         scale: multiplies the sum.
 
     Returns:
         (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
     """
-    union, places = union_of([part.indices.long() for part in parts])
+    union, places = union_of([part.indices for part in parts], numel)
     total = torch.zeros(len(union), dtype=torch.float64)
     for place, part in zip(places, parts, strict=True):
-        total.index_add_(0, place, part.values.double() * part.weight)
+        total.index_add_(0, place, part.weighted())
     return union, (total * scale).float()
 
 
-def elected_mean(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def elected_mean(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """TIES: elect a sign for each entry, then take the mean of the deltas that agree with it.
 
     The sign is that of sum_k weight_k * delta_k; the value is scale * (sum over A of weight_k * delta_k) divided by the
@@ -54,8 +60,8 @@ def elected_mean(parts: Sequence[Part], scale: float = 1.0) -> tuple[Tensor, Ten
 
     Args, returns: as :func:`weighted_sum`.
     """
-    union, places = union_of([part.indices.long() for part in parts])
-    weighted = [part.values.double() * part.weight for part in parts]
+    union, places = union_of([part.indices for part in parts], numel)
+    weighted = [part.weighted() for part in parts]
     total = torch.zeros(len(union), dtype=torch.float64)
     for place, values in zip(places, weighted, strict=True):
         total.index_add_(0, place, values)
@@ -86,12 +92,23 @@ def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tu
     return indices[order], values[order]
 
 
-def union_of(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """All positions that occur, sorted, and where each delta's lie among them; int64."""
+def union_of(indices: Sequence[Tensor], numel: int) -> tuple[Tensor, list[Tensor]]:
+    """All positions that occur, sorted, and where each delta's lie among them; int64.
+
+    Args:
+        indices: sorted distinct positions below ``numel``, one tensor for each delta.
+        numel: where many of so many positions occur they are marked, which takes less time than sorting them.
+    """
     if all(torch.equal(indices[0], other) for other in indices[1:]):
-        return indices[0], [torch.arange(len(indices[0]))] * len(indices)
-    union = torch.cat(list(indices)).unique(sorted=True)
-    return union, [torch.searchsorted(union, own) for own in indices]
+        return indices[0].long(), [torch.arange(len(indices[0]), device=indices[0].device)] * len(indices)
+    if numel > _SPARSE * sum(map(len, indices)):
+        union = torch.cat([own.long() for own in indices]).unique(sorted=True)
+        return union, [torch.searchsorted(union, own.long()) for own in indices]
+    marks = torch.zeros(numel, dtype=torch.bool, device=indices[0].device)
+    for own in indices:
+        marks.index_fill_(0, own.long(), True)
+    ranks = marks.cumsum(0, dtype=torch.int32)
+    return marks.nonzero().squeeze(1), [ranks.index_select(0, own.long()).long() - 1 for own in indices]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpp_lightning.delta_info import DeltaInfo, SparseTensor
 from dpp_lightning.entries import EntriesHash, take_entries
 from dpp_lightning.fingerprint import hash_tensors
+from dpp_lightning.kept import Growing
 from dpp_lightning.merge_rules import Part, get_merge, trimmed
 from dpp_lightning.merge_source import MergeSource, odd_ones
 from dpp_lightning.merge_tasks import for_tasks
@@ -18,6 +19,8 @@ from dpp_lightning.merge_weights import Weights, delta_weights
 from dpp_lightning.plan import to_dtype
 from dpp_lightning.sampling import exact_rate
 from dpp_lightning.streaming import Progress
+
+_BLOCK = 1 << 24  # entries of a tensor that are merged at once
 
 
 class Merger:
@@ -166,18 +169,24 @@ class Merger:
         return stream if order == sorted(order) else iter(sorted(stream, key=lambda item: item[0]))
 
     def _part(self, k: int, part: SparseTensor, name: str) -> Part:
-        values = part.values.double() / self.sources[k].info.q
-        indices = part.indices
+        indices, values = part.indices, part.values
         if self.trim_rate is not None:
             indices, values = trimmed(indices, values, prod(part.shape), self.trim_rate)
-        return Part(indices, values, self.weights[k](name))
+        return Part(indices, values, self.weights[k](name), self.sources[k].info.q)
 
     def _merged(self, name: str, shape: tuple[int, ...], found: Sequence[Part]) -> SparseTensor:
-        indices, values = self.row.rule(found, self.scale)
-        self._check.update(take_entries(self.base[name], indices))
-        self._kept += len(indices)
-        short = indices.to(torch.int32) if prod(shape) < 2**31 else indices
-        return SparseTensor(shape, short, to_dtype(values, self.dtype, values, name))
+        numel, short = prod(shape), torch.int32 if prod(shape) < 2**31 else torch.int64
+        indices, merged = Growing(short), Growing(torch.float32)
+        for start in range(0, numel, _BLOCK):
+            size = min(_BLOCK, numel - start)
+            own, values = self.row.rule([_between(part, start, size) for part in found], size, self.scale)
+            indices.append(own.to(short) + start)
+            merged.append(values)
+        kept = indices.tensor()
+        self._check.update(take_entries(self.base[name], kept))
+        self._kept += len(kept)
+        values = merged.tensor()
+        return SparseTensor(shape, kept, to_dtype(values, self.dtype, values, name))
 
     def _settings(self) -> dict[str, object]:
         plain = [weight.plain() for weight in self.weights]
@@ -188,6 +197,13 @@ class Merger:
             "scale": self.scale,
         }
         return settings if self.trim_rate is None else {**settings, "trim_rate": self.trim_rate}
+
+
+def _between(part: Part, start: int, size: int) -> Part:
+    """The entries of a block, by their positions in it."""
+    bounds = torch.tensor([start, start + size], dtype=part.indices.dtype)
+    first, last = torch.searchsorted(part.indices, bounds).tolist()
+    return Part(part.indices[first:last] - start, part.values[first:last], part.weight, part.q)
 
 
 def _check_settings(method: str, weights: Weights | None, scale: float, trim_rate: float | None) -> None:

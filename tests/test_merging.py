@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from dpp_lightning import SparseDelta, merge, prune
 from dpp_lightning.cli import main
-from dpp_lightning.merge_rules import MERGES, Part, elected_mean, trimmed, weighted_sum
+from dpp_lightning.merge_rules import MERGES, Part, elected_mean, trimmed, union_of, weighted_sum
 from dpp_lightning.merge_weights import delta_weights
 
 METHODS = (("dare", {}), ("magnitude", {}), ("importance", {"q": 0.1}), ("darex-q", {"q": 0.2}))
@@ -264,12 +264,30 @@ def test_weights_from_a_file(glue_deltas, tmp_path):
 def test_rules_on_entries():
     a = Part(torch.tensor([0, 2]), torch.tensor([1.0, -2.0]), 1.0)
     b = Part(torch.tensor([2, 5]), torch.tensor([2.0, 3.0]), 1.0)
-    indices, values = weighted_sum([a, b])
+    indices, values = weighted_sum([a, b], 9)
     assert indices.tolist() == [0, 2, 5]
     assert values.tolist() == [1.0, 0.0, 3.0]
-    indices, values = elected_mean([a, b])  # the opposite entries have no sign
+    indices, values = elected_mean([a, b], 9)  # the opposite entries have no sign
     assert indices.tolist() == [0, 5]
     assert values.tolist() == [1.0, 3.0]
     indices, values = trimmed(torch.tensor([1, 4, 7, 9]), torch.tensor([1.0, -3.0, 1.0, 2.0]), 10, 0.7)
     assert (indices.tolist(), values.tolist()) == ([1, 4, 9], [1.0, -3.0, 2.0])
     assert all(row.url.startswith("https://") and row.paper for row in MERGES.values())
+
+
+@pytest.mark.parametrize("numel", [50, 5000])  # marked, and sorted
+def test_unions_of_positions(numel):
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randperm(numel, generator=generator)[:20].sort().values.int() for _ in range(3)]
+    union, places = union_of(sets, numel)
+    assert union.tolist() == sorted({i for own in sets for i in own.tolist()})
+    assert all(torch.equal(union[place], own.long()) for place, own in zip(places, sets, strict=True))
+
+
+def test_large_tensors_are_merged_in_blocks(monkeypatch):
+    base, _ = pair()
+    whole = merge(base, deltas_of(base), "ties")
+    monkeypatch.setattr("dpp_lightning.merger._BLOCK", 50)
+    for name, part in merge(base, deltas_of(base), "ties").tensors.items():
+        assert torch.equal(part.indices, whole.tensors[name].indices)
+        assert torch.equal(part.values, whole.tensors[name].values)
