@@ -20,7 +20,7 @@ from dpp_lightning.plan import to_dtype
 from dpp_lightning.sampling import exact_rate
 from dpp_lightning.streaming import Progress
 
-_BLOCK = 1 << 24  # entries of a tensor that are merged at once
+_BLOCK = 1 << 22  # entries of a tensor that are merged at once
 
 
 class Merger:
@@ -81,19 +81,18 @@ class Merger:
         """
         self._check, self._kept = EntriesHash(), 0
         streams = [self._stream(source, names) for source, names in zip(self.sources, self._names, strict=True)]
-        heads = [next(stream, None) for stream in streams]
+        coming = [{names[own] for own, _ in s.table} for s, names in zip(self.sources, self._names, strict=True)]
         sizes = {name: self.base[name].element_size() * prod(shape) for name, shape in self.table.items()}
         done, total = 0, sum(sizes.values())
         for name, shape in self.table.items():
-            found = []
-            for k, head in enumerate(heads):
-                if head is not None and head[0] == name:
-                    found.append(self._part(k, head[1], name))
-                    heads[k] = next(streams[k], None)
+            found = [self._part(k, next(stream)[1], name) for k, stream in enumerate(streams) if name in coming[k]]
             yield name, self._merged(name, shape, found)
+            del found
             done += sizes[name]
             if progress:
                 progress(done, total)
+        for stream in streams:
+            next(stream, None)  # to its end, where it is checked as a whole
 
     def info(self) -> DeltaInfo:
         """The merged delta's description, once :meth:`parts` is at its end."""
@@ -164,8 +163,7 @@ class Merger:
 
     def _stream(self, source: MergeSource, names: Mapping[str, str]) -> Iterator[tuple[str, SparseTensor]]:
         """A source's tensors in the order of the merge; one that was written in another order is read whole."""
-        order = [names[own] for own, _ in source.table]
-        stream = source.checked(self.base, names)
+        stream, order = source.checked(self.base, names), [names[own] for own, _ in source.table]
         return stream if order == sorted(order) else iter(sorted(stream, key=lambda item: item[0]))
 
     def _part(self, k: int, part: SparseTensor, name: str) -> Part:
