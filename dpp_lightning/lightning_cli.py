@@ -28,6 +28,7 @@ from dpp_lightning.tasks.adamerging import AdaMergingModule
 from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tasks.glue_mix import GLUEMixDataModule
+from dpp_lightning.tasks.text_mix import TextMixDataModule
 from dpp_lightning.tasks.vision import VisionModule
 
 SHORT_NAMES = (
@@ -39,6 +40,7 @@ SHORT_NAMES = (
     GLUEDataModule,
     GLUEMixDataModule,
     GLUEModule,
+    TextMixDataModule,
     VisionModule,
 )
 
