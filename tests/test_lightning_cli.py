@@ -55,6 +55,14 @@ class Toy(LightningModule):
 TOY = ["--model", f"{__name__}.Toy", "--model.optimizer=SGD", "--model.optimizer.lr=0.1", *QUIET]
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in its background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder."""
