@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dpp_lightning.rescaling import keep_rate
 
 MAX_FORWARDS = 15  # of one search: the reference, q = 1 - p, and the minimiser's
-_XATOL = 0.05  # of log q; the parabola through the last points is within about one per cent of the best q by then
+_RTOL = 0.003  # of (1 - p) / q
+_ETA_TOL = 0.01  # of log eta: one per cent of eta
 _ETAS = (0.01, 100.0)
 _TOP = 5  # logits that count in the squared error
 
@@ -28,17 +29,20 @@ class SearchResult:
 
 
 def search_q(objective: Callable[[float], float], pruning_rate: float) -> SearchResult:
-    """Minimise a smooth objective of q by a bounded scalar search over log q in [log(1 - p), 0].
+    """Minimise a smooth objective of q by a bounded scalar search over r = (1 - p) / q in [1 - p, 1].
 
-    q = 1 - p itself is evaluated first (such a minimiser never looks at its ends), so the result is never worse than
-    DARE's on the objective. At most ``MAX_FORWARDS - 1`` evaluations, which leaves one for the reference output.
+    The output changes by a bias of 1 - r and a deviation proportional to r, so that its square is a parabola in r,
+    which such a search finds in few steps. q = 1 - p itself is evaluated first (a minimiser never looks at its ends),
+    so the result is never worse than DARE's on the objective. At most ``MAX_FORWARDS - 1`` evaluations, which leaves
+    one for the reference output.
 
     Args:
         objective: q to a number to be minimised, such as the output change; what is not finite counts as the worst.
         pruning_rate: p in [0, 1); p = 0 has the single candidate q = 1.
     """
     lowest = keep_rate(pruning_rate)
-    return _search(objective, lowest, (lowest, 1.0) if lowest < 1 else None)
+    # over -r, so that where small q gives nothing finite the search goes to larger ones
+    return _search(objective, lowest, lambda u: -lowest / u, (-1.0, -lowest) if lowest < 1 else None, _RTOL)
 
 
 def search_eta(objective: Callable[[float], float], *, smooth: bool) -> SearchResult:
@@ -52,7 +56,7 @@ def search_eta(objective: Callable[[float], float], *, smooth: bool) -> SearchRe
         The best eta, as ``q`` of the result.
     """
     if smooth:
-        return _search(objective, 0.0, _ETAS)
+        return _search(objective, 0.0, exp, (log(_ETAS[0]), log(_ETAS[1])), _ETA_TOL)
     tried = {eta: float(objective(eta)) for eta in (0.0, *(10 ** (k / 2) for k in range(-4, 4)))}
     best = min(tried, key=lambda eta: (tried[eta], eta))
     for eta in (best / 10**0.25, best * 10**0.25) if best else ():
@@ -60,8 +64,14 @@ def search_eta(objective: Callable[[float], float], *, smooth: bool) -> SearchRe
     return SearchResult(min(tried, key=lambda eta: (tried[eta], eta)), tuple(tried.items()))
 
 
-def _search(objective: Callable[[float], float], first: float, bounds: tuple[float, float] | None) -> SearchResult:
-    """A first candidate of its own, then a bounded scalar search over the logarithm."""
+def _search(
+    objective: Callable[[float], float],
+    first: float,
+    candidate: Callable[[float], float],
+    bounds: tuple[float, float] | None,
+    tolerance: float,
+) -> SearchResult:
+    """A first candidate of its own, then a bounded scalar search over u of ``candidate(u)``."""
     tried: list[tuple[float, float]] = []
 
     def cost(x: float) -> float:
@@ -71,12 +81,8 @@ def _search(objective: Callable[[float], float], first: float, bounds: tuple[flo
 
     cost(first)
     if bounds is not None:
-        minimize_scalar(
-            lambda u: cost(exp(u)),
-            bounds=(log(bounds[0]), log(bounds[1])),
-            method="bounded",
-            options={"maxiter": MAX_FORWARDS - 2, "xatol": _XATOL},
-        )
+        options = {"maxiter": MAX_FORWARDS - 2, "xatol": tolerance}
+        minimize_scalar(lambda u: cost(float(candidate(u))), bounds=bounds, method="bounded", options=options)
     return SearchResult(min(tried, key=lambda pair: pair[1])[0], tuple(tried))
 
 
