@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpp_lightning.entries import put_entries, take_entries
 from dpp_lightning.merge_rules import union_of
-from dpp_lightning.merge_source import MergeSource, odd_ones
+from dpp_lightning.merge_source import MergeSource, names_in_base
 from dpp_lightning.names import canonical_tensors, source_name, source_names
 
 
@@ -98,10 +98,9 @@ class Blends(nn.Module):
         super().__init__()
         base, own = canonical_tensors(module), source_names(module)
         entries: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-        for k, source in enumerate(sources):
-            names = source.names_in(base, source_name(module))
-            if not source.fits(base, names):
-                raise ValueError(odd_ones([source], sources))
+        for k, (source, names) in enumerate(
+            zip(sources, names_in_base(sources, base, source_name(module)), strict=True)
+        ):
             for name, part in source.checked(base, names):
                 entries.setdefault(name, {})[k] = (part.indices, part.values.float() / source.info.q)
         self.names = sorted(entries)

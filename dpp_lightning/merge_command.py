@@ -11,7 +11,7 @@ from dpp_lightning.delta_file import delta_bytes
 from dpp_lightning.delta_reader import DeltaReader
 from dpp_lightning.exporting import apply_checkpoint
 from dpp_lightning.merge_rules import MERGES
-from dpp_lightning.merge_tasks import task_names
+from dpp_lightning.merge_tasks import need_choice, task_names
 from dpp_lightning.merge_weights import read_weights
 from dpp_lightning.merging import merge_checkpoints
 from dpp_lightning.value_code import DTYPES
@@ -76,7 +76,7 @@ def _merge(options: argparse.Namespace) -> None:
     tasks, size = task_names(reader.info), delta_bytes(output)
     say(f"{output}: {size:,} bytes, {', '.join(tasks)} merged by {reader.info.method} ({CONFIG_FILE} has the settings)")
     if dense is not None:
-        own = any(name.startswith(f"{task}/") for task in tasks for name in reader.carried)
-        for task, folder in [(t, dense / t) for t in tasks] if own else [(None, dense)]:
+        apart = need_choice(tasks, reader.carried)
+        for task, folder in [(t, dense / t) for t in tasks] if apart else [(None, dense)]:
             apply_checkpoint(options.base, output, folder, base_revision=options.base_revision, task=task)
             say(f"{folder}: load it with from_pretrained")

@@ -103,6 +103,19 @@ def _name(delta: SparseDelta | DeltaReader, place: int) -> str:
     return delta.folder.name if isinstance(delta, DeltaReader) else f"task{place}"
 
 
+def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], where: str) -> list[dict[str, str]]:
+    """Every delta's names of what is not carried, to the base's.
+
+    Raises:
+        ValueError: tensors that the base lacks, or deltas of another base, as far as that is known at once.
+    """
+    names = [source.names_in(base, where) for source in sources]
+    odd = [source for source, own in zip(sources, names, strict=True) if not source.fits(base, own)]
+    if odd:
+        raise ValueError(odd_ones(odd, sources))
+    return names
+
+
 def odd_ones(odd: Sequence[MergeSource], sources: Sequence[MergeSource]) -> str:
     """The message for deltas of another base: which, what their base is, and what that of the others is."""
     others = sorted({s.info.base_fingerprint for s in sources if s not in odd})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -53,6 +53,11 @@ def for_tasks(carried: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return merged
 
 
+def need_choice(tasks: Sequence[str], carried: Iterable[str]) -> bool:
+    """Whether something is carried for single tasks, so that one must be chosen before a merged delta is used."""
+    return any(name.startswith(f"{task}{_MARK}") for task in tasks for name in carried)
+
+
 def of_task(info: DeltaInfo, carried: Mapping[str, Tensor], task: str | None) -> tuple[DeltaInfo, dict[str, Tensor]]:
     """Description and carried tensors of a merged delta as one task uses it.
 
@@ -65,7 +70,7 @@ def of_task(info: DeltaInfo, carried: Mapping[str, Tensor], task: str | None) ->
     """
     tasks = task_names(info)
     if task is None:
-        if any(name.startswith(f"{t}{_MARK}") for t in tasks for name in carried):
+        if need_choice(tasks, carried):
             raise ValueError(
                 f"this delta merges {', '.join(tasks)}, with a head for each: choose one "
                 f"(delta.for_task({tasks[0]!r}), --task {tasks[0]})"

@@ -13,12 +13,13 @@ from dpp_lightning.entries import EntriesHash, take_entries
 from dpp_lightning.fingerprint import hash_tensors
 from dpp_lightning.kept import Growing
 from dpp_lightning.merge_rules import Part, get_merge, trimmed
-from dpp_lightning.merge_source import MergeSource, odd_ones
+from dpp_lightning.merge_source import MergeSource, names_in_base
 from dpp_lightning.merge_tasks import for_tasks
 from dpp_lightning.merge_weights import Weights, delta_weights
 from dpp_lightning.plan import to_dtype
 from dpp_lightning.sampling import exact_rate
 from dpp_lightning.streaming import Progress
+from dpp_lightning.value_code import check_dtype
 
 _BLOCK = 1 << 22  # entries of a tensor that are merged at once
 
@@ -55,12 +56,10 @@ class Merger:
         self.method, self.row, self.sources, self.base = method, get_merge(method), sources, base
         self.base_name, self.base_revision, self.dtype = base_name, base_revision, dtype
         _check_settings(method, weights, scale, trim_rate)
+        check_dtype(dtype)
         self.scale, self.trim_rate = scale, trim_rate
         self.weights = delta_weights(weights, [source.task for source in sources], self.row.weight)
-        self._names = [source.names_in(base, base_name or "the base") for source in sources]
-        odd = [s for s, names in zip(sources, self._names, strict=True) if not s.fits(base, names)]
-        if odd:
-            raise ValueError(odd_ones(odd, sources))
+        self._names = names_in_base(sources, base, base_name or "the base")
         self.table = self._table()
         self._check_conflicts()
         self.carried = for_tasks({source.task: source.carried for source in sources})

@@ -167,6 +167,7 @@ def test_weights_go_by_exact_name_then_the_longest_pattern():
         ({"tasks": ["a", "a"]}, "name of its own"),
         ({"tasks": ["a", "../b"]}, "name of its own"),
         ({"tasks": ["a"]}, "1 task names for 2 deltas"),
+        ({"dtype": "float8"}, "float8"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

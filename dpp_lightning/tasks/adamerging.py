@@ -69,7 +69,8 @@ class AdaMergingModule(LightningModule):
     ) -> None:
         super().__init__()
         self.tasks = list(deltas)
-        if not self.tasks or all(_is_regression(task) for task in self.tasks):
+        self._fixed = [k for k, task in enumerate(self.tasks) if _is_regression(task)]
+        if len(self._fixed) == len(self.tasks):
             raise ValueError(f"AdaMerging needs the deltas of tasks with classes, got {self.tasks or 'none'}")
         self.deltas, self.pretrained, self.revision = deltas, pretrained, revision
         self.granularity, self.start, self.architecture = granularity, float(start), architecture
@@ -99,9 +100,9 @@ class AdaMergingModule(LightningModule):
         self.blends = Blends(model, sources)
         rows = len(self.blends.names) if self.granularity == "layer" else 1
         self.coefficients = nn.Parameter(torch.full((rows, len(self.tasks)), self.start))
-        fixed = [task for task in self.tasks if _is_regression(task)]
-        if fixed:
-            rank_zero_warn(f"{', '.join(fixed)} has no entropy: its coefficients stay at {self.start:g}")
+        if self._fixed:
+            fixed = ", ".join(self.tasks[k] for k in self._fixed)
+            rank_zero_warn(f"{fixed} has no entropy: its coefficients stay at {self.start:g}")
 
     def _load(self) -> tuple[PreTrainedModel, set[str]]:
         """The base, frozen, and the names of its parameters that no file holds."""
@@ -135,9 +136,8 @@ class AdaMergingModule(LightningModule):
             loss = prediction_entropy(logits, mask)
             self.manual_backward(loss)
             total += loss.detach()
-        fixed = [k for k, task in enumerate(self.tasks) if _is_regression(task)]
         assert self.coefficients.grad is not None
-        self.coefficients.grad[:, fixed] = 0.0
+        self.coefficients.grad[:, self._fixed] = 0.0
         optimizer.step()
         self.log("train_entropy", total, prog_bar=True, batch_size=1)
 
