@@ -9,5 +9,6 @@ if __name__ != "dpp_lightning.callbacks":
 
 from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
+from dpp_lightning.callbacks.write_predictions import WritePredictions
 
-__all__ = ["ApplyDelta", "DeltaPruneCallback"]
+__all__ = ["ApplyDelta", "DeltaPruneCallback", "WritePredictions"]

@@ -42,9 +42,9 @@ def calibration_batch(trainer: pl.Trainer, given: Iterable[Any] | None, samples:
     """
     make = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
     if given is not None:
-        return _take(given, samples, spread=False), f"{samples} items of calibration_dataloader="
+        return _take(given, samples, "calibration_dataloader=")
     if make is not None:
-        return _take(make(), samples, spread=False), f"{samples} items of the calibration split"
+        return _take(make(), samples, "the calibration split")
     source = trainer.fit_loop._data_source
     loader = trainer.train_dataloader or (source.dataloader() if source.instance is not None else None)
     if not isinstance(loader, DataLoader):
@@ -52,15 +52,15 @@ def calibration_batch(trainer: pl.Trainer, given: Iterable[Any] | None, samples:
             "the output change needs one batch of data: pass calibration_dataloader=, give the DataModule a "
             f"calibration_dataloader(), or use a single training DataLoader (found {type(loader).__name__})"
         )
-    return _take(loader, samples, spread=True), f"{samples} items of train"
+    return _take(loader, samples, "train", spread=True)
 
 
-def _take(loader: Iterable[Any], samples: int, *, spread: bool) -> Any:
+def _take(loader: Iterable[Any], samples: int, source: str, *, spread: bool = False) -> tuple[Any, str]:
     dataset = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or collate is None:
-        return next(iter(loader))
+        return next(iter(loader)), f"the first batch of {source}"
     length = len(dataset)  # type: ignore[arg-type]
     count = min(samples, length)
     step = length // count if spread and count else 1
-    return collate([dataset[i * step] for i in range(count)])  # type: ignore[index]
+    return collate([dataset[i * step] for i in range(count)]), f"{count} items of {source}"  # type: ignore[index]

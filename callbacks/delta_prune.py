@@ -12,7 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.atomic import check_writable
-from dpp_lightning.calibration import resolve_layer
 from dpp_lightning.callbacks.adapters import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, load_best, new_names
 from dpp_lightning.callbacks.calibration_data import labelled_loader
@@ -23,6 +22,7 @@ from dpp_lightning.callbacks.watching import Log, Watcher
 from dpp_lightning.experiment import Result
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import buffer_names, canonical_tensors, without_adapters
+from dpp_lightning.outputs import Measure, resolve_layer
 from dpp_lightning.scope import Scope
 
 
@@ -51,7 +51,10 @@ class DeltaPruneCallback(pl.Callback):
         output_layer: submodule whose output is compared; default the last one with parameters, which gives the logits.
             ``last_hidden`` takes the layer that the module names in its attribute ``output_layer``, as the papers'
             code for encoders does; it suits large deltas and misleads on those that AdamR made small.
-        forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step.
+        output_measure: how outputs are compared: ``mean`` absolute difference, or ``top-logits``, the squared
+            difference over the fine-tuned model's five largest logits (the papers' code for decoders).
+        forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step. A module may instead have
+            ``calibration_steps(batch)``, a generator of a forward and of the places that are no padding.
         scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
         dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
             bits.
@@ -87,6 +90,7 @@ class DeltaPruneCallback(pl.Callback):
         calibration_samples: int = 64,
         calibration_dataloader: Iterable[Any] | None = None,
         output_layer: str | None = None,
+        output_measure: Measure = "mean",
         forward_fn: ForwardFn | None = None,
         scope: Literal["all", "linear"] = "all",
         include: Sequence[str] = (),
@@ -111,7 +115,7 @@ class DeltaPruneCallback(pl.Callback):
         self.objective = objective
         self.calibration_samples = calibration_samples
         self.calibration_dataloader = calibration_dataloader
-        self.output_layer, self.forward_fn = output_layer, forward_fn
+        self.output_layer, self.output_measure, self.forward_fn = output_layer, output_measure, forward_fn
         self.scope = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
         self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
         self.method_settings = method_settings or {}

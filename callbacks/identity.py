@@ -37,6 +37,7 @@ def run_identity(
         "objective": settings.objective,
         "calibration_samples": settings.calibration_samples,
         "output_layer": settings.layer(module),
+        "output_measure": settings.output_measure,
         "first seed": settings.seeds[0],
         "dtype": settings.dtype,
         "scope": asdict(settings.scope),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpp_lightning.activations import InputStatistics, collected_inputs
 from dpp_lightning.batch_learner import BatchLearner
-from dpp_lightning.calibration import recorded_outputs
+from dpp_lightning.outputs import Reduce, recorded_outputs
 
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -59,7 +59,11 @@ class Passes:
     def inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
         """What every weight sees as input on one batch, by canonical name; warns of weights that no call reaches."""
         with collected_inputs(self.trainer.lightning_module) as collector:
-            self._feed(batch, forward_fn)
+            if forward_fn is not None:
+                self._called(batch, forward_fn)
+            else:
+                for _ in self._steps(batch):
+                    pass
         if collector.uncalled:
             rank_zero_warn(
                 f"nothing is known of the inputs of {len(collector.uncalled)} weights, which the evaluation step does "
@@ -68,15 +72,31 @@ class Passes:
             )
         return collector.statistics
 
-    def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None = None) -> list[Tensor]:
-        """What the output layer returns on one batch, in the module's own evaluation step (or ``forward_fn``)."""
+    def outputs(
+        self, batch: Any, layer: str | None, forward_fn: ForwardFn | None = None, reduce: Reduce | None = None
+    ) -> list[Tensor]:
+        """What the output layer returns on one batch, in the module's own steps (or ``forward_fn``).
+
+        Args:
+            batch: of the module's own kind.
+            layer: name of the submodule; None the last with parameters.
+            forward_fn: in place of the module's steps.
+            reduce: applied to each output, with its number, before it is kept.
+        """
+        reduced = reduce or (lambda _number, output: output)
         if forward_fn is not None:
-            return [self._feed(batch, forward_fn)]
+            return [reduced(0, self._called(batch, forward_fn))]
+        kept: list[Tensor] = []
         with recorded_outputs(self.trainer.lightning_module, layer) as outputs:
-            self._feed(batch, None)
-        if not outputs:
+            for places in self._steps(batch):
+                while outputs:
+                    output = outputs.pop(0)
+                    # what a module says is padding takes no part
+                    real = output if places is None or output.shape[:2] != places.shape else output[places]
+                    kept.append(reduced(len(kept), real))
+        if not kept:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
-        return outputs
+        return kept
 
     def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchLearner:
         """Gradients on one batch: of ``forward_fn``, or of the module called with the batch (or the first of a pair).
@@ -88,21 +108,40 @@ class Passes:
 
         def forward(piece: Any) -> Tensor:
             with trainer.precision_plugin.forward_context():
-                return forward_fn(module, piece) if forward_fn else _called(module, piece)
+                return forward_fn(module, piece) if forward_fn else _logits(module, piece)
 
         return BatchLearner(module, trainer.strategy.batch_to_device(batch), forward)
 
-    def _feed(self, batch: Any, forward_fn: ForwardFn | None) -> Any:
-        """One batch through the evaluation step, or through ``forward_fn``, whose output is returned."""
-        if forward_fn is None:
-            return self._run(OneBatch(batch))
+    def _steps(self, batch: Any) -> Iterator[Tensor | None]:
+        """One batch through the module: its ``calibration_steps`` where it has them, else its evaluation step.
+
+        Yields:
+            After each forward the places (samples, tokens) that count, None for all.
+        """
         module = self.trainer.lightning_module
-        training, batch = module.training, self.trainer.strategy.batch_to_device(batch)
+        steps = getattr(module, "calibration_steps", None)
+        if steps is None:
+            self._run(OneBatch(batch))
+            yield None
+            return
+        with self._evaluating(module):
+            yield from steps(self.trainer.strategy.batch_to_device(batch))
+
+    def _called(self, batch: Any, forward_fn: ForwardFn) -> Tensor:
+        """The output of ``forward_fn`` on one batch."""
+        module = self.trainer.lightning_module
+        with self._evaluating(module):
+            return forward_fn(module, self.trainer.strategy.batch_to_device(batch)).detach().clone()
+
+    @contextmanager
+    def _evaluating(self, module: pl.LightningModule) -> Iterator[None]:
+        training = module.training
         module.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            output = forward_fn(module, batch).detach().clone()
-        module.train(training)
-        return output
+            try:
+                yield
+            finally:
+                module.train(training)
 
     def _run(self, loader: Any) -> dict[str, Any]:
         """One pass; returns the metrics as callbacks see them."""
@@ -125,7 +164,7 @@ def check_callable(module: pl.LightningModule) -> None:
         raise ValueError(_NO_LOGITS.format(type(module).__name__, "no forward"))
 
 
-def _called(module: pl.LightningModule, batch: Any) -> Tensor:
+def _logits(module: pl.LightningModule, batch: Any) -> Tensor:
     output = module(batch[0] if isinstance(batch, tuple | list) else batch)
     if not isinstance(output, Tensor):
         raise ValueError(_NO_LOGITS.format(type(module).__name__, type(output).__name__))

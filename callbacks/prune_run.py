@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from dpp_lightning.checkpoints import total_bytes
 from dpp_lightning.experiment import Experiment, QCurve, Result, mean_and_deviation
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import canonical_tensors, saved_names
+from dpp_lightning.outputs import OutputChange
 from dpp_lightning.plan import PruningPlan
 from dpp_lightning.report import console_table, plot_over_q
 from dpp_lightning.results_log import ResultsLog, grid, rows_of
@@ -58,7 +60,6 @@ class PruneRun:
         self.settings, self.trainer, self.module, self.base = settings, trainer, module, base
         self.scope, self.folder = scope, folder
         self.passes = Passes(trainer, settings.monitor)
-        self.layer = settings.layer(module)
         rows = {name: get_method(name) for name in settings.methods}
         searches = any(row.fitted for row in rows.values())
         self.needs_inputs = any(row.needs_inputs(settings.method_settings.get(n, {})) for n, row in rows.items())
@@ -70,6 +71,10 @@ class PruneRun:
             self.batch, self.source = calibration_batch(
                 trainer, settings.calibration_dataloader, settings.calibration_samples
             )
+        self.change: OutputChange | None = None
+        if self.batch is not None:
+            outputs = partial(self.passes.outputs, self.batch, settings.layer(module), settings.forward_fn)
+            self.change = OutputChange(outputs, settings.output_measure)
         if searches and settings.objective == "metric":
             self.labelled, self.source = labelled_loader(trainer, settings.calibration_dataloader)
         self.inputs: dict[str, InputStatistics] = {}
@@ -89,7 +94,8 @@ class PruneRun:
         if not pending and not settings.plot and len(self.results) >= 2:
             self._report([])
             return self.results
-        reference = self._outputs() if self.batch is not None else []
+        if self.change is not None:
+            self.change.take_reference()
         if self.needs_inputs:
             self.inputs = self.passes.inputs(self.batch, settings.forward_fn)
         if self.learns:
@@ -97,8 +103,9 @@ class PruneRun:
         finetuned = self._known("fine-tuned") or Result("fine-tuned", self.passes.score(), split=self.passes.split)
         fates = self.scope.fates(self.base.tensors, canonical_tensors(module))
         moved = [name for name, fate in fates.items() if fate != "carry"]
+        self._tell_carried([name for name, fate in fates.items() if fate == "carry"])
         with self.base.exchanged(module, moved):
-            experiment = self._experiment(self._plan(moved), reference)
+            experiment = self._experiment(self._plan(moved))
             self._reference_rows(experiment, finetuned)
             for result in experiment.run(settings.methods, settings.rates, settings.seeds):
                 self._save_adapter(experiment, result)
@@ -113,8 +120,13 @@ class PruneRun:
         self._report(curves)
         return self.results
 
-    def _outputs(self) -> list[torch.Tensor]:
-        return self.passes.outputs(self.batch, self.layer, self.settings.forward_fn)
+    def _tell_carried(self, names: list[str]) -> None:
+        """What every delta holds besides pruned tensors; a decoder's embeddings may be most of its bytes."""
+        if names:
+            own = canonical_tensors(self.module)
+            size = sum(own[name].numel() * own[name].element_size() for name in names)
+            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            rank_zero_info(f"stored dense in every delta, {size:,} bytes: {shown}")
 
     def _plan(self, moved: list[str]) -> PruningPlan:
         """The pair of models while they are exchanged: the module holds theta_0 where a tensor was moved."""
@@ -134,14 +146,13 @@ class PruneRun:
         )
         return plan.with_inputs(self.inputs) if self.inputs else plan
 
-    def _experiment(self, plan: PruningPlan, reference: list[torch.Tensor]) -> Experiment:
+    def _experiment(self, plan: PruningPlan) -> Experiment:
         labelled = self.labelled
         return Experiment(
             plan=plan,
             target=self.module,
             score=self.passes.score,
-            outputs=self._outputs if self.batch is not None else None,
-            reference=reference,
+            change=self.change,
             metric=(lambda: self.passes.score(labelled)) if labelled is not None else None,
             learner=self.learner,
             objective=self.settings.objective,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpp_lightning.methods import METHODS, get_method
+from dpp_lightning.outputs import MEASURES
 from dpp_lightning.sampling import exact_rate, stream_key
 from dpp_lightning.value_code import DTYPES
 
@@ -35,6 +36,7 @@ def check_settings(settings: DeltaPruneCallback) -> None:
     for what, value, choices in (
         ("mode", settings.mode, ("max", "min")),
         ("objective", settings.objective, ("output_change", "metric")),
+        ("output_measure", settings.output_measure, MEASURES),
         ("ckpt", settings.ckpt, ("last", "best")),
         ("dtype", settings.dtype, (None, *DTYPES)),
         ("lora", settings.lora, (None, "adapter", "merged")),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dpp_lightning.calibration import top_logits_error
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.entries import take_entries
 from dpp_lightning.names import align, canonical_tensors
+from dpp_lightning.outputs import top_logits_error
 
 PIECES = 4  # of the calibration batch; the last is held out for early stopping
 

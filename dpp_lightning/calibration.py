@@ -1,15 +1,12 @@
-"""Calibration: what pruning does to a layer's output, and the scalar search for the rescaling factor q."""
+"""Calibration: the scalar search for the rescaling factor q, and for eta of the q of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, isfinite, log
-from typing import Any
 
 from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
 
 from dpp_lightning.rescaling import keep_rate
 
@@ -17,7 +14,6 @@ MAX_FORWARDS = 15  # of one search: the reference, q = 1 - p, and the minimiser'
 _RTOL = 0.003  # of (1 - p) / q
 _ETA_TOL = 0.01  # of log eta: one per cent of eta
 _ETAS = (0.01, 100.0)
-_TOP = 5  # logits that count in the squared error
 
 
 @dataclass(frozen=True)
@@ -120,79 +116,3 @@ def q_grid(pruning_rate: float, points: int) -> list[float]:
     lowest = keep_rate(pruning_rate)
     inner = [exp(log(lowest) * (1 - i / (points - 1))) for i in range(1, points - 1)]
     return [lowest, *inner, 1.0] if lowest < 1 else [1.0]
-
-
-def output_change(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Mean absolute difference over all entries of two sets of outputs (DAREx Algorithm 2, objective e).
-
-    Args:
-        reference, outputs: tensors of equal shapes, in the same order.
-
-    Raises:
-        ValueError: no outputs, or shapes that differ.
-    """
-    if not reference or [t.shape for t in reference] != [t.shape for t in outputs]:
-        raise ValueError(
-            f"outputs of shapes {[tuple(t.shape) for t in outputs]} cannot be compared with the fine-tuned model's "
-            f"{[tuple(t.shape) for t in reference]}; the calibration batch must be the same for both"
-        )
-    total = sum((a.double() - b.double()).abs().sum().item() for a, b in zip(reference, outputs, strict=True))
-    return float(total) / max(sum(t.numel() for t in reference), 1)
-
-
-def top_logits_error(reference: Tensor, outputs: Tensor) -> Tensor:
-    """Mean squared difference over the fine-tuned model's top-min(5, classes) logits (released code for decoders).
-
-    Args:
-        reference: the fine-tuned model's logits, (..., classes).
-        outputs: the pruned model's, of the same shape; may carry gradients.
-    """
-    top = reference.topk(min(_TOP, reference.shape[-1]), dim=-1)
-    return (outputs.gather(-1, top.indices) - top.values).square().mean()
-
-
-@contextmanager
-def recorded_outputs(module: nn.Module, layer: str | None) -> Iterator[list[Tensor]]:
-    """Collect what a submodule returns in every forward inside the block, detached.
-
-    Args:
-        module: the model.
-        layer: name as in ``named_modules()``; None takes the last one that directly holds parameters.
-
-    Raises:
-        ValueError: no such submodule.
-    """
-    outputs: list[Tensor] = []
-    target = dict(module.named_modules())[resolve_layer(module, layer)]
-    handle = target.register_forward_hook(lambda _m, _i, out: outputs.append(_first_tensor(out).detach().clone()))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def resolve_layer(module: nn.Module, layer: str | None) -> str:
-    """The name of the submodule whose output is compared; default the last with parameters of its own.
-
-    Raises:
-        ValueError: no such submodule, with the nearest names.
-    """
-    names = [name for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    if layer is None:
-        if not names:
-            raise ValueError(f"{type(module).__name__} has no submodule with parameters")
-        return names[-1]
-    if layer not in dict(module.named_modules()):
-        raise ValueError(f"output_layer {layer!r} is no submodule; the last ones with parameters are {names[-4:]}")
-    return layer
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """The tensor of an output that may be a tensor, a tuple or a mapping (a transformers ModelOutput)."""
-    if isinstance(output, Tensor):
-        return output
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    for item in items:
-        if isinstance(item, Tensor) and item.is_floating_point():
-            return item
-    raise ValueError(f"the output layer returned {type(output).__name__} without a floating-point tensor in it")

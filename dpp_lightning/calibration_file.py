@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dpp_lightning.activations import InputStatistics, collected_inputs
 from dpp_lightning.batch_learner import BatchLearner
-from dpp_lightning.calibration import output_change
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.fitting import Bench
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import align, canonical_tensors
+from dpp_lightning.outputs import output_change
 from dpp_lightning.plan import PruningPlan
 
 _TEXT = (".txt", ".text", ".md")

@@ -60,6 +60,14 @@ def _merge(arguments: list[str]) -> int:
     return merge(arguments)
 
 
+def _eval(arguments: list[str]) -> int:
+    """eval: as `_train_or_evaluate`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dpp_lightning.eval_command import evaluate
+
+    return evaluate(arguments)
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the command table: the line ``dpp --help`` shows and what runs; it is given the whole command line."""
@@ -78,6 +86,7 @@ COMMANDS = {
     "apply": Command("write base plus delta as a dense folder that from_pretrained loads", _delta_command),
     "merge": Command("merge deltas of one base into one: task arithmetic, TIES, AdaMerging's weights", _merge),
     "inspect": Command("show what a delta folder costs; or, of two models, the method to take and why", _delta_command),
+    "eval": Command("score a causal LM, or base plus delta in memory, with lm-evaluation-harness", _eval),
     "configs": Command("list the packaged configs, or print one: dpp configs [NAME]", _configs),
 }
 
@@ -103,6 +112,7 @@ examples:
   dpp prune BASE FINETUNED --method dare --pruning_rate 0.99 --output DELTA
   dpp apply BASE DELTA --output DENSE
   dpp merge BASE DELTA DELTA --tasks sst2 cola --method ties --output MERGED
+  dpp eval BASE --delta DELTA --tasks gsm8k --output gsm8k.json
 
 --config takes a file or the name of a packaged config; several compose, and options after them override.
 """

@@ -12,9 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from torch import Tensor
-
-from dpp_lightning.calibration import output_change, q_grid
+from dpp_lightning.calibration import q_grid
 from dpp_lightning.delta import SparseDelta
 from dpp_lightning.delta_file import delta_bytes
 from dpp_lightning.fitting import Bench, Fit, cast, fitting_dtype
@@ -79,8 +77,8 @@ class Experiment:
         plan: base and fine-tuned weights.
         target: holds the base's weights; every delta is applied to it, scored, and reverted.
         score: scores the target as it stands (the monitored metric on the scored split).
-        outputs: the output layer's tensors on the fixed calibration batch; None if no method needs them.
-        reference: the same of the fine-tuned model.
+        change: of the outputs on the fixed calibration batch, of the target as it stands against the fine-tuned model;
+            None if no method needs it.
         metric: scores the target on the calibration split; only for the objective ``metric``.
         learner: gives gradients on the calibration batch; only for ``darex-learned``.
         objective: what q is searched by.
@@ -98,8 +96,7 @@ class Experiment:
     plan: PruningPlan
     target: TensorSource
     score: Callable[[], float]
-    outputs: Callable[[], list[Tensor]] | None
-    reference: list[Tensor]
+    change: Callable[[], float] | None
     metric: Callable[[], float] | None
     objective: Literal["output_change", "metric"]
     higher_is_better: bool
@@ -170,9 +167,9 @@ class Experiment:
         return curve
 
     def _change(self, delta: SparseDelta) -> float:
-        assert self.outputs is not None
+        assert self.change is not None
         with delta.applied(self.target, force=True):
-            return output_change(self.reference, self.outputs())
+            return self.change()
 
     def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
         info, row = delta.info, get_method(delta.info.method)

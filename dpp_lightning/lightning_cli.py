@@ -17,17 +17,21 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
-from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
+from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
 from dpp_lightning.cli import INTERRUPTED, USAGE_ERROR
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.adamerging import AdaMergingModule
+from dpp_lightning.tasks.causal_lm import CausalLMModule
 from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tasks.glue_mix import GLUEMixDataModule
+from dpp_lightning.tasks.images import ImageDataModule
+from dpp_lightning.tasks.instruction_data import InstructionDataModule
 from dpp_lightning.tasks.text_mix import TextMixDataModule
 from dpp_lightning.tasks.vision import VisionModule
 
@@ -35,13 +39,17 @@ SHORT_NAMES = (
     AdaMergingModule,
     AdamR,
     ApplyDelta,
+    CausalLMModule,
     DeltaPruneCallback,
     DigitsDataModule,
     GLUEDataModule,
     GLUEMixDataModule,
     GLUEModule,
+    ImageDataModule,
+    InstructionDataModule,
     TextMixDataModule,
     VisionModule,
+    WritePredictions,
 )
 
 TERMINATED = 143
@@ -80,11 +88,15 @@ class DPPCLI(LightningCLI):
         if subcommand != "fit":
             parser.add_argument("--delta", type=str | None, help="delta folder or hub id that is put onto the base")
             parser.add_argument("--task", type=str | None, help="of a merged delta, the one whose head is taken")
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Keep the config of a fit when its folder is validated or tested later; place the callback of a delta."""
+        """Keep the config of a fit when its folder is validated or tested later; place the callbacks of options."""
         place_delta(self.config[self.subcommand])
+        if self.subcommand == "predict":
+            place_writer(self.config[self.subcommand])
         if self.subcommand != "fit":
             self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
 
@@ -116,6 +128,17 @@ def place_delta(config: Namespace) -> None:
     kept = [c for c in (given if isinstance(given, list) else [given]) if not is_callback(c, DeltaPruneCallback)]
     path = f"{ApplyDelta.__module__}.{ApplyDelta.__name__}"
     config.trainer.callbacks = [*kept, Namespace(class_path=path, init_args=Namespace(delta=delta, task=task))]
+
+
+def place_writer(config: Namespace) -> None:
+    """Give the config of ``dpp predict`` the callback that writes predictions, where it has none."""
+    given = config.trainer.get("callbacks") or []
+    callbacks = given if isinstance(given, list) else [given]
+    if config.get("output") is None and any(is_callback(c, BasePredictionWriter) for c in callbacks):
+        return
+    others = [c for c in callbacks if not is_callback(c, WritePredictions)]
+    path = f"{WritePredictions.__module__}.{WritePredictions.__name__}"
+    config.trainer.callbacks = [*others, Namespace(class_path=path, init_args=Namespace(path=config.get("output")))]
 
 
 def is_callback(callback: Any, cls: type) -> bool:

@@ -9,13 +9,11 @@ from torch import nn
 
 from dpp_lightning.calibration import (
     MAX_FORWARDS,
-    output_change,
     q_grid,
-    recorded_outputs,
-    resolve_layer,
     search_q,
     search_q_by_score,
 )
+from dpp_lightning.outputs import OutputChange, output_change, recorded_outputs, resolve_layer, top_logits_error
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.99, 0.999])
@@ -114,3 +112,34 @@ def test_outputs_of_tensors_and_mappings_are_recorded():
     assert len(outputs) == 1  # the hook is gone
     with pytest.raises(ValueError, match="no submodule"):
         resolve_layer(module, "boddy")
+
+
+@pytest.mark.parametrize("measure", ["mean", "top-logits"])
+def test_the_change_of_the_outputs_is_that_of_the_whole_tensors(measure):
+    generator = torch.Generator().manual_seed(0)
+    before = [torch.randn(4, 3, 9, generator=generator), torch.randn(2, 9, generator=generator)]
+    after = [t + 0.1 * torch.randn(t.shape, generator=generator) for t in before]
+    held, kept = [before], []
+
+    def run(reduce):
+        kept.append([reduce(i, output) for i, output in enumerate(held[0])])
+        return kept[-1]
+
+    change = OutputChange(run, measure)
+    change.take_reference()
+    assert change() == 0.0
+    held[0] = after
+    if measure == "mean":
+        assert change() == pytest.approx(output_change(before, after))
+        return
+    errors = [top_logits_error(a, b) for a, b in zip(before, after, strict=True)]
+    assert change() == pytest.approx(float((12 * errors[0] + 2 * errors[1]) / 14))
+    assert {t.shape[-1] for outputs in kept for t in outputs} == {5}
+
+
+def test_fewer_classes_than_five_are_all_compared():
+    outputs = [torch.tensor([[1.0, 2.0, 4.0]])]
+    change = OutputChange(lambda reduce: [reduce(i, t) for i, t in enumerate(outputs)], "top-logits")
+    change.take_reference()
+    outputs[0] = torch.tensor([[1.0, 2.0, 1.0]])
+    assert change() == pytest.approx(3.0)

@@ -9,7 +9,10 @@ from dpp_lightning.lightning_cli import DPPCLI
 
 TASKS = ("cola", "sst2", "mrpc", "stsb")
 EXPECTED = {f"{encoder}_{task}_adamr.yaml" for encoder in ("bert", "roberta") for task in TASKS}
-EXPECTED |= {"bert_cola_adamw.yaml", "quickstart.yaml"}
+EXPECTED |= {"bert_cola_adamw.yaml", "quickstart.yaml", "qwen2_0.5b_metamath_adamr.yaml", "llama2_7b_gsm8k_prune.yaml"}
+EXPECTED |= {"qwen2_0.5b_metamath_lora_adamr.yaml", "vit_cifar100_adamr.yaml", "vit_cifar100_adamw.yaml"}
+EXPECTED |= {"vit_cifar10_adamr.yaml", "two_layer_cifar10_svhn.yaml"}
+UNTRAINED = {"llama2_7b_gsm8k_prune.yaml"}
 ADAMW = [name for name in recipes.names() if name.endswith("_adamw.yaml")]
 
 
@@ -54,7 +57,8 @@ def test_the_recipes_of_the_papers_are_there():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_first_line_names_the_command(name):
-    assert f"dpp fit --config {name}" in recipes.title(name)
+    command = "test" if name in UNTRAINED else "fit"
+    assert f"dpp {command} --config {name}" in recipes.title(name)
 
 
 @pytest.mark.parametrize("name", recipes.names())

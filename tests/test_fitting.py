@@ -11,9 +11,10 @@ from tiny import Net, pair
 from dpp_lightning import METHODS, prune
 from dpp_lightning.activations import collected_inputs
 from dpp_lightning.batch_learner import BatchLearner
-from dpp_lightning.calibration import search_eta, top_logits_error
+from dpp_lightning.calibration import search_eta
 from dpp_lightning.fitting import Bench, cast, fitting_dtype
 from dpp_lightning.layer_sums import layer_sums
+from dpp_lightning.outputs import top_logits_error
 from dpp_lightning.partition_search import search_factors
 from dpp_lightning.partitions import amplified, partition_rates, random_partitions, ranked_partitions
 from dpp_lightning.plan import PruningPlan

@@ -59,6 +59,13 @@ def test_calibration_comes_in_a_fixed_order_of_mixed_classes():
         digits(calibration_fraction=0.0).calibration_dataloader()
 
 
+def test_predictions_are_told_as_digits():
+    data = digits(classes=[9, 3])
+    index = data.splits["test"].labels.tolist().index(1)
+    assert data.describe_prediction(index, torch.tensor(0)) == {"label": 3, "prediction": 9}
+    assert data.describe_prediction(index, 4) == {"label": 3, "prediction": "output 4"}
+
+
 @pytest.mark.parametrize("settings", [{"classes": [1]}, {"classes": [1, 1]}, {"classes": [0, 10]}, {"classes": []}])
 def test_bad_classes_are_refused(settings):
     with pytest.raises(ValueError, match="at least two different digits from 0 to 9"):

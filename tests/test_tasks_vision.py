@@ -69,6 +69,33 @@ def test_keep_head_takes_it_from_the_base(base):
         VisionModule(VIT, 5, base, TINY, keep_head=True, seed=0)
 
 
+def test_a_checkpoint_of_a_fit_is_a_base(base, tmp_path):
+    module = VisionModule(
+        VIT, 7, base, TINY, optimizer=lambda groups: AdamR(groups, lr=3e-3), label_smoothing=0.1, seed=0
+    )
+    trainer = fit(module, DigitsDataModule(classes=[0, 1, 2]), tmp_path, max_epochs=1, limit_train_batches=2)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = VisionModule(VIT, 5, str(tmp_path / "first.ckpt"), TINY, seed=0)
+    assert second.new_parameter_names == HEAD
+    trained = module.model.state_dict()
+    assert not torch.equal(trained["pos_embed"], load_file(base)["pos_embed"])
+    body = {name: tensor for name, tensor in trained.items() if not name.startswith("head.")}
+    assert all(torch.equal(second.model.state_dict()[name], tensor) for name, tensor in body.items())
+    kept = VisionModule(VIT, 7, str(tmp_path / "first.ckpt"), TINY, keep_head=True, seed=0)
+    assert all(torch.equal(kept.model.state_dict()[name], tensor) for name, tensor in trained.items())
+    with pytest.raises(ValueError, match=r"first\.ckpt does not fit the model: blocks\.1\.\S+ is not in the model"):
+        VisionModule(VIT, 5, str(tmp_path / "first.ckpt"), {**TINY, "depth": 1}, seed=0)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"state_dict": {"net.weight": torch.ones(2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt holds no tensors named model\..*net\.weight"):
+        VisionModule(VIT, pretrained=str(tmp_path / "other.ckpt"))
+    torch.save({"state_dict": {}, "callback": pytest.approx}, tmp_path / "code.ckpt")
+    with pytest.raises(ValueError, match=r"code\.ckpt holds more than weights"):
+        VisionModule(VIT, pretrained=str(tmp_path / "code.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -116,6 +143,9 @@ def test_a_folder_brings_its_architecture(tmp_path, num_classes):
         ({"model_name": "resnet18", "pretrained": "timm/vit_tiny_patch16_224.augreg_in21k"}, "is a vit_tiny_patch16"),
         ({"model_name": VIT, "num_classes": 1}, "at least 2"),
         ({"model_name": VIT, "label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"model_name": VIT, "mixup": -0.1}, "mixup is -0.1"),
+        ({"model_name": VIT, "pretrained": "nope.ckpt"}, "'nope.ckpt' is no local file"),
+        ({"model_name": "two_layer", "model_kwargs": {"norm": "batch"}}, "norm is 'batch'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -128,7 +158,9 @@ def test_a_folder_without_an_architecture_is_refused(base, tmp_path):
         VisionModule(VIT, pretrained=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", [VIT, "resnet10t", "convnext_atto", "mobilenetv3_small_050", "poolformer_s12"])
+@pytest.mark.parametrize(
+    "name", [VIT, "resnet10t", "convnext_atto", "mobilenetv3_small_050", "poolformer_s12", "two_layer"]
+)
 def test_output_layer_is_what_the_head_is_given(name):
     model = timm.create_model(name, num_classes=5).eval()
     hidden, given = [], []
@@ -196,6 +228,51 @@ def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_whole_one(base, tmp_path):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+def loss_of(module, images, labels):
+    module.log = lambda *args, **kwargs: None
+    return module.eval().training_step((images, labels), 0)
+
+
+def test_labels_may_be_probabilities_and_are_smoothed_once():
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    soft = torch.rand(6, 5).softmax(-1)
+    module = VisionModule(VIT, 5, model_kwargs=TINY, label_smoothing=0.2, seed=0)
+    hard = loss_of(module, images, labels)
+    log_p = module(images).log_softmax(-1)
+    for given, target in ((soft, soft), (labels, nn.functional.one_hot(labels, 5))):
+        smoothed = 0.8 * target + 0.2 / 5
+        assert loss_of(module, images, given).item() == pytest.approx(
+            -(smoothed * log_p).sum(-1).mean().item(), rel=1e-5
+        )
+    assert loss_of(module, images, nn.functional.one_hot(labels, 5).float()).item() == pytest.approx(
+        hard.item(), rel=1e-5
+    )
+
+
+def test_mixup_mixes_images_and_labels_by_one_share():
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    mixed = VisionModule(VIT, 5, model_kwargs=TINY, mixup=1.0, label_smoothing=0.2, seed=0)
+    plain = VisionModule(VIT, 5, model_kwargs=TINY, label_smoothing=0.2, seed=0)
+    plain.load_state_dict(mixed.state_dict())  # mixup has no weights
+    torch.manual_seed(5)
+    share = float(torch.distributions.Beta(torch.tensor([1.0]), torch.tensor([1.0])).sample())
+    targets = nn.functional.one_hot(labels, 5).float()
+    expected = [share * x + (1 - share) * x.roll(1, 0) for x in (images, targets)]
+    torch.manual_seed(5)
+    assert loss_of(mixed, images, labels).item() == pytest.approx(loss_of(plain, *expected).item(), rel=1e-5)
+    losses = {round(loss_of(mixed, images, labels).item(), 6) for _ in range(4)}
+    assert len(losses) == 4
+    mixed.on_validation_epoch_start()
+    mixed.validation_step((images, labels), 0)
+    mixed.validation_step((images, labels), 1)
+    logits = mixed(images)
+    assert float(mixed.metrics["val"]["loss"].compute()) == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("scheduler", ["linear", "constant", lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1)])
 def test_the_schedule_is_the_one_chosen(base, tmp_path, scheduler):
     module = VisionModule(VIT, 10, base, TINY, scheduler=scheduler, scheduler_interval="epoch", seed=0)
@@ -204,6 +281,45 @@ def test_the_schedule_is_the_one_chosen(base, tmp_path, scheduler):
     assert [group.get("new", False) for group in optimizer.param_groups] == [False, True]
     expected = {"linear": 0.0, "constant": 1e-4}.get(scheduler, 1e-5) if isinstance(scheduler, str) else 1e-5
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the two-layer network
+
+
+@pytest.mark.parametrize("norm", ["hidden", "input", "none"])
+def test_the_two_layer_network_is_its_formula(norm):
+    kwargs = {"img_size": 8, "in_chans": 1, "hidden_size": 12, "norm": norm}
+    module = VisionModule("two_layer", 5, model_kwargs=kwargs, seed=0)
+    torch.manual_seed(1)
+    x, net = torch.randn(3, 1, 8, 8), module.model
+    if norm != "none":
+        net.norm.weight.data.uniform_(0.5, 2.0)
+
+    def normalised(z, here):
+        return z / z.pow(2).mean(-1, keepdim=True).sqrt() * net.norm.weight if norm == here else z
+
+    hidden = (normalised(x.flatten(1), "input") @ net.hidden.weight.T + net.hidden.bias).clamp(min=0)
+    expected = normalised(hidden, "hidden") @ net.head.weight.T + net.head.bias
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    assert module.data_config["input_size"] == (1, 8, 8)
+    assert (
+        sum(p.numel() for p in net.parameters())
+        == 64 * 12 + 12 + 12 * 5 + 5 + {"hidden": 12, "input": 64, "none": 0}[norm]
+    )
+    assert module.output_layer == {"hidden": "model.norm"}.get(norm, "model.act")
+
+
+def test_the_two_layer_network_is_pre_trained_then_fine_tuned_with_a_new_head(tmp_path):
+    kwargs = {"img_size": 8, "in_chans": 1, "hidden_size": 64}
+    first = VisionModule("two_layer", 5, model_kwargs=kwargs, optimizer=lambda p: AdamR(p, lr=3e-3), seed=0)
+    trainer = fit(first, DigitsDataModule(classes=[0, 1, 2, 3, 4]), tmp_path, max_epochs=6)
+    assert trainer.callback_metrics["val_score"] > 0.8
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    second = VisionModule("two_layer", 4, str(tmp_path / "base.ckpt"), kwargs, seed=0)
+    assert second.new_parameter_names == HEAD
+    assert torch.equal(second.model.hidden.weight, first.model.hidden.weight)
+    with pytest.raises(ValueError, match=r"norm\.weight is not in the model"):
+        VisionModule("two_layer", 4, str(tmp_path / "base.ckpt"), {**kwargs, "norm": "none"}, seed=0)
 
 
 # ---------------------------------------------------------------- the shipped base

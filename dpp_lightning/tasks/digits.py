@@ -123,6 +123,19 @@ class DigitsDataModule(LightningDataModule):
             )
         return self._evaluation_loader("calibration")
 
+    def describe_prediction(self, index: int, prediction: Any, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The true and the predicted digit of one image of :meth:`predict_dataloader`.
+
+        Args:
+            index: place of the image, from 0.
+            prediction: the predicted place in ``classes``, a number or a tensor of one.
+            dataloader_idx: 0, as there is one loader.
+        """
+        predicted = int(prediction)
+        unnamed = f"output {predicted}"  # of a model with more outputs than there are classes
+        named = self.classes[predicted] if predicted < len(self.classes) else unnamed
+        return {"label": self.classes[int(self.splits["test"].labels[index])], "prediction": named}
+
     def _cut(self, digit: int, positions: Positions) -> dict[str, Positions]:
         """One digit's positions in the file, shuffled and dealt out to the parts."""
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(10 * self.split_seed + digit))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -76,6 +76,7 @@ class GLUEDataModule(LightningDataModule):
         self.val_fraction, self.calibration_fraction, self.split_seed = val_fraction, calibration_fraction, split_seed
         self.seed, self.length_grouped, self.num_workers = seed, length_grouped, num_workers
         self.splits: dict[str, Dataset] = {}
+        self._texts: list[Dataset] = []
         self._collate: DataCollatorWithPadding | None = None
 
     def prepare_data(self) -> None:
@@ -102,6 +103,7 @@ class GLUEDataModule(LightningDataModule):
         if not rest:
             raise ValueError(f"{self.path} has {len(train)} training samples, too few for these fractions")
         self.splits = {"train": train.select(rest), "val": train.select(val), **encoded}
+        self._texts = [data[split] for split in task.evaluation]
         self.splits["calibration"] = train.select(calibration)
         self._collate = DataCollatorWithPadding(tokenizer)
 
@@ -144,6 +146,13 @@ class GLUEDataModule(LightningDataModule):
                 f"calibration_fraction {self.calibration_fraction} holds out no sample; raise it, e.g. 0.05"
             )
         return self._evaluation_loader("calibration")
+
+    def describe_prediction(self, index: int, prediction: float, dataloader_idx: int = 0) -> dict[str, Any]:
+        """A predicted class, or similarity, beside its sentences and label; classes by their names where known."""
+        rows, columns = self._texts[dataloader_idx], glue_task(self._task_name()).columns
+        row, feature = rows[index], rows.features["label"]
+        name = feature.int2str if isinstance(feature, ClassLabel) else lambda value: value
+        return {**{c: row[c] for c in columns}, "label": name(row["label"]), "prediction": name(prediction)}
 
     def unlabelled_dataloader(self, split: str, batch_size: int) -> DataLoader[Any]:
         """Shuffled batches of a split (``val``, ``calibration``, or ``test`` for GLUE's validation) without labels."""

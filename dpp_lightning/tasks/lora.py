@@ -1,4 +1,4 @@
-"""LoRA adapters (by peft) around a classifier: the base stays as it is, adapters and the new parts are trained."""
+"""LoRA adapters (by peft) around a model: the base stays as it is, adapters and the new parts are trained."""
 
 from __future__ import annotations
 
@@ -60,16 +60,17 @@ class LoRA:
 
 
 def with_adapters(
-    model: PreTrainedModel, lora: LoRA, new: Collection[str], layer: str, seed: int
+    model: PreTrainedModel, lora: LoRA, new: Collection[str], layer: str, seed: int, kind: str = "SEQ_CLS"
 ) -> tuple[nn.Module, set[str], str]:
-    """Freeze a classifier and put adapters into it; its new parts are trained whole, as peft's ``modules_to_save``.
+    """Freeze a model and put adapters into it; its new parts are trained whole, as peft's ``modules_to_save``.
 
     Args:
-        model: the classifier, changed in place.
+        model: a classifier or decoder, changed in place.
         lora: the setting.
         new: names, in the model, of the parameters that no file of the base holds.
         layer: name of a submodule of the model.
         seed: of the adapters' first values; B is 0, so the model's outputs do not change.
+        kind: peft's name of the task.
 
     Returns:
         The ``PeftModel``, and the names in it of the new parameters and of the layer.
@@ -82,7 +83,7 @@ def with_adapters(
     parts = sorted({_part(model, name) for name in new})
     _check_targets(model, lora, parts)
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=kind,
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,

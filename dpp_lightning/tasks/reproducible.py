@@ -1,14 +1,16 @@
 """Epochs that are functions of (seed, epoch), so that a run killed and resumed at an epoch's end equals the whole one.
 
-A Lightning checkpoint holds neither the state of the random generators nor the position of the loader. Three pieces
+A Lightning checkpoint holds neither the state of the random generators nor the position of the loader. Four pieces
 make it unnecessary: :class:`EpochSampler` draws the order of an epoch from (seed, epoch), :class:`EpochDataLoader`
-draws it when the first batch is asked for and not earlier, and :func:`seed_epoch`, called in ``on_train_epoch_start``,
-makes dropout and augmentation a function of (seed, epoch, rank).
+draws it when the first batch is asked for and not earlier, :func:`seed_epoch`, called in ``on_train_epoch_start``,
+makes dropout a function of (seed, epoch, rank), and :func:`item_seed` the augmentation of a sample one of (seed, epoch,
+sample).
 """
 
 import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -36,6 +38,14 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
     torch.manual_seed(mixed)
     np.random.seed(mixed % 2**32)
     random.seed(mixed)
+
+
+@contextmanager
+def item_seed(seed: int, epoch: int, item: int) -> Iterator[None]:
+    """Inside the block torch's CPU generator is a function of (seed, epoch, item); behind it, it goes on as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_mix(seed, epoch, f"item {item}"))
+        yield
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -115,10 +125,13 @@ class EpochDataLoader(DataLoader[Any]):
 
     Torch's asks the sampler for an order, and the global generator for a number, when the iterator is made. In a
     resumed fit Lightning makes it before it has set the sampler's epoch and before ``on_train_epoch_start``: workers
-    would then prefetch the order of epoch 0, and dropout would start one number off.
+    would then prefetch the order of epoch 0, and dropout would start one number off. A dataset with ``set_epoch`` is
+    told the sampler's epoch; workers have it as it was when they started, so they must not be persistent then.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(getattr(self.sampler, "epoch", 0))
         yield from super().__iter__()
 
 
@@ -132,7 +145,7 @@ def _group_by_length(
     return torch.cat([*shuffled, *([] if last is None else [last])]) if shuffled or last is not None else order
 
 
-def _mix(seed: int, epoch: int, rank: int) -> int:
-    """63 bits from three integers; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
-    digest = blake2b(f"{seed} {epoch} {rank}".encode(), digest_size=8).digest()
+def _mix(seed: int, epoch: int, stream: int | str) -> int:
+    """63 bits from three values; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) share nothing."""
+    digest = blake2b(f"{seed} {epoch} {stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms.v2 import MixUp
 
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.digits import DigitsDataModule
+from dpp_lightning.tasks.image_transforms import data_config
+from dpp_lightning.tasks.images import ImageDataModule
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
 from dpp_lightning.tasks.vision_models import layer_before_head, load_model
 
-__all__ = ["DigitsDataModule", "VisionModule"]
+__all__ = ["DigitsDataModule", "ImageDataModule", "VisionModule"]
 
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 
@@ -25,24 +28,27 @@ Batch = tuple[Tensor, Tensor] | list[Tensor]
 class VisionModule(LightningModule):
     """A timm image classifier with a new head on a pre-trained body; its score is the accuracy.
 
-    A batch is (images, labels): floats (samples, channels, height, width), integers (samples,). Logs ``val_score`` and
+    A batch is (images, labels): floats (samples, channels, height, width), integers (samples,); in training, labels may
+    also be probabilities (samples, classes). Logs ``val_score`` and
     ``val_accuracy``, both the accuracy in [0, 1], and ``val_loss``, over the whole split and all ranks; the same as
     ``test_...``. Samples of label -100 take no part.
 
     Args:
         model_name: timm's name of the architecture; with a hub id or a folder that names one itself, leave it out.
         num_classes: number of outputs of the head.
-        pretrained: the base. A ``.safetensors`` file; a folder with timm's ``config.json`` and weights; the name of a
-            file shipped with this package, such as ``vit_digits_base.safetensors``; else a hub id such as
-            ``timm/vit_base_patch16_224.augreg_in21k``, with ``@revision`` behind it if need be. ``None`` starts from
-            a random model, which then is the base.
+        pretrained: the base. A ``.safetensors`` file; a ``.ckpt`` that a fit of this module wrote; a folder with timm's
+            ``config.json`` and weights; the name of a file shipped with this package, such as
+            ``vit_digits_base.safetensors``; else a hub id such as ``timm/vit_base_patch16_224.augreg_in21k``, with
+            ``@revision`` behind it if need be. ``None`` starts from a random model, which then is the base.
         model_kwargs: what ``timm.create_model`` takes beyond that, such as ``img_size`` or ``drop_path_rate``.
         keep_head: take the head from the base as well, in place of a new one.
         optimizer: makes the optimizer from the groups of ``dpp_lightning.tasks.optimization.parameter_groups``.
         scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
         scheduler_interval: whether a scheduler of your own is stepped each ``step`` or each ``epoch``.
         warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
-        label_smoothing: of the training loss, in [0, 1].
+        label_smoothing: of the training loss, in [0, 1]; of mixed labels too.
+        mixup: alpha of mixup (https://arxiv.org/abs/1710.09412), whose shares are drawn from Beta(alpha, alpha) for
+            each training batch; such as 0.2, and 0 for none.
         seed: of the new head and of dropout; by default the one of ``seed_everything``, else 0.
 
     Attributes:
@@ -65,6 +71,7 @@ class VisionModule(LightningModule):
         scheduler_interval: Literal["step", "epoch"] = "step",
         warmup_fraction: float = 0.06,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -72,10 +79,13 @@ class VisionModule(LightningModule):
             raise ValueError(f"num_classes is {num_classes}, expected at least 2")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}, expected a share in [0, 1], such as 0.1")
+        if not 0.0 <= mixup < float("inf"):
+            raise ValueError(f"mixup is {mixup}, expected an alpha of at least 0, such as 0.2, or 0 for none")
         self.pretrained, self.num_classes, self.seed = pretrained, num_classes, resolve_seed(seed)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.scheduler_interval, self.warmup_fraction = scheduler_interval, warmup_fraction
         self.label_smoothing = label_smoothing
+        self.mixup = MixUp(alpha=mixup, num_classes=num_classes) if mixup else None
         self.save_hyperparameters("model_name", "num_classes", "pretrained", "model_kwargs", "keep_head", "seed")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # the new head is a function of the seed alone
@@ -84,17 +94,22 @@ class VisionModule(LightningModule):
         self.output_layer = f"model.{layer_before_head(self.model)}"
         self.metrics = nn.ModuleDict({split: _metrics(num_classes) for split in ("val", "test")})
 
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How images are to be prepared, as :func:`dpp_lightning.tasks.image_transforms.data_config`."""
+        return data_config(self.model)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (samples, classes) of images (samples, channels, height, width)."""
         return self.model(images)
 
     def on_train_epoch_start(self) -> None:
-        """Make the dropout of this epoch a function of (seed, epoch, rank)."""
+        """Make dropout and mixup of this epoch a function of (seed, epoch, rank)."""
         seed_epoch(self.seed, self.current_epoch, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross entropy."""
-        images, labels = batch
+        """Cross entropy, of mixed images where ``mixup`` says so."""
+        images, labels = batch if self.mixup is None else self.mixup(*batch)
         loss = functional.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(labels))
         return loss

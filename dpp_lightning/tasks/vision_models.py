@@ -7,7 +7,13 @@ from typing import Any
 
 import timm
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+import dpp_lightning.tasks.two_layer  # noqa: F401  (timm knows the model by its import)
+from dpp_lightning.checkpoints import load_tensors
+from dpp_lightning.names import without_wrappers
+
+_FILES, _MODEL = (".safetensors", ".ckpt"), "model."
 
 
 def load_model(
@@ -17,7 +23,8 @@ def load_model(
 
     Args:
         model_name: timm's name of the architecture; a hub id, or a folder with a ``config.json``, brings its own.
-        pretrained: ``.safetensors`` file, folder, name of a packaged file, hub id, or ``None`` for a random model.
+        pretrained: ``.safetensors`` file, ``.ckpt`` of ``VisionModule``, folder, name of a packaged file, hub id, or
+            ``None`` for a random model.
         num_classes: number of outputs of the head.
         model_kwargs: further arguments of ``timm.create_model``.
         keep_head: load the head too; otherwise it is new, drawn from torch's global generator.
@@ -52,8 +59,8 @@ def load_model(
 
 
 def _weights_file(pretrained: str | None) -> Path | None:
-    """The safetensors file that ``pretrained`` stands for: a local one first, then one of the package's assets."""
-    if pretrained is None or not pretrained.endswith(".safetensors"):
+    """The file that ``pretrained`` stands for: a local one first, then one of the package's assets."""
+    if pretrained is None or not pretrained.endswith(_FILES):
         return None
     if Path(pretrained).is_file():
         return Path(pretrained)
@@ -87,7 +94,7 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
 
 def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
     """Load a file's tensors, all of them and all that the model needs but the head's; return the new names."""
-    state, own = load_file(file), model.state_dict()
+    state, own = load_file(file) if file.suffix == ".safetensors" else _tensors_of_fit(file), model.state_dict()
     head = set() if keep_head else set(_head_parameters(model))
     state = {name: tensor for name, tensor in state.items() if name not in head}
     faults = [f"{name} is missing" for name in own if name not in state and name not in head]
@@ -105,6 +112,18 @@ def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
         )
     model.load_state_dict(state, strict=False)
     return sorted(head)
+
+
+def _tensors_of_fit(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of ``VisionModule.model`` in a checkpoint of Lightning."""
+    tensors = {without_wrappers(name): tensor for name, tensor in load_tensors(checkpoint).items()}
+    found = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    if not found:
+        raise ValueError(
+            f"{checkpoint} holds no tensors named {_MODEL}..., expected a checkpoint of VisionModule; "
+            f"its names begin with {sorted(tensors)[:3]}"
+        )
+    return found
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.activations import collected_inputs
-from dpp_lightning.calibration import output_change
 from dpp_lightning.fitting import Bench
 from dpp_lightning.layer_sums import layer_sums
 from dpp_lightning.names import canonical_tensors
+from dpp_lightning.outputs import output_change
 from dpp_lightning.plan import PruningPlan
 from dpp_lightning.rescaling import layer_q, phi
 from dpp_lightning.scope import Scope

@@ -1,0 +1,131 @@
+"""Questions and answers from the hub, a local folder, or a JSON, JSONL or parquet file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+
+QUESTIONS = ("question", "query", "instruction", "problem", "prompt")
+ANSWERS = ("answer", "response", "output", "solution", "completion")
+
+_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_CONFIGURATIONS = {"openai/gsm8k": "main"}  # the hub has several: this is the papers'
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where questions and answers lie.
+
+    Attributes:
+        path: hub id, folder in the hub's layout, or a ``.json``, ``.jsonl`` or ``.parquet`` file.
+        name: configuration of the data set, such as ``main`` of GSM8K; default its only one.
+        revision: branch, tag or commit on the hub.
+        question_column, answer_column: default the first of :data:`QUESTIONS` and :data:`ANSWERS` that is there.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    question_column: str | None = None
+    answer_column: str | None = None
+
+    def load(self) -> DatasetDict:
+        """Every split; a file is the split ``train``, or ``test`` where its name says so.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        builder = _FILES.get(Path(self.path).suffix)
+        if builder is None:
+            name = self.name or _CONFIGURATIONS.get(self.path)
+            return load_dataset(self.path, name, revision=self.revision)
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(f"{self.path}: no such file")
+        split = "test" if "test" in Path(self.path).stem else "train"
+        return load_dataset(builder, data_files={split: self.path})
+
+    def split(self, data: DatasetDict, name: str) -> Dataset:
+        """One split with the two columns ``question`` and ``answer``, as texts, none of them empty.
+
+        Raises:
+            ValueError: no such split or column, or a row without question or answer, with its number.
+        """
+        where = f"{self.path}, split {name}"
+        if name not in data:
+            raise ValueError(f"{self.path} has the splits {sorted(data)}, expected {name!r} among them")
+        rows = data[name]
+        columns = rows.column_names
+        question = _column(self.question_column, QUESTIONS, columns, "question", where)
+        answer = _column(self.answer_column, ANSWERS, columns, "answer", where)
+        rows = rows.select_columns([question, answer])
+        for new, old in (("question", question), ("answer", answer)):
+            rows = rows if new == old else rows.rename_column(old, new)
+        for column in ("question", "answer"):
+            _check_texts(rows[column], column, where)
+        return rows
+
+
+def _column(given: str | None, usual: Sequence[str], columns: Sequence[str], what: str, where: str) -> str:
+    found = next((name for name in ([given] if given else usual) if name in columns), None)
+    if found is None:
+        sought = repr(given) if given else f"one of {', '.join(usual)}"
+        raise ValueError(f"{where}: found the columns {list(columns)}, expected {sought}; set data.{what}_column")
+    return found
+
+
+def _check_texts(texts: Sequence[object], column: str, where: str) -> None:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{where}: row {number} has the {column} {text!r}, expected a text that is not empty; remove the row"
+            )
+
+
+def cut(
+    source: Source,
+    test_source: Source | None,
+    fractions: Mapping[str, float],
+    limits: Mapping[str, int | None],
+    seed: int,
+) -> dict[str, Dataset]:
+    """The parts of a data set that there are: ``train``, what is held out of it, and ``test``.
+
+    Args:
+        source: of ``train``, and of ``test`` where there is no other.
+        test_source: of ``test``.
+        fractions: name of a held-out part to its share of train.
+        limits: name of a part, also of ``test``, to the most samples of it.
+        seed: of the cut, which depends on nothing else but train's size.
+
+    Raises:
+        ValueError: no split to train on, or nothing left of it.
+    """
+    data = source.load()
+    if "train" not in data and (test_source is not None or "test" not in data):
+        raise ValueError(f"{source.path} has the splits {sorted(data)}, expected 'train' among them")
+    texts = _cut_train(source.split(data, "train"), source.path, fractions, limits, seed) if "train" in data else {}
+    tested, data = (test_source, test_source.load()) if test_source else (source, data)
+    if "test" in data or test_source is not None:
+        test = tested.split(data, "test" if "test" in data else next(iter(data)))
+        texts["test"] = test.select(sorted(_shuffled(len(test), seed)[: limits.get("test")]))
+    return texts
+
+
+def _cut_train(
+    train: Dataset, path: str, fractions: Mapping[str, float], limits: Mapping[str, int | None], seed: int
+) -> dict[str, Dataset]:
+    order, parts = _shuffled(len(train), seed), {}
+    for part, fraction in fractions.items():
+        count = round(fraction * len(train))
+        held_out, order = order[:count], order[count:]
+        parts[part] = train.select(sorted(held_out[: limits.get(part)]))
+    if not order:
+        raise ValueError(f"{path} has {len(train)} training samples, too few for the fractions {dict(fractions)}")
+    return {**parts, "train": train.select(sorted(order))}
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
