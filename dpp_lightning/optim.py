@@ -8,29 +8,23 @@ Algorithm 1, https://arxiv.org/abs/2410.09344. The decay is divided by the gradi
 from collections.abc import Callable
 from itertools import chain
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-State = dict[str, Tensor]
-PIECE = 2**20  # entries worked on at once on a CPU: temporary tensors this small are reused from its cache
-
-
-class Batch(NamedTuple):
-    """Parameters of one group, device and dtype that have a gradient in this step, with their state."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[State]
-    foreach: bool
-
-    def entries(self, name: str) -> list[Tensor]:
-        return [state[name] for state in self.states]
+from dpp_lightning.optim_step import (
+    Batch,
+    State,
+    root_mean,
+    second_moments,
+    sum_dtype,
+    update_foreach,
+    update_single,
+)
+from dpp_lightning.shards import FLAT, local_part, sharing, sum_over_ranks, whole_sum
 
 
 class AdamR(Optimizer):
@@ -111,8 +105,8 @@ class AdamR(Optimizer):
             state["pretrained"] = p.detach().clone(memory_format=torch.preserve_format)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = state["exp_avg_sq"].clone(memory_format=torch.preserve_format)
-        if not group["amsgrad"] and "exp_avg_sq_sum" not in state:
-            state["exp_avg_sq_sum"] = state["exp_avg_sq"].sum(dtype=sum_dtype(p))
+        if not group["amsgrad"] and "exp_avg_sq_sum" not in state and sharing(p) != FLAT:
+            state["exp_avg_sq_sum"] = whole_sum(state["exp_avg_sq"], sum_dtype(p))
         if (state["exp_avg"].device, state["exp_avg"].dtype) != (p.device, p.dtype):
             for name in state.keys() - {"step"}:
                 state[name] = state[name].to(p.device, sum_dtype(p) if name == "exp_avg_sq_sum" else p.dtype)
@@ -143,13 +137,23 @@ class AdamR(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = self._batches()
-        sums = [second_moment_sum(batch) for batch in batches]
-        root = root_mean(sums, sum(p.numel() for batch in batches for p in batch.params))
+        root = self._root_mean(batches)
         for batch in batches:
-            group = batch.group
+            group, here = batch.group, batch.present()
             pull = 0.0 if group["new"] else group["lr"] * group["delta_decay"] / root
-            (update_foreach if batch.foreach else update_single)(batch, pull)
+            if here.params:
+                (update_foreach if batch.foreach else update_single)(here, pull)
         return loss
+
+    def _root_mean(self, batches: list[Batch]) -> float:
+        """√v̄ over the whole parameters, on all ranks."""
+        pairs = list(zip(second_moments(batches), batches, strict=True))
+        known = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared != FLAT]
+        flat = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared == FLAT]
+        params = [p for group in self.param_groups for p in group["params"] if sharing(p) == FLAT]
+        # a rank may hold no part of any parameter with a gradient, but the others wait for it
+        shared = sum_over_ranks(flat, params[0]) if params else None
+        return root_mean([total for total, _ in known], [count for _, count in known], shared)
 
     def _batches(self) -> list[Batch]:
         """All parameters with a gradient; every gradient is checked before any state is touched."""
@@ -158,123 +162,17 @@ class AdamR(Optimizer):
             check_gradient(p)
         batches: dict[Any, Batch] = {}
         for group, p in live:
-            plain = type(p) in (Tensor, torch.nn.Parameter) and type(p.grad) is Tensor
-            key = (id(group), p.device, p.dtype, plain)
+            state = {name: local_part(entry) for name, entry in self._complete_state(p, group).items()}
+            part, grad, shared = local_part(p), local_part(p.grad), sharing(p)
+            plain = type(part) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
+            key = (id(group), part.device, part.dtype, plain, shared)
             foreach = plain if group["foreach"] is None else group["foreach"]
-            batch = batches.setdefault(key, Batch(group, [], [], [], foreach))
-            batch.params.append(p)
-            batch.grads.append(p.grad)
-            batch.states.append(self._complete_state(p, group))
+            batch = batches.setdefault(key, Batch(group, [], [], [], foreach, shared, []))
+            batch.params.append(part)
+            batch.grads.append(grad)
+            batch.states.append(state)
+            batch.numel.append(p.numel())
         return list(batches.values())
-
-
-def second_moment_sum(batch: Batch) -> Tensor:
-    """Σ v̂ over a batch, this step's gradient included: a scalar. Counts the step and keeps each Σ v in the state.
-
-    Without amsgrad v is not read: Σ v ← β2 Σ v + (1 − β2) ‖g‖².
-    """
-    beta2, steps = batch.group["betas"][1], batch.entries("step")
-    torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-    if batch.group["amsgrad"]:
-        pairs = zip(batch.grads, batch.states, strict=True)
-        sums = torch.stack([upcoming_max_sum(grad, state, beta2) for grad, state in pairs])
-    else:
-        kept = batch.entries("exp_avg_sq_sum")
-        sums = torch.stack(kept).mul_(beta2).add_(squared_norms(batch.grads), alpha=1 - beta2)
-        torch._foreach_copy_(kept, list(sums.unbind()))
-    return (sums / sums.new_tensor([1 - beta2 ** step.item() for step in steps])).sum()
-
-
-def squared_norms(grads: list[Tensor]) -> Tensor:
-    """‖g‖² of n gradients of one device and dtype, shape (n,). Gradients in shards are to be summed over ranks here.
-
-    On a CPU large ones row by row first: one float32 sum of 10^7 squares is wrong in the fourth digit.
-    """
-    dtype = sum_dtype(grads[0])
-    parts = []
-    for g in grads:
-        by_row = g.is_cpu and g.ndim > 1 and g.numel() > 2**17
-        parts.append(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=dtype) if by_row else g)
-    return torch.stack(torch._foreach_norm(parts, 2, dtype=dtype)).square()
-
-
-def upcoming_max_sum(grad: Tensor, state: State, beta2: float) -> Tensor:
-    """Σ of what amsgrad's running maximum of v will be after this step; changes nothing."""
-    total = torch.zeros((), dtype=sum_dtype(grad), device=grad.device)
-    for g, v, top in zip(pieces(grad), pieces(state["exp_avg_sq"]), pieces(state["max_exp_avg_sq"]), strict=True):
-        v_next = v.mul(beta2).addcmul_(g, g, value=1 - beta2)
-        total += torch.maximum(v_next, top).sum(dtype=total.dtype)
-    return total
-
-
-def pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of about PIECE entries, cut along the first dimension; x itself where it is small or not on a CPU."""
-    return x.split(max(1, PIECE * x.shape[0] // x.numel())) if x.is_cpu and x.numel() > PIECE else (x,)
-
-
-def root_mean(sums: list[Tensor], entries: int) -> float:
-    """√v̄ from sums of v̂ and the number of entries summed; 1 where v̄ is 0. The step's only wait for a device."""
-    if entries == 0:
-        return 1.0
-    total: float = torch.stack([v.to(sums[0].device) for v in sums]).sum().item()
-    return (total / entries) ** 0.5 or 1.0
-
-
-def update_single(batch: Batch, pull: float) -> None:
-    """The update as the paper writes it, one parameter at a time; ``pull`` = lr · delta_decay / √v̄."""
-    group, (beta1, beta2) = batch.group, batch.group["betas"]
-    for p, grad, state in zip(batch.params, batch.grads, batch.states, strict=True):
-        g, t = -grad if group["maximize"] else grad, state["step"].item()
-        if pull != 0:
-            delta = p - state["pretrained"]
-            p.sub_(delta if group["norm"] == "l2" else delta.sign_(), alpha=pull)
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        if group["amsgrad"]:
-            v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
-        denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(group["eps"])
-        p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
-
-
-def update_foreach(batch: Batch, pull: float) -> None:
-    """The same on whole lists: the decay, then torch's own Adam, its fused kernel where the tensors allow it."""
-    group, params = batch.group, batch.params
-    if pull != 0 and group["norm"] == "l2":
-        torch._foreach_lerp_(params, batch.entries("pretrained"), pull)
-    elif pull != 0:
-        decay_l1(params, batch.entries("pretrained"), pull)
-    m, v = batch.entries("exp_avg"), batch.entries("exp_avg_sq")
-    v_max = batch.entries("max_exp_avg_sq") if group["amsgrad"] else []
-    fused = fusible([*params, *batch.grads, *m, *v, *v_max])
-    # torch's function counts this step itself
-    counts = list((torch.stack(batch.entries("step")) - 1).to(params[0].device if fused else "cpu").unbind())
-    options = {name: group[name] for name in ("lr", "eps", "amsgrad", "maximize")}
-    options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "weight_decay": 0.0}
-    adam(params, batch.grads, m, v, v_max, counts, foreach=not fused, fused=fused, **options)
-
-
-def decay_l1(params: list[Tensor], pretrained: list[Tensor], pull: float) -> None:
-    """θ ← θ − pull · sign(θ − θ0); on a CPU, where lists bring no speed, piece by piece."""
-    lists = [(params, pretrained)]
-    if params[0].is_cpu:
-        pairs = zip(params, pretrained, strict=True)
-        lists = [([x], [y]) for p, base in pairs for x, y in zip(pieces(p), pieces(base), strict=True)]
-    for thetas, bases in lists:
-        signs = torch._foreach_sub(thetas, bases)
-        torch._foreach_sign_(signs)
-        torch._foreach_add_(thetas, signs, alpha=-pull)
-
-
-def fusible(tensors: list[Tensor]) -> bool:
-    """Whether torch's fused Adam takes these: it walks memory in order, so all must be contiguous and of one dtype."""
-    usable = tensors[0].device.type in ("cpu", "cuda") and len({x.dtype for x in tensors}) == 1
-    return usable and all(x.is_contiguous() for x in tensors)
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of sums over x: its own, at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def check_settings(group: dict[str, Any]) -> None:

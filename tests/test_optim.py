@@ -13,7 +13,8 @@ from adamr_twin import AdamRTwin
 from safetensors.torch import load_file
 from torch import nn
 
-from dpp_lightning.optim import AdamR, pieces, squared_norms
+from dpp_lightning.optim import AdamR
+from dpp_lightning.optim_step import pieces, squared_norms
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHAPES = [(5, 7), (7,), (3, 4, 2), (), (0, 3)]

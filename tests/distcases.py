@@ -1,0 +1,105 @@
+"""Jobs that the tests run on several ranks: AdamR on one small net, whole and in shards of every kind."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from dpp_lightning.optim import AdamR
+
+SAMPLES, STEPS = 16, 4
+
+
+def make_net():
+    """Biases of 16, 17 and 3 entries: uneven shards, and on four ranks empty ones."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 17), nn.ReLU(), nn.Linear(17, 3))
+
+
+def make_batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(SAMPLES, 8, generator=generator), torch.randn(SAMPLES, 3, generator=generator)
+
+
+def share(net, kind):
+    """The net as one strategy shares it out, and the ranks that see different samples."""
+    if kind == "single":
+        return net, 0, 1
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if kind == "ddp":
+        return DistributedDataParallel(net), rank, world
+    if kind.startswith("fsdp1"):
+        strategy = ShardingStrategy[kind.removeprefix("fsdp1-")]
+        settings = {"use_orig_params": True, "device_id": torch.device("cpu"), "sharding_strategy": strategy}
+        return FullyShardedDataParallel(net, **settings), rank, world
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,))
+    else:
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    if kind == "tp":
+        parallelize_module(net, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        rank, world, mesh = mesh.get_local_rank("outer"), mesh.size(0), mesh["outer"]
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh), rank, world
+
+
+def whole(x):
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def train(kind, settings, steps=STEPS, head=False):
+    """Weights, theta_0 and sums of v after some steps, whole, by name."""
+    net, rank, world = share(make_net(), kind)
+    named = dict(net.named_parameters())
+    groups = [{"params": list(named.values())}]
+    if head:
+        groups = [
+            {"params": [p for name, p in named.items() if ".4." not in f".{name}"]},
+            {"params": [p for name, p in named.items() if ".4." in f".{name}"], "new": True},
+        ]
+    optimizer = AdamR(groups, lr=1e-2, **settings)
+    for step in range(steps):
+        x, y = (t.chunk(world)[rank] for t in make_batch(step))
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sums = {
+        n: optimizer.state[p]["exp_avg_sq_sum"].item()
+        for n, p in named.items()
+        if "exp_avg_sq_sum" in optimizer.state[p]
+    }
+    if kind.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(net):
+            weights = {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in net.named_parameters()}
+        return {"weights": weights}
+    short = {name: name.removeprefix("module.") for name in named}
+    return {
+        "weights": {short[name]: whole(p) for name, p in named.items()},
+        "pretrained": {
+            short[n]: whole(optimizer.state[p]["pretrained"])
+            for n, p in named.items()
+            if "pretrained" in optimizer.state[p]
+        },
+        "sums": {short[name]: value for name, value in sums.items()},
+        "parts": {short[name]: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in named.items()},
+    }
+
+
+def reductions(kind):
+    """How many reductions one step of the optimizer takes."""
+    net, _, _ = share(make_net(), kind)
+    optimizer = AdamR(net.parameters())
+    nn.functional.mse_loss(net(torch.ones(2, 8)), torch.zeros(2, 3)).backward()
+    counted, real = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: counted.append(1) or real(*args, **kwargs)
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = real
+    return len(counted)
