@@ -11,11 +11,12 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, UntypedStorage
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from dpp_lightning.mapped_file import map_pages, map_safetensors
 from dpp_lightning.safetensors_file import INDEX_FILE, SINGLE_FILE
+from dpp_lightning.sharded_checkpoint import is_sharded, load_sharded
+from dpp_lightning.torch_file import filled, outline
 
 _TORCH_INDEX, _TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -49,7 +50,8 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
     Args:
         source: a ``.safetensors`` file; a PyTorch file (``.ckpt`` of Lightning: its ``state_dict``; ``.pt``, ``.pth``,
             ``.bin``: a state dict); a folder in Hugging Face's layout (one file, or shards with an index; safetensors
-            before PyTorch files); or a hub id. Pickled code is never run.
+            before PyTorch files); a sharded checkpoint (``.metadata`` and ``*.distcp``, see
+            :mod:`dpp_lightning.sharded_checkpoint`); or a hub id. Pickled code is never run.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -63,6 +65,8 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
     path = Path(source)
     if path.is_file():
         return _read(path)
+    if is_sharded(path):
+        return load_sharded(path)
     folder = local_folder(source, revision, ["*.safetensors", "*.json", *_SIDE_PATTERNS], "file or folder")
     if not path.is_dir() and not any(folder.glob("*.safetensors")):
         folder = local_folder(source, revision, ["pytorch_model*.bin", "*.json"], "file or folder")
@@ -115,7 +119,7 @@ def side_files(source: str | Path, revision: str | None = None, tasks: Sequence[
 def has_own_names(source: str | Path) -> bool:
     """Whether the names in a source are those of the model's own files: so in a hub folder or a safetensors file, not
     in a trainer's checkpoint."""
-    return Path(source).suffix not in (".ckpt", ".pt", ".pth")
+    return Path(source).suffix not in (".ckpt", ".pt", ".pth") and not is_sharded(Path(source))
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -218,31 +222,9 @@ def _torch_load(path: Path) -> object:
         if "Cannot allocate memory" not in str(error):
             raise
     # torch maps as safetensors does, which the kernel refuses for a file larger than memory: ask for the places only
-    with FakeTensorMode():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = outline(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    return _filled(state, path) if isinstance(state, Mapping) else content
-
-
-def _filled(state: Mapping[str, object], path: Path) -> dict[str, object]:
-    """A state dict of tensors without data, with those of the mapped file in their place; ties stay."""
-    pages = map_pages(path)
-    storages: dict[int, UntypedStorage] = {}
-
-    def fill(fake: Tensor) -> Tensor:
-        place = fake.untyped_storage()
-        if not place.nbytes():
-            return torch.empty(fake.shape, dtype=fake.dtype)
-        if place._cdata not in storages:
-            start = place._checkpoint_offset
-            if start is None:
-                raise ValueError(f"torch {torch.__version__} does not tell where its tensors lie in the file")
-            data = torch.frombuffer(pages, dtype=torch.uint8, count=place.nbytes(), offset=start)
-            storages[place._cdata] = data.untyped_storage()
-        empty = torch.empty(0, dtype=fake.dtype)
-        return empty.set_(storages[place._cdata], fake.storage_offset(), fake.shape, fake.stride())  # type: ignore[call-overload]
-
-    return {name: fill(part) if isinstance(part, Tensor) else part for name, part in state.items()}
+    return filled(state, map_pages(path)) if isinstance(state, Mapping) else content
 
 
 def _few(names: Iterable[str], shown: int = 10) -> str:

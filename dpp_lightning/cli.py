@@ -68,6 +68,13 @@ def _eval(arguments: list[str]) -> int:
     return evaluate(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    """export: as `_delta_command`."""
+    from dpp_lightning.export_command import export
+
+    return export(arguments)
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the command table: the line ``dpp --help`` shows and what runs; it is given the whole command line."""
@@ -84,6 +91,7 @@ COMMANDS = {
     "sweep": Command("score methods x rates x seeds on one fine-tuned checkpoint; resumable; table and plots", _sweep),
     "prune": Command("prune the delta between two checkpoints, of any size, into a delta folder", _delta_command),
     "apply": Command("write base plus delta as a dense folder that from_pretrained loads", _delta_command),
+    "export": Command("write a .ckpt or sharded checkpoint as a folder for from_pretrained, or as a delta", _export),
     "merge": Command("merge deltas of one base into one: task arithmetic, TIES, AdaMerging's weights", _merge),
     "inspect": Command("show what a delta folder costs; or, of two models, the method to take and why", _delta_command),
     "eval": Command("score a causal LM, or base plus delta in memory, with lm-evaluation-harness", _eval),
@@ -111,6 +119,7 @@ examples:
   dpp sweep --config bert_sst2_adamw.yaml --ckpt_path last.ckpt --methods dare importance --rates 0.9 0.99 --output DIR
   dpp prune BASE FINETUNED --method dare --pruning_rate 0.99 --output DELTA
   dpp apply BASE DELTA --output DENSE
+  dpp export last.ckpt --output DENSE
   dpp merge BASE DELTA DELTA --tasks sst2 cola --method ties --output MERGED
   dpp eval BASE --delta DELTA --tasks gsm8k --output gsm8k.json
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-MODEL = "a folder in Hugging Face's layout, a .safetensors or .ckpt file, or a hub id"
+MODEL = "a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id"
 _FAILED, _WRONG = 1, 2
 
 
