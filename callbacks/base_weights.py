@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dpp_lightning.checkpoints import load_tensors
 from dpp_lightning.fingerprint import hash_tensors
 from dpp_lightning.names import align, canonical_names, canonical_tensors, check_prunable, without_adapters
+from dpp_lightning.shards import shared_like
 
 
 class BaseWeights:
@@ -37,8 +38,8 @@ class BaseWeights:
         """The base from the checkpoint the user named, else the module's present values.
 
         Raises:
-            ValueError: parameters that cannot be pruned (meta, quantised, integer, sharded), or a checkpoint without
-                a tensor in common.
+            ValueError: parameters that cannot be pruned (meta, quantised, integer, shards of FSDP1), or a checkpoint
+                without a tensor in common.
             FileNotFoundError: no such checkpoint.
         """
         check_prunable(canonical_tensors(module))
@@ -82,9 +83,9 @@ class BaseWeights:
                     self.tensors[name] = state["pretrained"]
 
     def settle(self, module: pl.LightningModule) -> None:
-        """Bring every tensor to the dtype of the module's (a precision plugin may have converted it since)."""
+        """Bring every tensor to the dtype of the module's and share it out alike, as either may have changed since."""
         own = canonical_tensors(module)
-        self.tensors = {n: t.to(own[n].dtype) for n, t in self.tensors.items() if n in own}
+        self.tensors = {n: shared_like(t.to(own[n].dtype), own[n]) for n, t in self.tensors.items() if n in own}
 
     def fingerprint(self, module: pl.LightningModule, new: set[str], carry: Iterable[str]) -> str:
         """xxh3-128 over theta_0 of the module's parameters.
@@ -94,7 +95,7 @@ class BaseWeights:
         names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n in self.tensors}
         patterns = tuple(carry)
         skipped = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
-        return hash_tensors({name: self.tensors[name] for name in names - skipped})
+        return hash_tensors({name: self.tensors[name] for name in sorted(names - skipped)})  # in one order on all ranks
 
     @contextmanager
     def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:

@@ -17,13 +17,15 @@ from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, load_
 from dpp_lightning.callbacks.calibration_data import labelled_loader
 from dpp_lightning.callbacks.passes import ForwardFn, Passes, check_callable, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
-from dpp_lightning.callbacks.settings import LAST_HIDDEN, check_settings, listed
+from dpp_lightning.callbacks.settings import LAST_HIDDEN, check_settings, check_shared, listed
 from dpp_lightning.callbacks.watching import Log, Watcher
 from dpp_lightning.experiment import Result
 from dpp_lightning.methods import get_method
 from dpp_lightning.names import buffer_names, canonical_tensors, without_adapters
 from dpp_lightning.outputs import Measure, resolve_layer
 from dpp_lightning.scope import Scope
+from dpp_lightning.shards import reshard
+from dpp_lightning.strategies import refuse_deepspeed
 
 
 class DeltaPruneCallback(pl.Callback):
@@ -135,6 +137,7 @@ class DeltaPruneCallback(pl.Callback):
         """Check all that can be checked, and take the base's weights where they exist by now."""
         if stage == "predict" or (self._fitted and stage != "fit"):
             return
+        refuse_deepspeed(trainer, "DeltaPruneCallback")
         self._fitted = self._fitted or stage == "fit"
         self._base, self._restored, self._monitor_seen, self._running, self._pruning = None, None, False, False, False
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
@@ -181,6 +184,8 @@ class DeltaPruneCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle on the base, now that optimizers and checkpoint are restored; verify it against the checkpoint's."""
         assert self._base is not None
+        reshard(pl_module)
+        check_shared(self, pl_module)
         self._base.adopt_optimizer_copies(pl_module, trainer.optimizers)
         self._base.settle(pl_module)
         with self._seen(pl_module) as base:
@@ -201,6 +206,7 @@ class DeltaPruneCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
         last = None
+        reshard(pl_module)
         if self.ckpt == "best":
             last = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
             load_best(trainer, pl_module)
@@ -235,6 +241,8 @@ class DeltaPruneCallback(pl.Callback):
         """The run outside a fit, if it is known which weights are the base; after a fit the table is made already."""
         if self._fitted or self._base is None:
             return
+        reshard(pl_module)
+        check_shared(self, pl_module)
         self._base.settle(pl_module)
         declared = getattr(pl_module, "pretrained", None) is not None or self._restored is not None
         if not self._base.explicit and not (declared and trainer.ckpt_path is not None):

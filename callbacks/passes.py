@@ -16,6 +16,7 @@ from torch import Tensor
 from dpp_lightning.activations import InputStatistics, collected_inputs
 from dpp_lightning.batch_learner import BatchLearner
 from dpp_lightning.outputs import Reduce, recorded_outputs
+from dpp_lightning.shards import reshard
 
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -54,7 +55,8 @@ class Passes:
         Raises:
             ValueError: the metric was not logged.
         """
-        return read_monitor(self._run(loader), self.monitor)
+        # the first rank's on all ranks: they decide alike what comes next
+        return float(self.trainer.strategy.broadcast(read_monitor(self._run(loader), self.monitor)))
 
     def inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
         """What every weight sees as input on one batch, by canonical name; warns of weights that no call reaches."""
@@ -142,6 +144,7 @@ class Passes:
                 yield
             finally:
                 module.train(training)
+                reshard(module)
 
     def _run(self, loader: Any) -> dict[str, Any]:
         """One pass; returns the metrics as callbacks see them."""
@@ -151,6 +154,7 @@ class Passes:
             loop.run()
             metrics = dict(trainer.callback_metrics)
             loop.teardown()
+        reshard(trainer.lightning_module)
         return metrics
 
 

@@ -146,13 +146,18 @@ class PruneRun:
         )
         return plan.with_inputs(self.inputs) if self.inputs else plan
 
+    def _change(self) -> float:
+        """The first rank's output change on all ranks, as rounding could make their searches part."""
+        assert self.change is not None
+        return float(self.trainer.strategy.broadcast(self.change()))
+
     def _experiment(self, plan: PruningPlan) -> Experiment:
         labelled = self.labelled
         return Experiment(
             plan=plan,
             target=self.module,
             score=self.passes.score,
-            change=self.change,
+            change=self._change if self.change is not None else None,
             metric=(lambda: self.passes.score(labelled)) if labelled is not None else None,
             learner=self.learner,
             objective=self.settings.objective,

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from dpp_lightning.methods import METHODS, get_method
 from dpp_lightning.outputs import MEASURES
 from dpp_lightning.sampling import exact_rate, stream_key
+from dpp_lightning.shards import in_shards
 from dpp_lightning.value_code import DTYPES
 
 if TYPE_CHECKING:
@@ -60,6 +63,21 @@ def check_settings(settings: DeltaPruneCallback) -> None:
         faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
     if faults:
         raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
+
+
+def check_shared(settings: DeltaPruneCallback, module: nn.Module) -> None:
+    """Refuse what needs whole parameters, where the module's are in shards.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not any(in_shards(p) for p in module.parameters()):
+        return
+    if settings.ckpt == "best":
+        raise ValueError("ckpt='best' is not possible with parameters in shards: take 'last', then dpp prune the file")
+    for name in settings.methods:
+        if get_method(name).fitted == "learned":
+            raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
 
 
 def _method_faults(settings: DeltaPruneCallback) -> list[str]:

@@ -18,7 +18,8 @@ from dpp_lightning.matching import matched
 from dpp_lightning.merge_tasks import of_task
 from dpp_lightning.names import TensorSource, align, canonical_tensors, source_name, source_names
 from dpp_lightning.rescaling import check_q
-from dpp_lightning.threads import over_threads
+from dpp_lightning.shards import in_shards, shared_like
+from dpp_lightning.threads import in_order, over_threads
 
 
 class SparseDelta:
@@ -257,9 +258,9 @@ class SparseDelta:
         self, found: dict[str, Tensor], target: TensorSource, *, force: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Per pruned tensor the target's values at the kept entries and theta_0 + value / q there, all checked."""
-        kept = over_threads(
-            lambda name: take_entries(found[name], self.tensors[name].indices), self._sizes(self.tensors)
-        )
+        shared = any(in_shards(tensor) for tensor in found.values())  # collectives have one order
+        each = in_order if shared else over_threads
+        kept = each(lambda name: take_entries(found[name], self.tensors[name].indices), self._sizes(self.tensors))
         if not force:
             self._check_base(kept, target)
         sums: dict[str, Tensor] = {}
@@ -310,7 +311,7 @@ class SparseDelta:
 
     def _write(self, name: str, tensor: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
         if name in self.carried:
-            tensor.detach().copy_(self.carried[name] if values is None else values)
+            tensor.detach().copy_(shared_like(self.carried[name] if values is None else values, tensor))
             return
         assert values is not None
         put_entries(tensor, self.tensors[name].indices, values)

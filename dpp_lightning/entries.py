@@ -9,10 +9,16 @@ import xxhash
 from torch import Tensor
 
 from dpp_lightning.fingerprint import raw_bytes
+from dpp_lightning.shards import in_shards, put_shared, take_shared
 
 
 def take_entries(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions (int32 or int64, any device), as a copy of shape (kept,)."""
+    """The entries at flat positions (int32 or int64, any device), as a copy of shape (kept,).
+
+    Of a tensor in shards all ranks get all of them; a collective.
+    """
+    if in_shards(tensor):
+        return take_shared(tensor, indices)
     tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor.view(-1).index_select(0, indices.to(tensor.device))
@@ -20,7 +26,10 @@ def take_entries(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def put_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Overwrite the entries at distinct flat positions."""
+    """Overwrite the entries at distinct flat positions; of a tensor in shards those that this rank holds."""
+    if in_shards(tensor):
+        put_shared(tensor, indices, values)
+        return
     tensor, flat = tensor.detach(), indices.to(tensor.device, torch.int64)
     if tensor.is_contiguous():
         tensor.view(-1).index_copy_(0, flat, values)

@@ -6,6 +6,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dpp_lightning.shards import whole
+
 
 def hash_tensor(name: str, tensor: Tensor) -> str:
     """xxh3-128 over name, dtype, shape and bytes of one tensor of any dtype and device: 32 hexadecimal digits."""
@@ -26,6 +28,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in C order, without a copy where it lies contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    """The bytes of a tensor in C order, without a copy where it lies contiguous on the CPU.
+
+    Of a tensor in shards those of the whole; a collective.
+    """
+    flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]

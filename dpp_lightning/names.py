@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dpp_lightning.shards import shared_otherwise
+
 TensorSource = nn.Module | Mapping[str, Tensor]
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"})
@@ -173,7 +175,7 @@ def _strip_prefix(names: dict[str, str], prefixes: frozenset[str]) -> dict[str, 
 
 
 def check_prunable(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that have no delta in floating point: meta, quantised, complex, sparse or sharded ones.
+    """Refuse weights that have no delta in floating point: meta, quantised, complex, sparse ones, or shards of FSDP1.
 
     Raises:
         ValueError: with the names and what was found.
@@ -186,7 +188,9 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
             faults.append(f"{name}: dtype {tensor.dtype}; quantised, integer or complex weights have no delta here")
         elif tensor.layout != torch.strided:
             faults.append(f"{name}: layout {tensor.layout}; expected a dense tensor")
-        elif hasattr(tensor, "placements"):
-            faults.append(f"{name}: sharded over several devices; pruning needs whole tensors (single device or DDP)")
+        elif shared_otherwise(tensor):
+            faults.append(f"{name}: placements {tensor.placements}; expected shards and replicas")  # type: ignore[attr-defined]
+        elif getattr(tensor, "_fsdp_flattened", False):
+            faults.append(f"{name}: flattened by FSDP1; take FSDP2Strategy (--config fsdp.yaml), DDP or one device")
     if faults:
         raise ValueError("these tensors cannot be pruned:\n  " + "\n  ".join(faults[:20]))

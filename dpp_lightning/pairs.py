@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.activations import InputStatistics
+from dpp_lightning.shards import in_shards, whole
 
 _LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
 
@@ -24,7 +25,8 @@ class Pair:
         shape: of the entries in common.
         inputs: what the weight's input features did on calibration data, where that is known.
         base, finetuned: those entries, one-dimensional in C order (views where the tensors are contiguous, so that
-            files mapped into memory are read only where they are looked at).
+            files mapped into memory are read only where they are looked at); tensors in shards as they are, to be
+            gathered while their blocks are read.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Pair:
         if base.shape != finetuned.shape:
             base, finetuned = base[:rows], finetuned[:rows]
         shape = tuple(finetuned.shape)
+        if in_shards(finetuned):
+            return cls(name, shape, base.detach(), finetuned.detach(), inputs)
         return cls(name, shape, base.detach().reshape(-1), finetuned.detach().reshape(-1), inputs)
 
     @property
@@ -49,19 +53,25 @@ class Pair:
 
     def deltas(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of theta - theta_0: first flat position, float32 on the CPU, shape (at most BLOCK,)."""
+        finetuned, base = self._flat()
         for start in range(0, self.numel, BLOCK):
             stop = start + BLOCK
-            yield start, self.finetuned[start:stop].cpu().float() - self.base[start:stop].cpu().float()
+            yield start, finetuned[start:stop].cpu().float() - base[start:stop].cpu().float()
 
     def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """First row and delta of rows together, float32, shape (rows, columns); of another rank than 2 one column."""
         columns = self.shape[1] if len(self.shape) == 2 else 1
         rows = self.numel // max(columns, 1)
         step = max(BLOCK // max(columns, 1), 1)
+        finetuned, base = self._flat()
         for start in range(0, rows, step):
             part = slice(start * columns, min(start + step, rows) * columns)
-            delta = self.finetuned[part].cpu().float() - self.base[part].cpu().float()
+            delta = finetuned[part].cpu().float() - base[part].cpu().float()
             yield start, delta.view(-1, columns)
+
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Both, whole and one-dimensional."""
+        return whole(self.finetuned).reshape(-1), whole(self.base).reshape(-1)
 
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.

@@ -20,6 +20,7 @@ from dpp_lightning.methods import get_method
 from dpp_lightning.names import TensorSource, align, buffer_names, canonical_tensors, check_prunable, saved_names
 from dpp_lightning.pairs import Pair
 from dpp_lightning.scope import Fate, Scope
+from dpp_lightning.shards import equal_shared, in_shards, whole
 from dpp_lightning.value_code import FLOATS, INTEGERS, quantised
 
 _PROBE = 4096  # entries compared before whole tensors are
@@ -118,8 +119,8 @@ class PruningPlan:
     @property
     def new_rows(self) -> dict[str, Tensor]:
         """The rows that a pruned tensor has beyond those of the base."""
-        rows = {n: self.finetuned[n][len(self.base[n]) :] for n in self.pruned if self.finetuned[n].dim()}
-        return {name: tensor for name, tensor in rows.items() if len(tensor)}
+        grown = [n for n in self.pruned if self.finetuned[n].dim() and len(self.finetuned[n]) > len(self.base[n])]
+        return {name: self.finetuned[name][len(self.base[name]) :] for name in grown}
 
     @cached_property
     def _digests(self) -> dict[str, str]:
@@ -177,7 +178,7 @@ class PruningPlan:
         for name, part, base in self.stream(method, pruning_rate, seed, dtype, settings or {}):
             tensors[name] = part
             check.update(base)
-        carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
+        carried = {name: whole(tensor.detach()).clone() for name, tensor in self.carried.items()}
         rows = {name: tensor.detach().clone() for name, tensor in self.new_rows.items()}
         info = self.info(method, pruning_rate, seed, dtype, settings or {}, check)
         return SparseDelta(tensors, carried, info, rows)
@@ -237,6 +238,8 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if in_shards(a) and in_shards(b):
+        return equal_shared(a, b)
     a, b = a.detach().reshape(-1), b.detach().reshape(-1)
     if not torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)):  # most tensors differ at once: the rest is not read
         return False

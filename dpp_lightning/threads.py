@@ -22,7 +22,7 @@ def over_threads(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dic
     workers = min(torch.get_num_threads(), len(sizes))
     total, done = sum(sizes.values()), 0
     if workers < 2 or total < _WORTH:
-        return {name: work(name) for name in sizes}
+        return in_order(work, sizes)
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name, size in sizes.items():
         shares[min(done * workers // total, workers - 1)].append(name)
@@ -30,3 +30,8 @@ def over_threads(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dic
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda names: [(name, work(name)) for name in names], shares))
     return {name: result for part in parts for name, result in part}
+
+
+def in_order(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dict[str, Result]:
+    """``work(name)`` for every name, one after the other."""
+    return {name: work(name) for name in sizes}

@@ -1,5 +1,7 @@
 """Jobs that the tests run on several ranks: AdamR on one small net, whole and in shards of every kind."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from dpp_lightning import prune
 from dpp_lightning.optim import AdamR
+from dpp_lightning.shards import shared_like
 
 SAMPLES, STEPS = 16, 4
 
@@ -103,3 +107,66 @@ def reductions(kind):
     finally:
         dist.all_reduce = real
     return len(counted)
+
+
+def prune_in_shards(kind, method, rate):
+    """Draw from nets in shards, apply to one, revert; what every rank then holds."""
+    if kind != "single":
+        dist.barrier()
+    base, _, _ = share(make_net(), kind)
+    finetuned, _, _ = share(make_net(), kind)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        for p in finetuned.parameters():
+            change = 0.01 * torch.randn(p.shape)
+            p.add_(shared_like(change, p))
+    settings = {"a": 0.5, "b": 0.4} if method == "struct-dare" and rate == 0.8 else {}
+    delta = prune(base, finetuned, method, rate, seed=3, carry=("4.bias",), **settings)
+    before = {name: whole(p) for name, p in base.named_parameters()}
+    delta.apply_(base)
+    applied = {name: whole(p) for name, p in base.named_parameters()}
+    delta.revert_(base)
+    after = {name: whole(p) for name, p in base.named_parameters()}
+    return {
+        "indices": {name: t.indices for name, t in delta.tensors.items()},
+        "values": {name: t.values for name, t in delta.tensors.items()},
+        "carried": delta.carried,
+        "applied": applied,
+        "reverted": all(torch.equal(before[name], after[name]) for name in before),
+        "fingerprint": delta.base_fingerprint,
+    }
+
+
+def fit_glue(strategy, folder, base, data, settings):
+    """A GLUE fit with the callback on the ranks of this job; scores, q and files."""
+    import lightning.pytorch as pl
+
+    from dpp_lightning.callbacks import DeltaPruneCallback
+    from dpp_lightning.strategies import FSDP2Strategy
+    from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
+
+    callback = DeltaPruneCallback(
+        method=["dare", "darex-q", "magnitude", "importance"], pruning_rate=[0.5, 0.9], seeds=[0, 1], output_dir=folder,
+        calibration_samples=8,
+    )  # fmt: skip
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = {
+        "fsdp2": lambda: FSDP2Strategy(),
+        "ddp": lambda: "ddp",
+    }
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=chosen.get(strategy, lambda: "auto")(), max_epochs=4, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    optimizer = settings.get("optimizer", AdamR)
+    module = GLUEModule("sst2", base, optimizer=lambda groups: optimizer(groups, lr=1e-2), seed=0)
+    trainer.fit(module, GLUEDataModule(path=data, batch_size=16 // world, seed=0, calibration_fraction=0.2))
+    rows = [
+        (r.method, r.pruning_rate, r.seed, r.q, round(r.score, 6), r.num_kept, r.num_bytes) for r in callback.results
+    ]
+    held = (
+        {name: whole(p) for name, p in module.named_parameters()}
+        if strategy != "single"
+        else dict(module.named_parameters())
+    )
+    return {"rows": rows, "weights": {name: p.detach().clone() for name, p in held.items()}}

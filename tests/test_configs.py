@@ -13,6 +13,8 @@ EXPECTED |= {"bert_cola_adamw.yaml", "quickstart.yaml", "qwen2_0.5b_metamath_ada
 EXPECTED |= {"qwen2_0.5b_metamath_lora_adamr.yaml", "vit_cifar100_adamr.yaml", "vit_cifar100_adamw.yaml"}
 EXPECTED |= {"vit_cifar10_adamr.yaml", "two_layer_cifar10_svhn.yaml"}
 UNTRAINED = {"llama2_7b_gsm8k_prune.yaml"}
+FRAGMENTS = {"ddp.yaml", "fsdp.yaml", "multi_node.yaml"}  # composed with a recipe
+RECIPES = [name for name in recipes.names() if name not in FRAGMENTS]
 ADAMW = [name for name in recipes.names() if name.endswith("_adamw.yaml")]
 
 
@@ -52,16 +54,28 @@ def differences(left, right, path=()):
 
 
 def test_the_recipes_of_the_papers_are_there():
-    assert set(recipes.names()) >= EXPECTED
+    assert set(recipes.names()) >= EXPECTED | FRAGMENTS
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", RECIPES)
 def test_first_line_names_the_command(name):
     command = "test" if name in UNTRAINED else "fit"
     assert f"dpp {command} --config {name}" in recipes.title(name)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", sorted(FRAGMENTS))
+@pytest.mark.parametrize("recipe", ["bert_cola_adamr.yaml", "quickstart.yaml", "qwen2_0.5b_metamath_adamr.yaml"])
+def test_fragments_change_the_trainer_alone(name, recipe):
+    alone, composed = parse("fit", "--config", recipe), parse("fit", "--config", recipe, "--config", name)
+    places = differences(alone, composed)
+    assert places
+    assert {place.split(".")[1] for place in places} <= {"strategy", "devices", "num_nodes"}
+    assert f"--config {name}" in recipes.title(name)
+    if name == "fsdp.yaml":
+        build(composed["trainer"]["strategy"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_parses_against_the_real_signatures(name):
     config = parse("fit", "--config", name)
     assert config["model"]["class_path"].startswith("dpp_lightning.tasks.")

@@ -21,6 +21,7 @@ from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_sc
 from dpp_lightning.tasks.packing import check_kept_apart
 from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
 from dpp_lightning.tasks.sample_log import log_samples
+from dpp_lightning.tasks.sharding import shard_for_strategy
 
 __all__ = ["CausalLMModule", "InstructionDataModule"]
 
@@ -130,6 +131,10 @@ class CausalLMModule(LightningModule):
             tokens = range(min(5, cast(Any, self.model).config.vocab_size))
             with self.trainer.precision_plugin.forward_context():
                 check_kept_apart(self.model, [*tokens], [*reversed(tokens)])
+
+    def configure_model(self) -> None:
+        """Share the model out where the strategy is ``ModelParallelStrategy``."""
+        shard_for_strategy(self, self.model)
 
     def on_train_epoch_start(self) -> None:
         """Make the dropout of this epoch a function of (seed, epoch, rank)."""

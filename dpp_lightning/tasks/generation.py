@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from dpp_lightning.shards import in_shards
+
 
 @torch.no_grad()
 def generate_texts(
@@ -35,7 +37,11 @@ def generate_texts(
     """
     config = _greedy(model, tokenizer, max_new_tokens, stop_strings)
     tokens = model.generate(
-        input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, tokenizer=tokenizer
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        generation_config=config,
+        tokenizer=tokenizer,
+        synced_gpus=in_shards(next(model.parameters())),  # in shards every rank takes part in each forward
     )
     texts = tokenizer.batch_decode(tokens[:, prompt_ids.shape[1] :], skip_special_tokens=True)
     return [_before(text, stop_strings) for text in texts]

@@ -17,6 +17,7 @@ from dpp_lightning.tasks.glue_tasks import glue_task
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+from dpp_lightning.tasks.sharding import shard_for_strategy
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
 
@@ -92,6 +93,10 @@ class GLUEModule(LightningModule):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits (samples, labels) of a batch of tokens; ``labels`` may be among its entries."""
         return self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+    def configure_model(self) -> None:
+        """Share the model out where the strategy is ``ModelParallelStrategy``."""
+        shard_for_strategy(self, self.model)
 
     def on_train_epoch_start(self) -> None:
         """Make the dropout of this epoch a function of (seed, epoch, rank)."""

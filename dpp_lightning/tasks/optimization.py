@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
 from dpp_lightning.names import without_wrappers
+from dpp_lightning.optim import AdamR
+from dpp_lightning.strategies import refuse_deepspeed
 
 Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 
@@ -69,7 +71,12 @@ def with_schedule(
         interval: how often a scheduler of the user's own is stepped.
         trainer: knows the number of steps of the whole training.
         warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+
+    Raises:
+        ValueError: AdamR under DeepSpeed.
     """
+    if isinstance(optimizer, AdamR):
+        refuse_deepspeed(trainer, "AdamR")
     if scheduler == "constant":
         return optimizer
     if callable(scheduler):

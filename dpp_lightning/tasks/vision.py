@@ -18,6 +18,7 @@ from dpp_lightning.tasks.image_transforms import data_config
 from dpp_lightning.tasks.images import ImageDataModule
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
+from dpp_lightning.tasks.sharding import shard_for_strategy
 from dpp_lightning.tasks.vision_models import layer_before_head, load_model
 
 __all__ = ["DigitsDataModule", "ImageDataModule", "VisionModule"]
@@ -103,6 +104,10 @@ class VisionModule(LightningModule):
         """Logits (samples, classes) of images (samples, channels, height, width)."""
         return self.model(images)
 
+    def configure_model(self) -> None:
+        """Share the model out where the strategy is ``ModelParallelStrategy``."""
+        shard_for_strategy(self, self.model)
+
     def on_train_epoch_start(self) -> None:
         """Make dropout and mixup of this epoch a function of (seed, epoch, rank)."""
         seed_epoch(self.seed, self.current_epoch, self.global_rank)
@@ -151,9 +156,9 @@ class VisionModule(LightningModule):
     def _update(self, split: str, batch: Batch) -> None:
         images, labels = batch
         real = labels != IGNORED_LABEL
-        if not real.any():
+        logits, labels = self(images)[real].float(), labels[real]  # where models are in shards, all ranks must call them
+        if not len(labels):
             return
-        logits, labels = self(images)[real].float(), labels[real]
         metrics = cast(nn.ModuleDict, self.metrics[split])
         cast(Metric, metrics["accuracy"]).update(logits, labels)
         cast(Metric, metrics["loss"]).update(functional.cross_entropy(logits, labels, reduction="none"))

@@ -1,0 +1,214 @@
+"""What training with AdamR takes on each device, and what the callback has to move, planned from a model's size.
+
+Plain arithmetic, without torch. Counted is what follows from the number of parameters: weights, gradients, Adam's two
+moments, θ0, and the layers that FSDP2 has whole at a time. Activations, logits, the allocator's own losses, scratch of
+the optimizer's step (one more shard for ``norm="l1"`` on a GPU, none for L2), amsgrad's third moment and numbers of
+which a tensor has one (8 bytes) are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor, isfinite
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+Dtype = Literal["float32", "bfloat16"]
+
+GIB = 2**30
+BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
+POSITION_BYTES = 4  # int32, as SparseTensor holds positions in tensors of less than 2**31 entries
+
+
+class ModelShape(NamedTuple):
+    """A decoder's size: all parameters, its blocks, and the parameters outside them (embeddings, untied head)."""
+
+    parameters: float
+    blocks: int
+    outside: float = 0
+
+
+MODELS: Mapping[str, ModelShape] = MappingProxyType(
+    {  # outside: Qwen2-0.5B's tied vocabulary of 151,936; Llama-2's vocabulary of 32,000, twice
+        "0.5 B": ModelShape(0.5e9, 24, 151_936 * 896),
+        "7 B": ModelShape(7e9, 32, 2 * 32_000 * 4096),
+        "13 B": ModelShape(13e9, 40, 2 * 32_000 * 5120),
+        "70 B": ModelShape(70e9, 80, 2 * 32_000 * 8192),
+    }
+)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, all of them; the first five on the fullest device.
+
+    Attributes:
+        weights, gradients, moments, theta0: this device's share.
+        gathered: at most, of layers held whole beside the shares; 0 on one device.
+        callback_once: planned, what rank 0 receives to see all of θ and θ0.
+        callback_host: planned, θ and θ0 whole on rank 0, in host memory or mapped from files.
+        callback_each: planned, what every other device receives for one pruned model.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    theta0: int
+    gathered: int
+    callback_once: int
+    callback_host: int
+    callback_each: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on a device at the peak of the backward pass, without activations."""
+        return self.weights + self.gradients + self.moments + self.theta0 + self.gathered
+
+
+def plan_memory(
+    parameters: float,
+    devices: int,
+    *,
+    weights: Dtype = "float32",
+    theta0: Dtype | None = None,
+    compute: Dtype | None = None,
+    blocks: int = 1,
+    outside: float = 0,
+    unit: float | None = None,
+    pruning_rate: float = 0.99,
+) -> MemoryPlan:
+    """Plan full fine-tuning with AdamR, every parameter trained, under FSDP2 with ``fully_shard`` on each block.
+
+    Of weights, gradients, both moments and θ0 a device holds one share in ``devices``; where first dimensions do not
+    divide, the fullest holds up to a row of each tensor more. Beside it are whole, in the backward pass: the block at
+    work, the next one, the block's gradient, and the last block's gradient in the reduce-scatter; and of the root unit,
+    which is not released, parameters and gradient. (``FSDPMemTracker`` of torch 2.15 finds the same peak for two blocks
+    and for six, in either dtype.) On one device the model is taken as plain, and nothing is gathered.
+
+    θ0 in bfloat16 beside float32 weights is a plan: today AdamR keeps θ0 in its parameter's dtype. It would be exact
+    where the base was published in bfloat16 and nowhere else; any other puts an error of up to |θ0| / 256 on a delta.
+
+    The callback's numbers are planned too, at the least: to rank entries, rank 0 must see all of θ and θ0 once a run
+    and keep both off the device (as often as it gathers them anew, on as many ranks, as many times that), and the kept
+    entries of every pruned model go to the other ranks, position and value. A selection that follows from a seed
+    needs no gathering and no positions. Under DDP every rank prunes its own whole copy and nothing is moved. The
+    forward passes that score a model gather its blocks as training does, which is not counted.
+
+    Args:
+        parameters: of the model, > 0.
+        devices: that the model is sharded over, >= 1; no replicas.
+        weights: dtype of parameters, gradients, moments and kept values.
+        theta0: dtype of θ0; None that of the weights.
+        compute: dtype of gathered blocks and of their gradients before the reduce-scatter: ``param_dtype`` of
+            ``MixedPrecisionPolicy``; None that of the weights, as without a policy (``bf16-mixed`` sets none).
+            Gradients are reduced in the weights' dtype.
+        blocks: that ``fully_shard`` was called on, >= 1.
+        outside: parameters in no block, which are the root unit's, in [0, parameters).
+        unit: parameters of the largest block; None (parameters - outside) / blocks.
+        pruning_rate: p in [0, 1), the fraction dropped.
+
+    Raises:
+        ValueError: a value outside its range or an unknown dtype.
+    """
+    _check(parameters, devices, blocks, outside, unit, pruning_rate)
+    size, size0, size_whole = (_bytes(weights if name is None else name) for name in (weights, theta0, compute))
+    entries = ceil(parameters)
+    share = -(-entries // devices)
+    largest = ceil((parameters - outside) / blocks if unit is None else unit)
+    whole = size_whole * (min(blocks, 3) * largest + 2 * ceil(outside)) + size * largest
+    kept = entries - floor(Fraction(str(pruning_rate)) * entries)
+    return MemoryPlan(
+        weights=share * size,
+        gradients=share * size,
+        moments=2 * share * size,
+        theta0=share * size0,
+        gathered=whole if devices > 1 else 0,
+        callback_once=(entries - share) * (size + size0),
+        callback_host=entries * (size + size0),
+        callback_each=kept * (POSITION_BYTES + size) if devices > 1 else 0,
+    )
+
+
+def table(
+    models: Mapping[str, ModelShape] = MODELS,
+    devices: Sequence[int] = (1, 8, 64),
+    *,
+    weights: Dtype = "float32",
+    compute: Dtype | None = None,
+    pruning_rate: float = 0.99,
+) -> str:
+    """The plans as a Markdown table in GiB, a row for every model on every number of devices, θ0 in both dtypes.
+
+    Args:
+        models: label to size.
+        devices: numbers of devices.
+        weights, compute, pruning_rate: as in :func:`plan_memory`.
+
+    Raises:
+        ValueError: as :func:`plan_memory`.
+    """
+    head = (
+        "| model | devices | weights | gradients | Adam's moments | θ0, float32 / bfloat16 | gathered "
+        "| **total**, θ0 float32 / bfloat16 | callback: to rank 0, once | to each other device, a pruned model |"
+    )
+    lines = [head, "|---" * 10 + "|"]
+    for label, shape in models.items():
+        for count in devices:
+            wide, narrow = (
+                plan_memory(
+                    shape.parameters,
+                    count,
+                    weights=weights,
+                    theta0=theta0,
+                    compute=compute,
+                    blocks=shape.blocks,
+                    outside=shape.outside,
+                    pruning_rate=pruning_rate,
+                )
+                for theta0 in ("float32", "bfloat16")
+            )
+            cells = [
+                label,
+                str(count),
+                *(_gib(size) for size in (wide.weights, wide.gradients, wide.moments)),
+                f"{_gib(wide.theta0)} / {_gib(narrow.theta0)}",
+                _gib(wide.gathered),
+                f"**{_gib(wide.total)}** / {_gib(narrow.total)}",
+                _gib(wide.callback_once),
+                _gib(wide.callback_each),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _check(
+    parameters: float, devices: int, blocks: int, outside: float, unit: float | None, pruning_rate: float
+) -> None:
+    """Raise ValueError for a number outside its range."""
+    if not (parameters > 0 and isfinite(parameters)):
+        raise ValueError(f"parameters must be a finite number above 0, got {parameters!r}")
+    for name, count in (("devices", devices), ("blocks", blocks)):
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {count!r}")
+    if not 0 <= outside < parameters:
+        raise ValueError(f"outside must be in [0, {parameters:g}), a part of the parameters, got {outside!r}")
+    if unit is not None and not 0 < unit <= parameters - outside:
+        raise ValueError(f"unit must be in (0, {parameters - outside:g}], the parameters of one block, got {unit!r}")
+    if not 0 <= pruning_rate < 1:
+        raise ValueError(f"pruning_rate is the fraction dropped, in [0, 1); got {pruning_rate!r}")
+
+
+def _bytes(dtype: str) -> int:
+    """Bytes of one entry."""
+    if dtype not in BYTES:
+        raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
+    return BYTES[dtype]
+
+
+def _gib(size: int) -> str:
+    """Three digits of a number of bytes, in GiB."""
+    number = size / GIB
+    places = 0 if number >= 100 else 1 if number >= 10 else 2
+    return f"{number:,.{places}f}" if size else "0"
