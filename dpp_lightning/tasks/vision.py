@@ -156,7 +156,10 @@ class VisionModule(LightningModule):
     def _update(self, split: str, batch: Batch) -> None:
         images, labels = batch
         real = labels != IGNORED_LABEL
-        logits, labels = self(images)[real].float(), labels[real]  # where models are in shards, all ranks must call them
+        logits, labels = (
+            self(images)[real].float(),
+            labels[real],
+        )  # where models are in shards, all ranks must call them
         if not len(labels):
             return
         metrics = cast(nn.ModuleDict, self.metrics[split])
