@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpp_lightning import prune
 from dpp_lightning.optim import AdamR
-from dpp_lightning.shards import shared_like
+from dpp_lightning.shards import reshard, shared_like
 
 SAMPLES, STEPS = 16, 4
 
@@ -146,7 +146,7 @@ def fit_glue(strategy, folder, base, data, settings):
     from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
     callback = DeltaPruneCallback(
-        method=["dare", "darex-q", "magnitude", "importance"], pruning_rate=[0.5, 0.9], seeds=[0, 1], output_dir=folder,
+        method=["dare", "darex-q", "darex-q-layer", "wanda", "importance", "struct-darex-q"], pruning_rate=[0.5, 0.9], output_dir=folder,
         calibration_samples=8,
     )  # fmt: skip
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -170,3 +170,51 @@ def fit_glue(strategy, folder, base, data, settings):
         else dict(module.named_parameters())
     )
     return {"rows": rows, "weights": {name: p.detach().clone() for name, p in held.items()}}
+
+
+def fit_epochs(strategy, base, data, epochs, resumed_from, saved_to):
+    """A GLUE fit to an epoch, from a checkpoint if one is named; weights and theta_0, whole, by name."""
+    import lightning.pytorch as pl
+
+    from dpp_lightning.strategies import FSDP2Strategy
+    from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
+
+    world = int(os.environ.get("WORLD_SIZE", 1)) if strategy != "single" else 1
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, max_epochs=epochs, logger=False, enable_checkpointing=False,
+        strategy=FSDP2Strategy() if strategy == "fsdp2" else {"single": "auto", "ddp": "ddp"}[strategy],
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    module = GLUEModule("sst2", base, optimizer=lambda groups: AdamR(groups, lr=1e-2), scheduler="constant", seed=0)
+    trainer.fit(module, GLUEDataModule(path=data, batch_size=16 // world, seed=0), ckpt_path=resumed_from)
+    reshard(module)
+    state = {name: trainer.optimizers[0].state[p] for name, p in module.named_parameters()}
+    pretrained = {name: whole(s["pretrained"]) for name, s in state.items() if "pretrained" in s}
+    weights = {name: whole(p) for name, p in module.named_parameters()}
+    trainer.save_checkpoint(saved_to)
+    return {"weights": weights, "pretrained": pretrained}
+
+
+def fit_causal(strategy, folder, base, path, test_path):
+    """A decoder's fit, its test by generation, and a delta; scores and q."""
+    import lightning.pytorch as pl
+
+    from dpp_lightning.callbacks import DeltaPruneCallback
+    from dpp_lightning.strategies import FSDP2Strategy
+    from dpp_lightning.tasks.causal_lm import CausalLMModule
+    from dpp_lightning.tasks.instruction_data import InstructionDataModule
+
+    world = int(os.environ.get("WORLD_SIZE", 1)) if strategy != "single" else 1
+    prune = DeltaPruneCallback(
+        method=["darex-q"], pruning_rate=0.5, scope="linear", output_measure="top-logits", calibration_samples=8,
+        output_dir=folder,
+    )  # fmt: skip
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, max_epochs=16, logger=False, enable_checkpointing=False, callbacks=[prune],
+        strategy=FSDP2Strategy() if strategy == "fsdp2" else "auto", check_val_every_n_epoch=16,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = CausalLMModule(base, optimizer=lambda groups: AdamR(groups, lr=5e-3), max_new_tokens=12, seed=0)
+    settings = {"prompt": "plain", "max_length": 32, "batch_size": 16 // world, "eval_batch_size": 5, "seed": 0}
+    trainer.fit(module, InstructionDataModule(path, test_path=test_path, **settings))
+    return [(row.method, row.q, row.score) for row in prune.results]

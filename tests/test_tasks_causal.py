@@ -352,6 +352,17 @@ def test_checkpointed_gradients_are_the_same(base, files, tmp_path):
     assert all(torch.allclose(losses[0][name], losses[1][name], atol=1e-6) for name in losses[0])
 
 
+@pytest.mark.slow  # the compiler takes a minute
+def test_a_compiled_fit_is_the_same_under_the_same_names(base, files, tmp_path):
+    weights = []
+    for compiled in (False, True):
+        module = module_of(base, compile=compiled)
+        trainer_of(tmp_path, max_steps=4, limit_val_batches=0).fit(module, data_of(files))
+        weights.append(module.state_dict())
+    assert list(weights[0]) == list(weights[1])
+    assert all(torch.allclose(weights[1][name], tensor, atol=1e-5) for name, tensor in weights[0].items())
+
+
 def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_whole_one(base, files, tmp_path):
     def run(epochs, checkpoint=None):
         module = module_of(base, scheduler="constant")

@@ -20,6 +20,7 @@ from dpp_lightning.tasks.reproducible import (
     EvaluationSampler,
     resolve_seed,
 )
+from dpp_lightning.tasks.splits import check_fractions
 
 
 class GLUEDataModule(LightningDataModule):
@@ -66,11 +67,7 @@ class GLUEDataModule(LightningDataModule):
         super().__init__()
         if task is not None:
             glue_task(task)
-        if not (val_fraction >= 0 and calibration_fraction >= 0 and val_fraction + calibration_fraction < 1):
-            raise ValueError(
-                f"val_fraction {val_fraction} and calibration_fraction {calibration_fraction} are shares of train: "
-                "each at least 0, together below 1, such as 0.1 and 0.05"
-            )
+        check_fractions(val_fraction, calibration_fraction)
         self.task, self.path, self.data_revision, self.tokenizer = task, path, data_revision, tokenizer
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.val_fraction, self.calibration_fraction, self.split_seed = val_fraction, calibration_fraction, split_seed

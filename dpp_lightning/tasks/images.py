@@ -14,6 +14,7 @@ from dpp_lightning.tasks.image_columns import find_columns
 from dpp_lightning.tasks.image_rows import ImageRows
 from dpp_lightning.tasks.image_transforms import Augmentation, make_transform
 from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
+from dpp_lightning.tasks.splits import check_fractions
 
 _PARTS_OF_STAGE = {
     "fit": ("train", "val", "calibration"),
@@ -81,11 +82,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if not (val_fraction >= 0 and calibration_fraction >= 0 and val_fraction + calibration_fraction < 1):
-            raise ValueError(
-                f"val_fraction {val_fraction} and calibration_fraction {calibration_fraction} are shares of train: "
-                "each at least 0, together below 1, such as 0.1 and 0.05"
-            )
+        check_fractions(val_fraction, calibration_fraction)
         if min(batch_size, eval_batch_size) < 1 or (image_size is not None and image_size < 1):
             raise ValueError(
                 f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}, image_size {image_size}, "

@@ -14,6 +14,7 @@ from dpp_lightning.tasks.instruction_source import Source, cut
 from dpp_lightning.tasks.math_answers import MARKERS, final_answer, same_answer
 from dpp_lightning.tasks.prompts import resolve_prompt
 from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
+from dpp_lightning.tasks.splits import check_fractions
 
 
 class InstructionDataModule(LightningDataModule):
@@ -80,11 +81,7 @@ class InstructionDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if not (val_fraction >= 0 and calibration_fraction >= 0 and val_fraction + calibration_fraction < 1):
-            raise ValueError(
-                f"val_fraction {val_fraction} and calibration_fraction {calibration_fraction} are shares of train: "
-                "each at least 0, together below 1, such as 0.1 and 0.05"
-            )
+        check_fractions(val_fraction, calibration_fraction)
         if packing and length_grouped:
             raise ValueError("packing fills rows with samples of all lengths: leave length_grouped out")
         self.source = Source(path, name, data_revision, question_column, answer_column)
