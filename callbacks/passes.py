@@ -74,9 +74,7 @@ class Passes:
             )
         return collector.statistics
 
-    def outputs(
-        self, batch: Any, layer: str | None, forward_fn: ForwardFn | None = None, reduce: Reduce | None = None
-    ) -> list[Tensor]:
+    def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None, reduce: Reduce) -> list[Tensor]:
         """What the output layer returns on one batch, in the module's own steps (or ``forward_fn``).
 
         Args:
@@ -85,9 +83,8 @@ class Passes:
             forward_fn: in place of the module's steps.
             reduce: applied to each output, with its number, before it is kept.
         """
-        reduced = reduce or (lambda _number, output: output)
         if forward_fn is not None:
-            return [reduced(0, self._called(batch, forward_fn))]
+            return [reduce(0, self._called(batch, forward_fn))]
         kept: list[Tensor] = []
         with recorded_outputs(self.trainer.lightning_module, layer) as outputs:
             for places in self._steps(batch):
@@ -95,7 +92,7 @@ class Passes:
                     output = outputs.pop(0)
                     # what a module says is padding takes no part
                     real = output if places is None or output.shape[:2] != places.shape else output[places]
-                    kept.append(reduced(len(kept), real))
+                    kept.append(reduce(len(kept), real))
         if not kept:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
         return kept

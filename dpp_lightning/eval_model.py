@@ -12,9 +12,9 @@ import torch
 
 from dpp_lightning.checkpoints import side_files
 from dpp_lightning.delta import SparseDelta
-from dpp_lightning.delta_config import CONFIG_FILE
 from dpp_lightning.delta_reader import DeltaReader
-from dpp_lightning.merge_tasks import of_task, strip_task, task_names
+from dpp_lightning.exporting import dense_side_files
+from dpp_lightning.merge_tasks import of_task, task_names
 from dpp_lightning.names import canonical_names
 
 
@@ -33,18 +33,15 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
         FileNotFoundError: no such model.
         ValueError: it has no ``config.json``.
     """
-    files = side_files(model)
-    if "config.json" not in files:
+    if "config.json" not in side_files(model):
         raise ValueError(f"{model} has no config.json: expected a folder in Hugging Face's layout or a hub id")
     if delta is None:
         yield model
         return
     tasks = task_names(DeltaReader.open(delta).info)
-    files |= strip_task(side_files(delta, tasks=tasks), task or "", tasks, ".")
     with TemporaryDirectory() as folder:
-        for name, path in files.items():
-            if name != CONFIG_FILE:
-                (Path(folder) / name).write_bytes(path.read_bytes())
+        for name, path in dense_side_files(model, None, delta, None, tasks, task).items():
+            (Path(folder) / name).write_bytes(path.read_bytes())
         yield folder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,12 +72,28 @@ def apply_checkpoint(
                 done += piece.numel() * piece.element_size()
                 if progress:
                     progress(done, total)
-        beside = side_files(delta, delta_revision, tasks)
-        own = strip_task(beside, task or "", tasks, ".")
-        for name, path in {**side_files(base, base_revision), **own}.items():
-            if name != CONFIG_FILE:
-                (folder / name).write_bytes(path.read_bytes())
+        for name, path in dense_side_files(base, base_revision, delta, delta_revision, tasks, task).items():
+            (folder / name).write_bytes(path.read_bytes())
     return Path(output)
+
+
+def dense_side_files(
+    base: str | Path,
+    base_revision: str | None,
+    delta: str | Path,
+    delta_revision: str | None,
+    tasks: Sequence[str],
+    task: str | None,
+) -> dict[str, Path]:
+    """Configuration, tokenizer and generation files of base plus delta: the base's, or the delta's where it has some.
+
+    Args:
+        base, base_revision, delta, delta_revision, task: as for :func:`apply_checkpoint`.
+        tasks: those that the delta merges.
+    """
+    own = strip_task(side_files(delta, delta_revision, tasks), task or "", tasks, ".")
+    files = {**side_files(base, base_revision), **own}
+    return {name: path for name, path in files.items() if name != CONFIG_FILE}
 
 
 def _entries(reader: DeltaReader, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.shards import shared_otherwise
+from dpp_lightning.shards import flattened, shared_otherwise
 
 TensorSource = nn.Module | Mapping[str, Tensor]
 
@@ -190,7 +190,7 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
             faults.append(f"{name}: layout {tensor.layout}; expected a dense tensor")
         elif shared_otherwise(tensor):
             faults.append(f"{name}: placements {tensor.placements}; expected shards and replicas")  # type: ignore[attr-defined]
-        elif getattr(tensor, "_fsdp_flattened", False):
+        elif flattened(tensor):
             faults.append(f"{name}: flattened by FSDP1; take FSDP2Strategy (--config fsdp.yaml), DDP or one device")
     if faults:
         raise ValueError("these tensors cannot be pruned:\n  " + "\n  ".join(faults[:20]))

@@ -24,7 +24,7 @@ from dpp_lightning.optim_step import (
     update_foreach,
     update_single,
 )
-from dpp_lightning.shards import FLAT, local_part, sharing, sum_over_ranks, whole_sum
+from dpp_lightning.shards import FLAT, flattened, local_part, sharing, sum_over_ranks, whole_sum
 
 
 class AdamR(Optimizer):
@@ -105,7 +105,7 @@ class AdamR(Optimizer):
             state["pretrained"] = p.detach().clone(memory_format=torch.preserve_format)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = state["exp_avg_sq"].clone(memory_format=torch.preserve_format)
-        if not group["amsgrad"] and "exp_avg_sq_sum" not in state and sharing(p) != FLAT:
+        if not group["amsgrad"] and "exp_avg_sq_sum" not in state and not flattened(p):
             state["exp_avg_sq_sum"] = whole_sum(state["exp_avg_sq"], sum_dtype(p))
         if (state["exp_avg"].device, state["exp_avg"].dtype) != (p.device, p.dtype):
             for name in state.keys() - {"step"}:
@@ -150,9 +150,9 @@ class AdamR(Optimizer):
         pairs = list(zip(second_moments(batches), batches, strict=True))
         known = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared != FLAT]
         flat = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared == FLAT]
-        params = [p for group in self.param_groups for p in group["params"] if sharing(p) == FLAT]
+        part = next((p for group in self.param_groups for p in group["params"] if flattened(p)), None)
         # a rank may hold no part of any parameter with a gradient, but the others wait for it
-        shared = sum_over_ranks(flat, params[0]) if params else None
+        shared = None if part is None else sum_over_ranks(flat, part)
         return root_mean([total for total, _ in known], [count for _, count in known], shared)
 
     def _batches(self) -> list[Batch]:

@@ -21,6 +21,11 @@ def in_shards(x: Tensor) -> TypeGuard[DTensor]:
     return hasattr(x, "placements")
 
 
+def flattened(p: Tensor) -> bool:
+    """Whether a parameter is one of FSDP1's, a part that nothing else marks."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
 def local_part(x: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory; a plain tensor is its own part."""
     return x.to_local() if in_shards(x) else x
@@ -43,7 +48,7 @@ def sharing(p: Tensor) -> Hashable:
             raise ValueError(f"a parameter has the placements {p.placements}: expected shards or replicas")
         dims = tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
         return (p.device_mesh, dims) if dims else None
-    return FLAT if getattr(p, "_fsdp_flattened", False) else None
+    return FLAT if flattened(p) else None
 
 
 def reduce_shards(parts: Sequence[Tensor], shared: Sequence[Hashable]) -> list[Tensor]:

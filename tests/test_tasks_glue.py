@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lightning.pytorch as pl
@@ -192,7 +193,8 @@ def test_fillers_of_a_shared_evaluation_are_not_scored(base, tmp_path, monkeypat
     data = data_module(make_data(tmp_path, "cola", n_test=7), "cola", base)
     labels = []
     for rank in range(2):
-        monkeypatch.setattr(data, "_replica", lambda rank=rank: {"num_replicas": 2, "rank": rank})
+        place = {"num_replicas": 2, "rank": rank}
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(distributed_sampler_kwargs=place, lightning_module=None))
         labels.append(torch.cat([batch["labels"] for batch in data.test_dataloader()]))
     assert [len(part) for part in labels] == [4, 4]
     rows = data.splits["validation"]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
+from dpp_lightning.outputs import resolve_layer
 from dpp_lightning.tasks.causal_scores import CausalScores, answer_loss, final_answers
 from dpp_lightning.tasks.generation import generate_texts
 from dpp_lightning.tasks.instruction_data import InstructionDataModule
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.packing import check_kept_apart
-from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
 from dpp_lightning.tasks.sample_log import log_samples
 from dpp_lightning.tasks.sharding import shard_for_strategy
 
@@ -211,7 +212,7 @@ class CausalLMModule(LightningModule):
 
     def _update(self, split: str, batch: Mapping[str, Any]) -> None:
         real: Tensor = batch["real"]
-        labels = batch["labels"].masked_fill(~real[:, None], -100)
+        labels = batch["labels"].masked_fill(~real[:, None], IGNORED_LABEL)
         logits = self.model(**_inputs(batch), use_cache=False).logits
         losses = answer_loss(logits, labels)
         del logits
@@ -268,6 +269,5 @@ def _load(pretrained: str, revision: str | None, dtype: str, attention: str | No
 
 def _last_hidden_layer(model: PreTrainedModel) -> str:
     """The last submodule with parameters before the head: the final norm of most decoders."""
-    body = model.base_model
-    names = [name for name, m in body.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    return names[-1] if body is model else f"{model.base_model_prefix}.{names[-1]}"
+    last = resolve_layer(model.base_model, None)
+    return last if model.base_model is model else f"{model.base_model_prefix}.{last}"

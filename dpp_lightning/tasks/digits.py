@@ -15,9 +15,9 @@ from dpp_lightning.tasks.reproducible import (
     IGNORED_LABEL,
     EpochDataLoader,
     EpochSampler,
-    EvaluationSampler,
     resolve_seed,
 )
+from dpp_lightning.tasks.splits import evaluation_sampler, of_module, replica
 
 Positions = npt.NDArray[np.int64]
 
@@ -77,7 +77,7 @@ class DigitsDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and cut them into the four parts, each in the order of the file."""
-        outputs = getattr(self.trainer.lightning_module, "num_classes", None) if self.trainer is not None else None
+        outputs = of_module(self.trainer, "num_classes")
         if outputs is not None and outputs < len(self.classes):
             raise ValueError(f"the model has num_classes {outputs} for the {len(self.classes)} classes {self.classes}")
         if self.splits:
@@ -96,9 +96,8 @@ class DigitsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training part; the order depends on (seed, epoch) alone."""
-        num_replicas, rank = self._replica()
         size = len(self.splits["train"])
-        sampler = EpochSampler(size, resolve_seed(self.seed), num_replicas=num_replicas, rank=rank)
+        sampler = EpochSampler(size, resolve_seed(self.seed), **replica(self.trainer))
         return EpochDataLoader(self.splits["train"], batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -145,16 +144,10 @@ class DigitsDataModule(LightningDataModule):
         *held_out, rest = np.split(positions[order.numpy()], np.cumsum(sizes))
         return {"train": rest, **dict(zip(self.fractions, held_out, strict=True))}
 
-    def _replica(self) -> tuple[int, int]:
-        """Number of ranks, and which of them this is."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
-
     def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
         """Batches in the split's order; ``shared`` deals them out to the ranks."""
-        data, (num_replicas, rank) = self.splits[split], self._replica()
-        several = shared and num_replicas > 1
-        sampler = EvaluationSampler(len(data), num_replicas=num_replicas, rank=rank) if several else None
+        data = self.splits[split]
+        sampler = evaluation_sampler(self.trainer, len(data)) if shared else None
         return DataLoader(data, batch_size=self.eval_batch_size, sampler=sampler)
 
 

@@ -17,10 +17,9 @@ from dpp_lightning.tasks.reproducible import (
     IGNORED_LABEL,
     EpochDataLoader,
     EpochSampler,
-    EvaluationSampler,
     resolve_seed,
 )
-from dpp_lightning.tasks.splits import check_fractions
+from dpp_lightning.tasks.splits import check_fractions, evaluation_sampler, of_module, replica
 
 
 class GLUEDataModule(LightningDataModule):
@@ -109,7 +108,7 @@ class GLUEDataModule(LightningDataModule):
         train = self.splits["train"]
         lengths = [len(tokens) for tokens in train["input_ids"]] if self.length_grouped else None
         sampler = EpochSampler(
-            len(train), resolve_seed(self.seed), lengths=lengths, batch_size=self.batch_size, **self._replica()
+            len(train), resolve_seed(self.seed), lengths=lengths, batch_size=self.batch_size, **replica(self.trainer)
         )
         return EpochDataLoader(
             _Samples(train),
@@ -167,33 +166,23 @@ class GLUEDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
         """Batches in the split's order; ``shared`` deals them out to the ranks, and sorts them by length: half of the
         places would be padding else."""
-        data, replica = self.splits[split], self._replica()
+        data = self.splits[split]
         if shared:
             lengths = [len(tokens) for tokens in data["input_ids"]]
             data = data.select(sorted(range(len(data)), key=lengths.__getitem__))
-        sampler = EvaluationSampler(len(data), **replica) if shared and replica["num_replicas"] > 1 else None
         return DataLoader(
             _Samples(data),
             batch_size=self.eval_batch_size,
-            sampler=sampler,
+            sampler=evaluation_sampler(self.trainer, len(data)) if shared else None,
             num_workers=self.num_workers,
             collate_fn=self._collate,
         )
 
-    def _replica(self) -> dict[str, int]:
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
-
-    def _from_module(self, attribute: str) -> Any:
-        return getattr(self.trainer.lightning_module, attribute, None) if self.trainer is not None else None
-
     def _task_name(self) -> str:
-        of_module = self._from_module("task")
-        if self.task is not None and of_module is not None and self.task != of_module:
-            raise ValueError(
-                f"data.task is {self.task!r}, model.task is {of_module!r}; give the task once, to the model"
-            )
-        name = self.task or of_module
+        own = of_module(self.trainer, "task")
+        if self.task is not None and own is not None and self.task != own:
+            raise ValueError(f"data.task is {self.task!r}, model.task is {own!r}; give the task once, to the model")
+        name = self.task or own
         if name is None:
             raise ValueError("GLUEDataModule needs task=..., as the module it is used with has none")
         return str(name)
@@ -209,13 +198,13 @@ class GLUEDataModule(LightningDataModule):
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer)
-        pretrained = self._from_module("pretrained")
+        pretrained = of_module(self.trainer, "pretrained")
         if pretrained is None:
             raise ValueError("GLUEDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
-        return AutoTokenizer.from_pretrained(pretrained, revision=self._from_module("revision") or "main")
+        return AutoTokenizer.from_pretrained(pretrained, revision=of_module(self.trainer, "revision") or "main")
 
     def _check_length(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        limit = min(tokenizer.model_max_length, self._from_module("max_length") or tokenizer.model_max_length)
+        limit = min(tokenizer.model_max_length, of_module(self.trainer, "max_length") or tokenizer.model_max_length)
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length is {self.max_length}, but the model takes 1 to {limit} tokens; lower it")
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from dpp_lightning.tasks.glue_data import GLUEDataModule
 from dpp_lightning.tasks.glue_tasks import glue_task
+from dpp_lightning.tasks.splits import of_module
 
 
 class GLUEMixDataModule(LightningDataModule):
@@ -81,14 +82,11 @@ class GLUEMixDataModule(LightningDataModule):
         return [loader[0] if isinstance(loader, list) else loader for loader in loaders]
 
     def _modules(self) -> dict[str, GLUEDataModule]:
-        tokenizer = self.tokenizer or self._from_module("pretrained")
-        tasks = self.tasks or self._from_module("tasks")
+        tokenizer = self.tokenizer or of_module(self.trainer, "pretrained")
+        tasks = self.tasks or of_module(self.trainer, "tasks")
         if not tasks or tokenizer is None:
             raise ValueError(
                 "GLUEMixDataModule needs tasks=[...] and tokenizer=..., as the module it is used with has no 'tasks' "
                 "and 'pretrained'"
             )
         return {task: GLUEDataModule(task, self.path, tokenizer=tokenizer, **self._settings) for task in tasks}
-
-    def _from_module(self, attribute: str) -> Any:
-        return getattr(self.trainer.lightning_module, attribute, None) if self.trainer is not None else None

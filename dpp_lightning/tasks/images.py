@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from dpp_lightning.tasks.image_columns import find_columns
 from dpp_lightning.tasks.image_rows import ImageRows
 from dpp_lightning.tasks.image_transforms import Augmentation, make_transform
-from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
-from dpp_lightning.tasks.splits import check_fractions
+from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, resolve_seed
+from dpp_lightning.tasks.splits import check_fractions, evaluation_sampler, of_module, replica
 
 _PARTS_OF_STAGE = {
     "fit": ("train", "val", "calibration"),
@@ -113,8 +113,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training part; order and augmentation depend on (seed, epoch) alone."""
-        train, (num_replicas, rank) = self.splits["train"], self._replica()
-        sampler = EpochSampler(len(train), resolve_seed(self.seed), num_replicas=num_replicas, rank=rank)
+        train = self.splits["train"]
+        sampler = EpochSampler(len(train), resolve_seed(self.seed), **replica(self.trainer))
         return EpochDataLoader(train, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -162,7 +162,7 @@ class ImageDataModule(LightningDataModule):
                 f"{self.path} has the splits {sorted(data)}, expected {missing} among them; name them by "
                 "data.train_split and data.test_split (null where there is none)"
             )
-        settings = (self.image_column, self.label_column, self.classes, self._from_module("num_classes"))
+        settings = (self.image_column, self.label_column, self.classes, of_module(self.trainer, "num_classes"))
         columns = find_columns(data[train], *settings, f"{self.path}, split {train}")
         places = {split: columns.places(data[split], f"{self.path}, split {split}") for split in needed}
         self.class_names, rows = columns.names, self._cut(len(data[train]))
@@ -183,7 +183,7 @@ class ImageDataModule(LightningDataModule):
         return {"train": train.sort().values, "val": val.sort().values, "calibration": calibration}
 
     def _rows(self, part: str, data: Dataset, column: str, positions: Tensor, labels: Tensor) -> ImageRows:
-        config = self._from_module("data_config") or resolve_data_config({"img_size": self.image_size or 224})
+        config = of_module(self.trainer, "data_config") or resolve_data_config({"img_size": self.image_size or 224})
         channels, *size = config["input_size"]
         if channels not in (1, 3):
             raise ValueError(f"the model takes images of {channels} channels, expected 1 (grey) or 3 (RGB)")
@@ -215,18 +215,9 @@ class ImageDataModule(LightningDataModule):
 
     def _evaluation_loader(self, part: str, shared: bool = False) -> DataLoader[Any]:
         """Batches in the part's order; ``shared`` deals them out to the ranks."""
-        rows, (num_replicas, rank) = self.splits[part], self._replica()
-        several = shared and num_replicas > 1
-        sampler = EvaluationSampler(len(rows), num_replicas=num_replicas, rank=rank) if several else None
+        rows = self.splits[part]
+        sampler = evaluation_sampler(self.trainer, len(rows)) if shared else None
         return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, num_workers=self.num_workers)
-
-    def _replica(self) -> tuple[int, int]:
-        """Number of ranks, and which of them this is."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
-
-    def _from_module(self, attribute: str) -> Any:
-        return getattr(self.trainer.lightning_module, attribute, None) if self.trainer is not None else None
 
     def _load_data(self) -> DatasetDict:
         try:

@@ -13,8 +13,8 @@ from dpp_lightning.tasks.instruction_batches import Collate, PackedSamples, Samp
 from dpp_lightning.tasks.instruction_source import Source, cut
 from dpp_lightning.tasks.math_answers import MARKERS, final_answer, same_answer
 from dpp_lightning.tasks.prompts import resolve_prompt
-from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, EvaluationSampler, resolve_seed
-from dpp_lightning.tasks.splits import check_fractions
+from dpp_lightning.tasks.reproducible import EpochDataLoader, EpochSampler, resolve_seed
+from dpp_lightning.tasks.splits import check_fractions, evaluation_sampler, of_module, replica
 
 
 class InstructionDataModule(LightningDataModule):
@@ -135,7 +135,7 @@ class InstructionDataModule(LightningDataModule):
             resolve_seed(self.seed),
             lengths=list(lengths) if self.length_grouped else None,
             batch_size=self.batch_size,
-            **self._replica(),
+            **replica(self.trainer),
         )
         return EpochDataLoader(
             data,
@@ -197,21 +197,21 @@ class InstructionDataModule(LightningDataModule):
         return rows.select(kept)
 
     def _check_max_length(self) -> None:
-        limit = self._from_module("max_length")
+        limit = of_module(self.trainer, "max_length")
         if self.max_length < 2 or (limit is not None and self.max_length > limit):
             raise ValueError(f"max_length is {self.max_length}, but the model takes 2 to {limit or 'any'} tokens")
 
     def _check_scored(self, split: str, rows: Dataset) -> None:
         """Answers that exact match can be measured by, and room for what is generated."""
-        if self._from_module("evaluate_by") == "loss" or not len(rows):
+        if of_module(self.trainer, "evaluate_by") == "loss" or not len(rows):
             return
         for number, answer in enumerate(self.texts[split]["answer"]):
             if final_answer(answer) is None:
                 raise ValueError(
-                    f"row {number} of the {split} part has no final answer behind {' or '.join(MARKERS[:2])}: "
+                    f"row {number} of the {split} part has no final answer behind {' or '.join(MARKERS)}: "
                     f"{answer[-60:]!r}; without one take model.evaluate_by: loss"
                 )
-        limit, new = self._from_module("max_length"), self._from_module("max_new_tokens") or 0
+        limit, new = of_module(self.trainer, "max_length"), of_module(self.trainer, "max_new_tokens") or 0
         longest = max(len(tokens) for tokens in rows["prompt_ids"])
         if limit is not None and longest + new > limit:
             raise ValueError(
@@ -221,7 +221,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Batches in the split's order; ``shared`` deals them out to the ranks, and sorts them by length."""
-        samples, replica = self.splits.get(split), self._replica()
+        samples = self.splits.get(split)
         if samples is None or not len(samples):
             return []
         if shared:
@@ -229,26 +229,18 @@ class InstructionDataModule(LightningDataModule):
             assert samples.references is not None
             references = [samples.references[i] for i in order]
             samples = Samples(samples.rows.select(order), self.max_length, references)
-        sampler = EvaluationSampler(len(samples), **replica) if shared and replica["num_replicas"] > 1 else None
         return DataLoader(
             samples,
             batch_size=self.eval_batch_size,
-            sampler=sampler,
+            sampler=evaluation_sampler(self.trainer, len(samples)) if shared else None,
             num_workers=self.num_workers,
             collate_fn=Collate(self._pad),
         )
 
-    def _replica(self) -> dict[str, int]:
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return dict(kwargs) if kwargs else {"num_replicas": 1, "rank": 0}
-
-    def _from_module(self, attribute: str) -> Any:
-        return getattr(self.trainer.lightning_module, attribute, None) if self.trainer is not None else None
-
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer)
-        tokenizer = self._from_module("tokenizer")
+        tokenizer = of_module(self.trainer, "tokenizer")
         if tokenizer is None:
             raise ValueError("InstructionDataModule needs tokenizer=..., as the module it is used with has none")
         return tokenizer  # type: ignore[no-any-return]

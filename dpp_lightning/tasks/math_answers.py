@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-MARKERS = ("####", "The answer is:", "The answer is")
+MARKERS = ("####", "The answer is:")
 
 _MARKER = re.compile(r"####|the answer is\s*:?", re.IGNORECASE)
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from dpp_lightning.tasks.splits import of_module
+
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -81,8 +83,7 @@ class TextMixDataModule(LightningDataModule):
         }
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        name = self.tokenizer or getattr(module, "pretrained", None)
+        name = self.tokenizer or of_module(self.trainer, "pretrained")
         if name is None:
             raise ValueError("TextMixDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
