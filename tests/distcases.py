@@ -172,16 +172,30 @@ def fit_glue(strategy, folder, base, data, settings):
     return {"rows": rows, "weights": {name: p.detach().clone() for name, p in held.items()}}
 
 
-def fit_epochs(strategy, base, data, epochs, resumed_from, saved_to):
-    """A GLUE fit to an epoch, from a checkpoint if one is named; weights and theta_0, whole, by name."""
+def fit_epochs(strategy, base, data, epochs, resumed_from, saved_to, every=None):
+    """A GLUE fit to an epoch, from a checkpoint if one is named; weights and theta_0, whole, by name.
+
+    Args:
+        strategy: "single", "ddp" or "fsdp2".
+        base, data: folders.
+        epochs: number of them.
+        resumed_from: checkpoint, or None.
+        saved_to: the last checkpoint; those of every so many steps, ``step=N.ckpt``, lie beside it.
+        every: number of steps.
+    """
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from dpp_lightning.strategies import FSDP2Strategy
     from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
     world = int(os.environ.get("WORLD_SIZE", 1)) if strategy != "single" else 1
+    checkpoints = ModelCheckpoint(
+        os.path.dirname(saved_to), "{step}", every_n_train_steps=every, save_top_k=-1, enable_version_counter=False
+    )
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, max_epochs=epochs, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=world, max_epochs=epochs, logger=False, enable_checkpointing=every is not None,
+        callbacks=[checkpoints] if every else None,
         strategy=FSDP2Strategy() if strategy == "fsdp2" else {"single": "auto", "ddp": "ddp"}[strategy],
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip

@@ -1,7 +1,10 @@
-"""Epochs as functions of (seed, epoch): the order, the random numbers, and a whole fit that is killed and resumed."""
+"""Steps as functions of (seed, epoch, step): the order, the random numbers, and a whole fit that is killed and resumed."""
+
+import random
 
 import datasets
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,7 +20,8 @@ from dpp_lightning.tasks.reproducible import (
     EpochSampler,
     EvaluationSampler,
     resolve_seed,
-    seed_epoch,
+    restore_positions,
+    seed_step,
 )
 
 
@@ -89,15 +93,23 @@ def test_evaluation_meets_every_sample_once_and_marks_the_fillers(n, replicas):
     assert all(-n <= i for part in parts for i in part)
 
 
-def test_random_numbers_of_an_epoch_depend_on_seed_epoch_and_rank():
+def test_random_numbers_of_a_step_depend_on_seed_epoch_step_and_rank():
     def draw(*key):
-        seed_epoch(*key)
-        return torch.rand(4).tolist()
+        seed_step(*key)
+        return (*torch.rand(4).tolist(), *np.random.rand(2).tolist(), random.random())
 
     torch.rand(3)
-    reference = draw(5, 1, 0)
-    assert draw(5, 1, 0) == reference
-    assert reference not in [draw(5, 2, 0), draw(5, 1, 1), draw(6, 0, 0), draw(4, 2, 0)]
+    reference = draw(5, 1, 2, 0)
+    assert draw(5, 1, 2, 0) == reference
+    others = [
+        draw(5, 2, 2, 0),
+        draw(5, 1, 2, 1),
+        draw(5, 1, 3, 0),
+        draw(6, 0, 2, 0),
+        draw(4, 2, 2, 0),
+        draw(5, 2, 1, 0),
+    ]
+    assert all(set(reference).isdisjoint(other) for other in others)
 
 
 def test_seed_falls_back_to_seed_everything_then_to_zero(monkeypatch):
@@ -115,11 +127,14 @@ class Noisy(pl.LightningModule):
         self.layer, self.workers, self.seen = nn.Linear(1, 1), workers, []
 
     def train_dataloader(self):
-        data = TensorDataset(torch.arange(12.0)[:, None])
-        return EpochDataLoader(data, batch_size=4, sampler=EpochSampler(12, 0), num_workers=self.workers)
+        data = TensorDataset(torch.arange(18.0)[:, None])
+        return EpochDataLoader(data, batch_size=4, sampler=EpochSampler(18, 0), num_workers=self.workers)
 
-    def on_train_epoch_start(self):
-        seed_epoch(0, self.current_epoch, self.global_rank)
+    def on_train_start(self):
+        restore_positions(self.trainer)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        seed_step(0, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch, batch_idx):
         self.seen.append((self.current_epoch, batch[0].flatten().tolist(), float(torch.rand(()))))
@@ -131,35 +146,89 @@ class Noisy(pl.LightningModule):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_epoch_has_its_own_order_and_numbers_with_workers_too(tmp_path, workers):
-    whole, resumed = Noisy(workers), Noisy(workers)
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    make_trainer(tmp_path, max_epochs=3, callbacks=[checkpoint]).fit(whole)
-    make_trainer(tmp_path, max_epochs=3, enable_checkpointing=False).fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert resumed.seen == whole.seen[3:]
-    assert len({tuple(numbers) for _, numbers, _ in whole.seen}) == 9
+@pytest.mark.parametrize("settings", [{}, {"max_epochs": -1, "max_steps": 15}], ids=["epochs", "steps"])
+def test_a_fit_resumed_after_any_step_has_its_own_order_and_numbers(tmp_path, workers, settings):
+    settings = {"max_epochs": 3, **settings}
+    whole = Noisy(workers)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    make_trainer(tmp_path, callbacks=[checkpoint], **settings).fit(whole)
+    assert len({tuple(numbers) for _, numbers, _ in whole.seen}) == 15
+    for step in (1, 4, 5, 7, 10, 14) if workers == 0 else (7,):
+        resumed = Noisy(workers)
+        trainer = make_trainer(tmp_path, enable_checkpointing=False, **settings)
+        trainer.fit(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.seen == whole.seen[step:], step
+        assert trainer.global_step == 15
+
+
+def test_the_rest_of_an_epoch_is_not_read_again_and_the_next_epoch_is_whole():
+    class Counted(TensorDataset):
+        read = 0
+
+        def __getitem__(self, i):
+            self.read += 1
+            return super().__getitem__(i)
+
+    data = Counted(torch.arange(18))
+    loader = EpochDataLoader(data, batch_size=4, sampler=EpochSampler(18, 0))
+    first = [batch[0].tolist() for batch in loader]
+    loader.load_state_dict({"epoch": 0, "batches": 3, "samples_per_step": 4})
+    data.read = 0
+    assert [batch[0].tolist() for batch in loader] == first[3:]
+    assert data.read == 6
+    assert loader.state_dict() == {"epoch": 0, "batches": 5, "samples_per_step": 4}
+    assert [batch[0].tolist() for batch in loader] == first
+    plain = EpochDataLoader(data, batch_size=4)
+    plain.load_state_dict({"epoch": 0, "batches": 3, "samples_per_step": 4})
+    assert [batch[0].tolist() for batch in plain] == [[12, 13, 14, 15], [16, 17]]
+
+
+def test_a_position_of_steps_of_another_size_is_refused_in_its_epoch_alone():
+    loader = EpochDataLoader(range(18), batch_size=4, sampler=EpochSampler(18, 0, num_replicas=2))
+    loader.load_state_dict({"epoch": 0, "batches": 2, "samples_per_step": 16})
+    with pytest.raises(ValueError, match="had 16 samples on all ranks together, here they have 8"):
+        next(iter(loader))
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 3
 
 
 class Kill(pl.Callback):
     """Stops the fit in the middle of epoch 1, as a crash does."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch == 1 and batch_idx == 2:
+        if trainer.current_epoch == 1 and batch_idx == 5:
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("monitor", [None, "val_score"], ids=["after the epoch", "after validation"])
-@pytest.mark.parametrize("length_grouped", [False, True])
-def test_fit_killed_and_resumed_gives_the_weights_of_the_whole_fit(tmp_path, monkeypatch, monitor, length_grouped):
+KINDS = {
+    "at an epoch's end": ({}, {}, {}, "epoch=0"),
+    "after validation": ({"monitor": "val_score", "mode": "max"}, {}, {}, "epoch=0"),
+    "grouped by length": ({"every_n_train_steps": 3}, {}, {"length_grouped": True}, "step=12"),
+    "between validations": ({"every_n_train_steps": 3}, {"val_check_interval": 2}, {}, "step=12"),
+    "after a validation in an epoch": (
+        {"monitor": "val_score", "mode": "max"},
+        {"val_check_interval": 2},
+        {},
+        "step=13",
+    ),
+    "accumulated gradients": ({"every_n_train_steps": 1}, {"accumulate_grad_batches": 2}, {}, "step=7"),
+}
+
+
+@pytest.mark.parametrize(("saving", "settings", "data_settings", "last"), KINDS.values(), ids=KINDS)
+def test_fit_killed_and_resumed_gives_the_weights_of_the_whole_fit(
+    tmp_path, monkeypatch, saving, settings, data_settings, last
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     base, data = make_model(tmp_path / "base"), make_data(tmp_path / "data", "cola")
 
     def fit(name, ckpt_path=None, callbacks=()):
         pl.seed_everything(0, verbose=False)
         module = GLUEModule("cola", base, optimizer=lambda groups: AdamR(groups, lr=1e-3))
-        checkpoint = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1, monitor=monitor, mode="max")
-        trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[checkpoint, *callbacks])
-        trainer.fit(module, GLUEDataModule(path=data, length_grouped=length_grouped), ckpt_path=ckpt_path)
+        filename = "{epoch}" if last.startswith("epoch") else "{step}"
+        checkpoint = ModelCheckpoint(tmp_path / name, filename=filename, save_top_k=-1, **saving)
+        trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[checkpoint, *callbacks], **settings)
+        trainer.fit(module, GLUEDataModule(path=data, batch_size=8, **data_settings), ckpt_path=ckpt_path)
         optimizer_state = trainer.optimizers[0].state_dict()["state"]
         return module.state_dict(), optimizer_state
 
@@ -167,7 +236,7 @@ def test_fit_killed_and_resumed_gives_the_weights_of_the_whole_fit(tmp_path, mon
     with pytest.raises(RuntimeError, match="killed"):
         fit("broken", callbacks=[Kill()])
     torch.manual_seed(99)
-    resumed_weights, resumed_state = fit("resumed", ckpt_path=tmp_path / "broken" / "epoch=0.ckpt")
+    resumed_weights, resumed_state = fit("resumed", ckpt_path=tmp_path / "broken" / f"{last}.ckpt")
     for name, value in weights.items():
         assert torch.equal(value, resumed_weights[name]), name
     for index, entries in state.items():

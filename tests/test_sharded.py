@@ -108,6 +108,32 @@ def test_a_fit_goes_on_under_another_strategy_and_number_of_ranks(glue, tmp_path
     assert all(torch.equal(resumed["pretrained"][name], tensor) for name, tensor in whole["pretrained"].items())
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_fit_resumed_in_the_middle_of_an_epoch_is_the_whole_one_bit_for_bit(glue, tmp_path, strategy):
+    noisy, data = make_model(tmp_path / "base", config=bert_config()), glue[1]
+    whole = fit_epochs(strategy, 2, noisy, data, 2, None, str(tmp_path / "whole.ckpt"), 4)
+    resumed = fit_epochs(strategy, 2, noisy, data, 2, str(tmp_path / "step=12.ckpt"), str(tmp_path / "end.ckpt"))
+    for kind, tensors in whole.items():
+        assert all(torch.equal(resumed[kind][name], tensor) for name, tensor in tensors.items()), kind
+    other = fit_epochs(strategy, 2, noisy, data, 2, str(tmp_path / "step=8.ckpt"), str(tmp_path / "end.ckpt"))
+    assert all(torch.equal(other["weights"][name], tensor) for name, tensor in whole["weights"].items())
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("single", 1), ("fsdp2", 2)),
+        pytest.param(("fsdp2", 2), ("ddp", 4), marks=pytest.mark.distributed),
+        pytest.param(("ddp", 2), ("single", 1), marks=pytest.mark.distributed),
+    ],
+)
+def test_a_fit_goes_on_in_the_middle_of_an_epoch_under_another_strategy(glue, tmp_path, first, then):
+    whole = fit_epochs(*first, *glue, 2, None, str(tmp_path / "whole.ckpt"), 4)
+    resumed = fit_epochs(*then, *glue, 2, str(tmp_path / "step=12.ckpt"), str(tmp_path / "end.ckpt"))
+    assert apart(resumed["weights"], whole["weights"]) < 1e-3
+    assert all(torch.equal(resumed["pretrained"][name], tensor) for name, tensor in whole["pretrained"].items())
+
+
 def test_shards_of_fsdp1_are_refused():
     flat = torch.nn.Parameter(torch.zeros(3))
     flat._fsdp_flattened = True

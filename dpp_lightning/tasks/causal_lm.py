@@ -20,7 +20,7 @@ from dpp_lightning.tasks.instruction_data import InstructionDataModule
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.packing import check_kept_apart
-from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, restore_positions, seed_step
 from dpp_lightning.tasks.sample_log import log_samples
 from dpp_lightning.tasks.sharding import shard_for_strategy
 
@@ -137,9 +137,13 @@ class CausalLMModule(LightningModule):
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
 
-    def on_train_epoch_start(self) -> None:
-        """Make the dropout of this epoch a function of (seed, epoch, rank)."""
-        seed_epoch(self.seed, self.current_epoch, self.global_rank)
+    def on_train_start(self) -> None:
+        """Go on at the checkpoint's place in its epoch."""
+        restore_positions(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the dropout of this step a function of (seed, epoch, step, rank)."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Cross entropy per token of the answers."""

@@ -1,7 +1,7 @@
 """Fine-tuning an encoder on GLUE as in DAREx, appendix C.2: learning rate 1e-4 with warm-up, batches of 16."""
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,7 +16,7 @@ from dpp_lightning.tasks.glue_scores import GLUEScores, glue_loss, glue_predicti
 from dpp_lightning.tasks.glue_tasks import glue_task
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import resolve_seed, restore_positions, seed_step
 from dpp_lightning.tasks.sharding import shard_for_strategy
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
@@ -98,9 +98,13 @@ class GLUEModule(LightningModule):
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
 
-    def on_train_epoch_start(self) -> None:
-        """Make the dropout of this epoch a function of (seed, epoch, rank)."""
-        seed_epoch(self.seed, self.current_epoch, self.global_rank)
+    def on_train_start(self) -> None:
+        """Go on at the checkpoint's place in its epoch."""
+        restore_positions(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the dropout of this step a function of (seed, epoch, step, rank)."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy, or STS-B's squared error."""

@@ -1,21 +1,23 @@
-"""Epochs that are functions of (seed, epoch), so that a run killed and resumed at an epoch's end equals the whole one.
+"""Steps that are functions of (seed, epoch, step), so that a run killed and resumed anywhere equals the whole one.
 
-A Lightning checkpoint holds neither the state of the random generators nor the position of the loader. Four pieces
-make it unnecessary: :class:`EpochSampler` draws the order of an epoch from (seed, epoch), :class:`EpochDataLoader`
-draws it when the first batch is asked for and not earlier, :func:`seed_epoch`, called in ``on_train_epoch_start``,
-makes dropout a function of (seed, epoch, rank), and :func:`item_seed` the augmentation of a sample one of (seed, epoch,
-sample).
+A Lightning checkpoint holds no state of random generators, and here none is needed: :class:`EpochSampler` draws the
+order of an epoch from (seed, epoch), :class:`EpochDataLoader` draws it when the first batch is asked for and not
+earlier, and puts the number of batches given out into the checkpoint, :func:`seed_step`, called in
+``on_train_batch_start``, makes dropout a function of (seed, epoch, batch, rank), and :func:`item_seed` the augmentation
+of a sample one of (seed, epoch, sample).
 """
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -29,15 +31,27 @@ def resolve_seed(seed: int | None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
-def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
-    """Seed the global generators of torch (all devices), numpy and Python as a function of (seed, epoch, rank).
+def seed_step(seed: int, epoch: int, batch: int, rank: int = 0) -> None:
+    """Seed the global generators of torch (CPU and CUDA), numpy and Python as a function of the four numbers.
 
-    To be called in ``on_train_epoch_start`` with ``trainer.current_epoch`` and ``trainer.global_rank``.
+    To be called in ``on_train_batch_start`` with ``trainer.current_epoch``, its ``batch_idx`` and
+    ``trainer.global_rank``.
     """
-    mixed = _mix(seed, epoch, rank)
-    torch.manual_seed(mixed)
+    mixed = _mix(seed, epoch, f"batch {batch} rank {rank}")
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():  # torch.manual_seed also takes 0.1 ms to prepare devices that are not used
+        torch.cuda.manual_seed_all(mixed)
     np.random.seed(mixed % 2**32)
     random.seed(mixed)
+
+
+def restore_positions(trainer: Trainer) -> None:
+    """Let the training loaders go on where the checkpoint's were; to be called in ``on_train_start``.
+
+    Lightning itself does it too early where the loaders were made before the checkpoint was restored, as a schedule
+    over all steps has them made (its issue 20550); a second time does nothing.
+    """
+    trainer.fit_loop._load_combined_loader_states()
 
 
 @contextmanager
@@ -64,6 +78,9 @@ class EpochSampler(DistributedSampler[int]):
         num_replicas: number of ranks R; a Trainer knows it as ``trainer.distributed_sampler_kwargs``.
         rank: which of them, in [0, R).
 
+    Attributes:
+        start: how many of this rank's entries the next iteration leaves out; :class:`EpochDataLoader` sets it.
+
     Raises:
         ValueError: ``lengths`` of another size than the dataset, a batch size below 1, or a rank outside [0, R).
     """
@@ -85,6 +102,7 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(range(dataset_len), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
         self.batch_size = batch_size
+        self.start = 0
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
@@ -92,7 +110,7 @@ class EpochSampler(DistributedSampler[int]):
         order = torch.cat([order, order.repeat(-(-self._missing // max(1, len(order))))[: self._missing]])
         if self.lengths is not None:
             order = _group_by_length(order, self.lengths, self.batch_size * self.num_replicas, generator)
-        return iter(order[self.rank :: self.num_replicas].tolist())
+        return iter(order[self.rank :: self.num_replicas][self.start :].tolist())
 
     @property
     def _missing(self) -> int:
@@ -121,18 +139,62 @@ class EvaluationSampler(DistributedSampler[int]):
 
 
 class EpochDataLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose iterator starts at its first batch.
+    """A ``DataLoader`` whose iterator starts at its first batch, and that goes on in the middle of an epoch.
 
     Torch's asks the sampler for an order, and the global generator for a number, when the iterator is made. In a
-    resumed fit Lightning makes it before it has set the sampler's epoch and before ``on_train_epoch_start``: workers
-    would then prefetch the order of epoch 0, and dropout would start one number off. A dataset with ``set_epoch`` is
-    told the sampler's epoch; workers have it as it was when they started, so they must not be persistent then.
+    resumed fit Lightning makes it before it has set the sampler's epoch: workers would then prefetch the order of
+    epoch 0. A dataset with ``set_epoch`` is told the sampler's epoch; workers have it as it was when they started, so
+    they must not be persistent then.
+
+    Lightning keeps ``state_dict()`` in its checkpoints: how many batches of which epoch were given out. A fit of a
+    module that calls :func:`restore_positions` then gets the batches that are left, on any number of ranks with as many
+    samples in a step of all; with an :class:`EpochSampler` the others are not read.
     """
 
+    _given = (-1, 0)  # epoch and batches of it that were given out; class attributes, as Lightning calls __init__ anew
+    _resumed: Mapping[str, int] = {"epoch": -1}  # the checkpoint's state
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch = getattr(self.sampler, "epoch", 0)
         if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(getattr(self.sampler, "epoch", 0))
-        yield from super().__iter__()
+            self.dataset.set_epoch(epoch)
+        done = self._done(epoch)
+        self._resumed, self._given = {"epoch": -1}, (epoch, done)
+        unread = done
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.start, unread = done * (self.batch_size or 1), 0
+        for batch in islice(super().__iter__(), unread, None):
+            self._given = (epoch, self._given[1] + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches given out in it, and samples in a step of all ranks together."""
+        return {"epoch": self._given[0], "batches": self._given[1], "samples_per_step": self._samples_per_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the epoch named begin behind the batches that were given out; see :meth:`state_dict`."""
+        self._resumed = state_dict
+
+    def _done(self, epoch: int) -> int:
+        """How many batches of an epoch the checkpoint's fit has had.
+
+        Raises:
+            ValueError: as many batches are another number of samples here.
+        """
+        if self._resumed["epoch"] != epoch or not self._resumed["batches"]:
+            return 0
+        if self._resumed["samples_per_step"] != self._samples_per_step:
+            raise ValueError(
+                "the checkpoint is of the middle of an epoch whose steps had "
+                f"{self._resumed['samples_per_step']} samples on all ranks together, here they have "
+                f"{self._samples_per_step}: set batch_size so that they are as many, or resume from a checkpoint of an "
+                "epoch's end"
+            )
+        return self._resumed["batches"]
+
+    @property
+    def _samples_per_step(self) -> int:
+        return (self.batch_size or 1) * getattr(self.sampler, "num_replicas", 1)
 
 
 def _group_by_length(

@@ -17,7 +17,7 @@ from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.image_transforms import data_config
 from dpp_lightning.tasks.images import ImageDataModule
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, seed_epoch
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, restore_positions, seed_step
 from dpp_lightning.tasks.sharding import shard_for_strategy
 from dpp_lightning.tasks.vision_models import layer_before_head, load_model
 
@@ -108,9 +108,13 @@ class VisionModule(LightningModule):
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
 
-    def on_train_epoch_start(self) -> None:
-        """Make dropout and mixup of this epoch a function of (seed, epoch, rank)."""
-        seed_epoch(self.seed, self.current_epoch, self.global_rank)
+    def on_train_start(self) -> None:
+        """Go on at the checkpoint's place in its epoch."""
+        restore_positions(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make dropout and mixup of this step a function of (seed, epoch, step, rank)."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy, of mixed images where ``mixup`` says so."""
