@@ -22,7 +22,8 @@ class BaseWeights:
     """theta_0 of one LightningModule, under canonical names.
 
     It comes from a checkpoint (``pretrained``), else from the module's values before training; where an optimizer holds
-    theta_0 as AdamR does (``state[p]["pretrained"]``), that very tensor is used and no second copy kept.
+    theta_0 as AdamR does (``state[p]["pretrained"]``) in the parameter's dtype, that very tensor is used and no second
+    copy kept.
 
     Args:
         tensors: canonical name to theta_0.
@@ -71,16 +72,32 @@ class BaseWeights:
         """Copy the module's present values."""
         return cls({n: t.detach().clone() for n, t in canonical_tensors(module).items()}, explicit=False)
 
-    def adopt_optimizer_copies(self, module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> None:
-        """Use theta_0 out of the optimizers' state in place of own copies."""
+    def adopt_optimizer_copies(
+        self, module: pl.LightningModule, optimizers: Iterable[Optimizer], *, verified: bool = False
+    ) -> None:
+        """Use theta_0 out of the optimizers' state in place of own copies.
+
+        A copy narrower than its parameter (AdamR's in bfloat16) may be rounded, so it replaces no own one. Nor would an
+        exact one save memory: what is exchanged with the weights needs their dtype. A tensor that nothing else knows
+        stays unknown, to be refused, unless the caller is going to verify it.
+
+        Args:
+            module: whose parameters they are.
+            optimizers: of any kind.
+            verified: the fingerprint will be compared with that of the base which training started from.
+        """
         if self.explicit:
             return
         names = {id(t): name for name, t in canonical_tensors(module).items()}
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 name = names.get(id(parameter))
-                if name is not None and isinstance(state, dict) and isinstance(state.get("pretrained"), Tensor):
-                    self.tensors[name] = state["pretrained"]
+                copy = state.get("pretrained") if isinstance(state, dict) else None
+                if name is None or not isinstance(copy, Tensor):
+                    continue
+                exact = torch.promote_types(copy.dtype, parameter.dtype) == copy.dtype
+                if exact or (verified and name not in self.tensors):
+                    self.tensors[name] = copy
 
     def settle(self, module: pl.LightningModule) -> None:
         """Bring every tensor to the dtype of the module's and share it out alike, as either may have changed since."""

@@ -87,8 +87,9 @@ def plan_memory(
     which is not released, parameters and gradient. (``FSDPMemTracker`` of torch 2.15 finds the same peak for two blocks
     and for six, in either dtype.) On one device the model is taken as plain, and nothing is gathered.
 
-    θ0 in bfloat16 beside float32 weights is a plan: today AdamR keeps θ0 in its parameter's dtype. It would be exact
-    where the base was published in bfloat16 and nowhere else; any other puts an error of up to |θ0| / 256 on a delta.
+    θ0 in bfloat16 beside float32 weights is AdamR's ``pretrained_dtype``. It is exact where the base was published in
+    bfloat16; any other puts an error of up to |θ0| / 256 on what the decay pulls toward. The callback then keeps a θ0
+    of its own in the weights' dtype, which is not counted; nor is, on a GPU, one parameter's shard that L2 casts.
 
     The callback's numbers are planned too, at the least: to rank entries, rank 0 must see all of θ and θ0 once a run
     and keep both off the device (as often as it gathers them anew, on as many ranks, as many times that), and the kept

@@ -40,9 +40,10 @@ class AdamR(Optimizer):
     v̄ = 0 counts as 1. With ``delta_decay=0`` this is :class:`torch.optim.Adam`. L2 prepares for random pruning (DARE),
     L1 for magnitude pruning. The decay is not capped: where lr · delta_decay > √v̄ it overshoots θ0, as published.
 
-    θ0 is ``state[p]["pretrained"]``, of p's shape and dtype: it is saved and loaded with the optimizer's state dict, so
-    an optimizer made on later weights has the first θ0 again once the state dict is loaded. State is made at once for
-    every parameter that requires a gradient; one that is unfrozen later gets it, θ0 included, at its first step.
+    θ0 is ``state[p]["pretrained"]``, of p's shape and, unless ``pretrained_dtype`` narrows it, p's dtype: it is saved
+    and loaded with the optimizer's state dict, so an optimizer made on later weights has the first θ0 again once the
+    state dict is loaded. State is made at once for every parameter that requires a gradient; one that is unfrozen later
+    gets it, θ0 included, at its first step.
 
     Args:
         params: parameters, named parameters or groups. A group may set every option below for itself, and ``new=True``
@@ -55,6 +56,11 @@ class AdamR(Optimizer):
         amsgrad: use the running maximum of v, in v̄ as well.
         foreach: work on lists of tensors at once (None: where all parameters are plain tensors) or one by one.
         maximize: ascend instead of descend.
+        pretrained_dtype: "bfloat16" keeps θ0 in bfloat16 where p is wider, None in p's dtype. The pull is then toward
+            the rounded θ0: the same steps bit for bit where bfloat16 holds the base exactly, as that of most published
+            LLMs; else toward a point off by at most 1/256 of each value. After loading a state dict it is "bfloat16" if
+            either side says so, unlike other settings, which are the saved ones: a rounded θ0 is never made wide
+            again, as it would look exact.
 
     Raises:
         ValueError: a setting outside its range, a parameter that is complex or on the meta device, or (when loading) a
@@ -74,9 +80,10 @@ class AdamR(Optimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        pretrained_dtype: Literal["bfloat16"] | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "delta_decay": delta_decay, "norm": norm, "new": False}
-        defaults |= {"amsgrad": amsgrad, "foreach": foreach, "maximize": maximize}
+        defaults |= {"amsgrad": amsgrad, "foreach": foreach, "maximize": maximize, "pretrained_dtype": pretrained_dtype}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,14 +109,15 @@ class AdamR(Optimizer):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if not group["new"] and "pretrained" not in state:
-            state["pretrained"] = p.detach().clone(memory_format=torch.preserve_format)
+            state["pretrained"] = p.detach().to(theta0_dtype(p, group), copy=True)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = state["exp_avg_sq"].clone(memory_format=torch.preserve_format)
         if not group["amsgrad"] and "exp_avg_sq_sum" not in state and not flattened(p):
             state["exp_avg_sq_sum"] = whole_sum(state["exp_avg_sq"], sum_dtype(p))
         if (state["exp_avg"].device, state["exp_avg"].dtype) != (p.device, p.dtype):
+            others = {"exp_avg_sq_sum": sum_dtype(p), "pretrained": theta0_dtype(p, group)}
             for name in state.keys() - {"step"}:
-                state[name] = state[name].to(p.device, sum_dtype(p) if name == "exp_avg_sq_sum" else p.dtype)
+                state[name] = state[name].to(p.device, others.get(name, p.dtype))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,12 +130,17 @@ class AdamR(Optimizer):
                         f"the state dict has no 'pretrained' values for parameter {i}, got {sorted(saved[i])}: "
                         "expected one saved by AdamR; to start from such weights, make a new AdamR on them"
                     )
+        asked = [group.get("pretrained_dtype") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, asked, strict=True):
+            group["pretrained_dtype"] = group.get("pretrained_dtype") or own
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for i, p in zip(ids, params, strict=True):
+        owners = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(ids, owners, strict=True):
             if "exp_avg_sq_sum" in saved.get(i, {}):  # torch casts state to the parameter's dtype, but for "step"
                 self.state[p]["exp_avg_sq_sum"] = saved[i]["exp_avg_sq_sum"].to(p.device, sum_dtype(p))
+            if "pretrained" in saved.get(i, {}):
+                self.state[p]["pretrained"] = self.state[p]["pretrained"].to(theta0_dtype(p, group))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -184,10 +197,10 @@ def check_settings(group: dict[str, Any]) -> None:
     for name, value, end in [*limits, ("betas[0]", betas[0], 1.0), ("betas[1]", betas[1], 1.0)]:
         if not (isinstance(value, Real) and 0.0 <= float(value) < end):
             raise ValueError(f"{name} must be a number in [0, {end}), got {value!r}")
-    choices = {"norm": ("l2", "l1"), "foreach": (None, True, False)}
+    choices = {"norm": ("l2", "l1"), "foreach": (None, True, False), "pretrained_dtype": (None, "bfloat16")}
     for name, allowed in {**choices, **dict.fromkeys(("amsgrad", "maximize", "new"), (True, False))}.items():
-        if group[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+        if group.get(name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {group.get(name)!r}")
 
 
 def check_parameter(p: Tensor) -> None:
@@ -197,6 +210,12 @@ def check_parameter(p: Tensor) -> None:
             f"AdamR copies real values when it is made, got a parameter of {p.dtype} and shape {tuple(p.shape)} on "
             f"{p.device}: load the model's weights first; optimise torch.view_as_real(p) where p is complex"
         )
+
+
+def theta0_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """What θ0 of p is kept in: bfloat16 where the group asks for it and p's dtype is wider, else p's."""
+    narrow = group.get("pretrained_dtype") == "bfloat16" and p.dtype.itemsize > torch.bfloat16.itemsize
+    return torch.bfloat16 if narrow else p.dtype
 
 
 def check_gradient(p: Tensor) -> None:

@@ -143,7 +143,7 @@ def update_foreach(batch: Batch, pull: float) -> None:
     """The same on whole lists: the decay, then torch's own Adam, its fused kernel where the tensors allow it."""
     group, params = batch.group, batch.params
     if pull != 0 and group["norm"] == "l2":
-        torch._foreach_lerp_(params, batch.entries("pretrained"), pull)
+        decay_l2(params, batch.entries("pretrained"), pull)
     elif pull != 0:
         decay_l1(params, batch.entries("pretrained"), pull)
     m, v = batch.entries("exp_avg"), batch.entries("exp_avg_sq")
@@ -154,6 +154,16 @@ def update_foreach(batch: Batch, pull: float) -> None:
     options = {name: group[name] for name in ("lr", "eps", "amsgrad", "maximize")}
     options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "weight_decay": 0.0}
     adam(params, batch.grads, m, v, v_max, counts, foreach=not fused, fused=fused, **options)
+
+
+def decay_l2(params: list[Tensor], pretrained: list[Tensor], pull: float) -> None:
+    """θ ← θ + pull · (θ0 − θ); a θ0 of another dtype is cast one parameter at a time, on a CPU piece by piece."""
+    if all(base.dtype == p.dtype for p, base in zip(params, pretrained, strict=True)):
+        torch._foreach_lerp_(params, pretrained, pull)
+        return
+    for p, base in zip(params, pretrained, strict=True):
+        for x, y in zip(pieces(p), pieces(base), strict=True):
+            torch._foreach_lerp_([x], [y.to(x.dtype)], pull)
 
 
 def decay_l1(params: list[Tensor], pretrained: list[Tensor], pull: float) -> None:

@@ -326,6 +326,7 @@ def test_sparse_and_complex_gradients_are_refused_before_anything_changes(foreac
         ({"delta_decay": float("inf")}, "delta_decay"),
         ({"norm": "L2"}, r"norm must be one of \('l2', 'l1'\), got 'L2'"),
         ({"amsgrad": "yes"}, "amsgrad must be one of"),
+        ({"pretrained_dtype": "float16"}, r"pretrained_dtype must be one of \(None, 'bfloat16'\), got 'float16'"),
         ({"new": "head"}, "new must be one of"),
     ],
 )

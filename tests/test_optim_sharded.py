@@ -10,6 +10,7 @@ SETTINGS = {
     "l1": {"delta_decay": 0.001, "norm": "l1"},
     "amsgrad": {"delta_decay": 0.05, "amsgrad": True},
     "one by one": {"delta_decay": 0.05, "foreach": False},
+    "bfloat16": {"delta_decay": 0.05, "pretrained_dtype": "bfloat16"},
 }
 
 
@@ -36,10 +37,11 @@ def test_fsdp2_equals_one_process(settings, world):
         assert {result["parts"]["4.bias"] for result in found.values()} == {0, 1}  # some ranks hold nothing of it
 
 
+@pytest.mark.parametrize("case", ["l2", "bfloat16"])
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("hsdp", 4), ("tp", 4), ("fsdp1-FULL_SHARD", 2)])
-def test_other_ways_of_sharing_equal_one_process(kind, world):
-    expected = distcases.train("single", SETTINGS["l2"])
-    for result in distjobs.run(distcases.train, world, kind, SETTINGS["l2"]).values():
+def test_other_ways_of_sharing_equal_one_process(kind, world, case):
+    expected = distcases.train("single", SETTINGS[case])
+    for result in distjobs.run(distcases.train, world, kind, SETTINGS[case]).values():
         agree(result, expected)
 
 
