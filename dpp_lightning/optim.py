@@ -58,9 +58,9 @@ class AdamR(Optimizer):
         maximize: ascend instead of descend.
         pretrained_dtype: "bfloat16" keeps θ0 in bfloat16 where p is wider, None in p's dtype. The pull is then toward
             the rounded θ0: the same steps bit for bit where bfloat16 holds the base exactly, as that of most published
-            LLMs; else toward a point off by at most 1/256 of each value. After loading a state dict it is "bfloat16" if
-            either side says so, unlike other settings, which are the saved ones: a rounded θ0 is never made wide
-            again, as it would look exact.
+            LLMs; else toward a point off by at most 1/256 of each value, also where no gradient ever came, so that
+            deltas hold fewer zeros. After loading a state dict it is "bfloat16" if either side says so, unlike other
+            settings, which are the saved ones: a rounded θ0 is never made wide again, as it would look exact.
 
     Raises:
         ValueError: a setting outside its range, a parameter that is complex or on the meta device, or (when loading) a

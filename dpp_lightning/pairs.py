@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,25 +53,26 @@ class Pair:
 
     def deltas(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of theta - theta_0: first flat position, float32 on the CPU, shape (at most BLOCK,)."""
-        finetuned, base = self._flat()
+        delta = self._reader()
         for start in range(0, self.numel, BLOCK):
-            stop = start + BLOCK
-            yield start, finetuned[start:stop].cpu().float() - base[start:stop].cpu().float()
+            yield start, delta(slice(start, start + BLOCK))
 
     def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """First row and delta of rows together, float32, shape (rows, columns); of another rank than 2 one column."""
         columns = self.shape[1] if len(self.shape) == 2 else 1
         rows = self.numel // max(columns, 1)
         step = max(BLOCK // max(columns, 1), 1)
-        finetuned, base = self._flat()
+        delta = self._reader()
         for start in range(0, rows, step):
             part = slice(start * columns, min(start + step, rows) * columns)
-            delta = finetuned[part].cpu().float() - base[part].cpu().float()
-            yield start, delta.view(-1, columns)
+            yield start, delta(part).view(-1, columns)
 
-    def _flat(self) -> tuple[Tensor, Tensor]:
-        """Both, whole and one-dimensional."""
-        return whole(self.finetuned).reshape(-1), whole(self.base).reshape(-1)
+    def _reader(self) -> Callable[[slice], Tensor]:
+        """Gives theta - theta_0 at a range of flat positions; of tensors in shards their difference is gathered now."""
+        if in_shards(self.finetuned):
+            delta = whole(self.finetuned.float() - self.base.float()).reshape(-1)
+            return lambda part: delta[part].cpu()
+        return lambda part: self.finetuned[part].cpu().float() - self.base[part].cpu().float()
 
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.
