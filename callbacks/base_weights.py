@@ -154,19 +154,6 @@ def has_weights(module: pl.LightningModule) -> bool:
     return bool(parameters) and not any(p.is_meta or isinstance(p, torch.nn.UninitializedParameter) for p in parameters)
 
 
-def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load ModelCheckpoint's best weights into the module.
-
-    Raises:
-        ValueError: no ModelCheckpoint kept one.
-    """
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
-    checkpoint = trainer.strategy.load_checkpoint(path)
-    module.load_state_dict(checkpoint["state_dict"])
-
-
 @torch.no_grad()
 def _swap(a: Tensor, b: Tensor) -> None:
     kept = a.detach().clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +13,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.atomic import check_writable
 from dpp_lightning.callbacks.adapters import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, load_best, new_names
-from dpp_lightning.callbacks.calibration_data import labelled_loader
-from dpp_lightning.callbacks.passes import ForwardFn, Passes, check_callable, read_monitor
+from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.best_weights import best_weights
+from dpp_lightning.callbacks.passes import ForwardFn, check_logged, read_monitor
 from dpp_lightning.callbacks.prune_run import PruneRun
-from dpp_lightning.callbacks.settings import LAST_HIDDEN, check_settings, check_shared, listed
+from dpp_lightning.callbacks.settings import check_settings, check_shared, check_trainer, listed, output_layer
 from dpp_lightning.callbacks.watching import Log, Watcher
 from dpp_lightning.experiment import Result
-from dpp_lightning.methods import get_method
-from dpp_lightning.names import buffer_names, canonical_tensors, without_adapters
+from dpp_lightning.names import buffer_names, canonical_tensors
 from dpp_lightning.outputs import Measure, resolve_layer
 from dpp_lightning.scope import Scope
 from dpp_lightning.shards import reshard
-from dpp_lightning.strategies import refuse_deepspeed
 
 
 class DeltaPruneCallback(pl.Callback):
@@ -72,10 +70,15 @@ class DeltaPruneCallback(pl.Callback):
             its own parameters A and B, whose base is zero, saved also as a PEFT folder ``adapter`` inside the delta's;
             ``merged`` the dense delta scaling B A of each adapted weight, which fits the plain base.
 
+    Attributes:
+        results: a row for the base, the fine-tuned and each pruned model. Where the trainer starts the ranks itself
+            (``ddp_fork``, ``ddp_spawn``) they stay there: read ``results.jsonl``, or ``trainer.callback_metrics``.
+
     Raises:
         ValueError: at construction or before training starts: a rate outside [0, 1), an unknown method, settings that
             contradict each other, a monitor that is not logged, no validation data, an output folder that cannot be
-            written, weights that cannot be pruned, a base that is not the one training started from.
+            written, weights that cannot be pruned, a strategy that hides them (DeepSpeed, FSDP1) or lets ranks share
+            their memory, a base that is not the one training started from.
     """
 
     def __init__(
@@ -135,26 +138,18 @@ class DeltaPruneCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check all that can be checked, and take the base's weights where they exist by now."""
-        if stage == "predict" or (self._fitted and stage != "fit"):
+        # of a fit in spawned processes the trainer's launcher alone knows afterwards
+        spawned = getattr(getattr(trainer.strategy, "launcher", None), "_already_fit", False)
+        if stage == "predict" or (stage != "fit" and (self._fitted or spawned)):
+            self._fitted = self._fitted or spawned
             return
-        refuse_deepspeed(trainer, "DeltaPruneCallback")
+        check_trainer(self, trainer, pl_module, stage)
         self._fitted = self._fitted or stage == "fit"
         self._base, self._restored, self._monitor_seen, self._running, self._pruning = None, None, False, False, False
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
         if stage == "fit":
             self.results = []
-        if stage == "fit" and not trainer.enable_validation:
-            raise ValueError(
-                "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
-                "validation data and a validation_step, with limit_val_batches above 0"
-            )
-        if stage == "fit" and self.ckpt == "best" and trainer.checkpoint_callback is None:
-            raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
-        if self.forward_fn is None and any(get_method(name).fitted == "learned" for name in self.methods):
-            check_callable(pl_module)
-        if self.objective == "metric":
-            labelled_loader(trainer, self.calibration_dataloader)
         self._folder = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
         if trainer.is_global_zero:
             check_writable(self._folder)
@@ -186,12 +181,17 @@ class DeltaPruneCallback(pl.Callback):
         assert self._base is not None
         reshard(pl_module)
         check_shared(self, pl_module)
-        self._base.adopt_optimizer_copies(pl_module, trainer.optimizers)
+        known = self._restored is not None
+        self._base.adopt_optimizer_copies(pl_module, trainer.optimizers, verified=known)
         self._base.settle(pl_module)
         with self._seen(pl_module) as base:
             self._check_base(trainer, pl_module, base)
         if not self._monitor_seen:
-            self._check_monitor(trainer)
+            self._running = True
+            try:
+                check_logged(trainer, self.monitor)
+            finally:
+                self._running = False
 
     def state_dict(self) -> dict[str, Any]:
         """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
@@ -205,16 +205,10 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
-        last = None
         reshard(pl_module)
-        if self.ckpt == "best":
-            last = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-            load_best(trainer, pl_module)
-        try:
+        best = self.ckpt == "best"
+        with best_weights(trainer, pl_module, keep=self.apply) if best else nullcontext():
             self._run(trainer, pl_module)
-        finally:
-            if last is not None and not self.apply:
-                pl_module.load_state_dict(last)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """``Trainer.validate`` on a fine-tuned checkpoint: the same table without training."""
@@ -296,28 +290,9 @@ class DeltaPruneCallback(pl.Callback):
                 "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
             )
 
-    def _check_monitor(self, trainer: pl.Trainer) -> None:
-        """One validation batch of its own, where the sanity check was off or a resumed fit skipped it."""
-        limit = trainer.limit_val_batches
-        trainer.limit_val_batches = 1
-        self._running = True
-        try:
-            Passes(trainer, self.monitor).score()
-        finally:
-            trainer.limit_val_batches = limit
-            self._running = False
-
     def layer(self, module: pl.LightningModule) -> str | None:
         """Name of the submodule whose output is compared; None for the last with parameters."""
-        if self.output_layer != LAST_HIDDEN:
-            return self.output_layer
-        if not isinstance(getattr(module, "output_layer", None), str):
-            raise ValueError(
-                f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
-                f"which {type(module).__name__} has not; name the submodule itself"
-            )
-        told = str(module.output_layer)
-        return told if told in dict(module.named_modules()) else without_adapters(told)
+        return output_layer(self.output_layer, module)
 
     def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
         """The scope with buffers and the heads that were new in this training carried."""

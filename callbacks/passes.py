@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from dpp_lightning.activations import InputStatistics, collected_inputs
 from dpp_lightning.batch_learner import BatchLearner
+from dpp_lightning.callbacks.in_place import OneBatch, metrics_kept, quiet, reading
 from dpp_lightning.outputs import Reduce, recorded_outputs
 from dpp_lightning.shards import reshard
 
@@ -147,7 +148,7 @@ class Passes:
         """One pass; returns the metrics as callbacks see them."""
         trainer = self.trainer
         loop = trainer.test_loop if self.testing else trainer.validate_loop
-        with isolate_rng(), _metrics_kept(trainer), _quiet(trainer, loop, self.testing), _data(trainer, loop, loader):
+        with isolate_rng(), metrics_kept(trainer), quiet(trainer, loop, self.testing), reading(trainer, loop, loader):
             loop.run()
             metrics = dict(trainer.callback_metrics)
             loop.teardown()
@@ -172,19 +173,6 @@ def _logits(module: pl.LightningModule, batch: Any) -> Tensor:
     return output
 
 
-class OneBatch(Sized):
-    """A loader of one ready batch: an iterable that is no DataLoader, so no sampler is put into it."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self.batch])
-
-
 def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
     """The value of a metric, also where several loaders gave it a suffix (the first loader's then).
 
@@ -200,58 +188,15 @@ def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
     )
 
 
-@contextmanager
-def _metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
-    """Empty the trainer's metrics for one pass and give them back after it."""
-    live: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
-    kept = [(metrics, dict(metrics)) for metrics in live]
-    for metrics, _ in kept:
-        metrics.clear()
-    try:
-        yield
-    finally:
-        for metrics, before in kept:
-            metrics.clear()
-            metrics.update(before)
+def check_logged(trainer: pl.Trainer, monitor: str) -> None:
+    """One validation batch, to see that the score is logged: the sanity check may be off, a resumed fit skips it.
 
-
-@contextmanager
-def _quiet(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
-    """Put the trainer into its evaluating state, with loggers, printing and progress bar off, and back.
-
-    The loop may be inside a pass of the user's own (``Trainer.validate``): it gets results and a record of the modules'
-    training mode of its own, so that those of the outer pass survive.
+    Raises:
+        ValueError: it is not.
     """
-    saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
-    bar = trainer.progress_bar_callback
-    bar_was_on = bool(getattr(bar, "is_enabled", bar is not None))
-    if bar is not None:
-        bar.disable()
-    loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)
-    trainer.state.fn = TrainerFn.TESTING if testing else TrainerFn.VALIDATING
-    trainer.state.stage = RunningStage.TESTING if testing else RunningStage.VALIDATING
-    loop.verbose, trainer.loggers = False, []
+    limit = trainer.limit_val_batches
+    trainer.limit_val_batches = 1
     try:
-        yield
+        Passes(trainer, monitor).score()
     finally:
-        trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results = saved
-        if bar is not None and bar_was_on:
-            bar.enable()
-
-
-@contextmanager
-def _data(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[None]:
-    """Let the loop read another loader, whole, in place of its own."""
-    if loader is None:
-        yield
-        return
-    source, limit = loop._data_source, "limit_test_batches" if trainer.testing else "limit_val_batches"
-    saved = (source.instance, getattr(trainer, limit))
-    source.instance = loader
-    setattr(trainer, limit, 1.0)
-    try:
-        yield
-    finally:
-        source.instance = saved[0]
-        setattr(trainer, limit, saved[1])
-        loop._combined_loader = None
+        trainer.limit_val_batches = limit

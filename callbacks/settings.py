@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 from torch import nn
 
+from dpp_lightning.callbacks.calibration_data import labelled_loader
+from dpp_lightning.callbacks.passes import check_callable
 from dpp_lightning.methods import METHODS, get_method
+from dpp_lightning.names import without_adapters
 from dpp_lightning.outputs import MEASURES
 from dpp_lightning.sampling import exact_rate, stream_key
 from dpp_lightning.shards import in_shards
+from dpp_lightning.strategies import refuse_flat, refuse_fsdp1, refuse_one_memory
 from dpp_lightning.value_code import DTYPES
 
 if TYPE_CHECKING:
@@ -73,11 +78,54 @@ def check_shared(settings: DeltaPruneCallback, module: nn.Module) -> None:
     """
     if not any(in_shards(p) for p in module.parameters()):
         return
-    if settings.ckpt == "best":
-        raise ValueError("ckpt='best' is not possible with parameters in shards: take 'last', then dpp prune the file")
     for name in settings.methods:
         if get_method(name).fitted == "learned":
             raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
+
+
+def check_trainer(settings: DeltaPruneCallback, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    """Refuse a trainer or module that the job cannot be done in.
+
+    Args:
+        settings: the callback.
+        trainer, module: as in ``setup``.
+        stage: ``fit``, ``validate`` or ``test``.
+
+    Raises:
+        ValueError: a strategy without the parameters as they are, nothing to validate, no ModelCheckpoint for the best
+            weights, no gradients or no labels where a method needs them.
+    """
+    refuse_flat(trainer, "DeltaPruneCallback")
+    refuse_fsdp1(trainer, "DeltaPruneCallback")
+    refuse_one_memory(trainer)
+    if stage == "fit" and not trainer.enable_validation:
+        raise ValueError(
+            "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
+            "validation data and a validation_step, with limit_val_batches above 0"
+        )
+    if stage == "fit" and settings.ckpt == "best" and trainer.checkpoint_callback is None:
+        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
+    if settings.forward_fn is None and any(get_method(name).fitted == "learned" for name in settings.methods):
+        check_callable(module)
+    if settings.objective == "metric":
+        labelled_loader(trainer, settings.calibration_dataloader)
+
+
+def output_layer(setting: str | None, module: nn.Module) -> str | None:
+    """Name of the submodule whose output is compared; None for the last with parameters.
+
+    Raises:
+        ValueError: ``last_hidden``, of a module that does not tell which one that is.
+    """
+    if setting != LAST_HIDDEN:
+        return setting
+    if not isinstance(getattr(module, "output_layer", None), str):
+        raise ValueError(
+            f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
+            f"which {type(module).__name__} has not; name the submodule itself"
+        )
+    told = str(module.output_layer)
+    return told if told in dict(module.named_modules()) else without_adapters(told)
 
 
 def _method_faults(settings: DeltaPruneCallback) -> list[str]:

@@ -1,4 +1,4 @@
-"""What training with AdamR takes on each device, and what the callback has to move, planned from a model's size.
+"""What training with AdamR takes on each device, and what the callback moves, computed from a model's size.
 
 Plain arithmetic, without torch. Counted is what follows from the number of parameters: weights, gradients, Adam's two
 moments, θ0, and the layers that FSDP2 has whole at a time. Activations, logits, the allocator's own losses, scratch of
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import ceil, floor, isfinite
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -19,7 +20,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 GIB = 2**30
 BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
-POSITION_BYTES = 4  # int32, as SparseTensor holds positions in tensors of less than 2**31 entries
+GATHERS = 4  # of all weights once in a run: theta_0 three times and theta once, for their fingerprints
+LOOKS = 3  # at the delta, for one pruned model that a selection ranks
+READS = 3  # of the kept entries of one pruned model: theta and theta_0 as it is drawn, theta_0 as it is applied
 
 
 class ModelShape(NamedTuple):
@@ -42,14 +45,15 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, all of them; the first five on the fullest device.
+    """Bytes, all of them, whole numbers >= 0; the first five on the fullest device.
 
     Attributes:
         weights, gradients, moments, theta0: this device's share.
         gathered: at most, of layers held whole beside the shares; 0 on one device.
-        callback_once: planned, what rank 0 receives to see all of θ and θ0.
-        callback_host: planned, θ and θ0 whole on rank 0, in host memory or mapped from files.
-        callback_each: planned, what every other device receives for one pruned model.
+        callback_once: that every device receives once in a run of the callback, for fingerprints; 0 on one device, as
+            the two below.
+        callback_look: that every device receives for one look at the delta.
+        callback_kept: that every device receives for the kept entries of one pruned model.
     """
 
     weights: int
@@ -58,13 +62,18 @@ class MemoryPlan:
     theta0: int
     gathered: int
     callback_once: int
-    callback_host: int
-    callback_each: int
+    callback_look: int
+    callback_kept: int
 
     @property
     def total(self) -> int:
         """Bytes on a device at the peak of the backward pass, without activations."""
         return self.weights + self.gradients + self.moments + self.theta0 + self.gathered
+
+    @property
+    def callback_ranked(self) -> int:
+        """Bytes that every device receives for one pruned model of a selection that looks at the delta three times."""
+        return LOOKS * self.callback_look + self.callback_kept
 
 
 def plan_memory(
@@ -91,15 +100,23 @@ def plan_memory(
     bfloat16; any other puts an error of up to |θ0| / 256 on what the decay pulls toward. The callback then keeps a θ0
     of its own in the weights' dtype, which is not counted; nor is, on a GPU, one parameter's shard that L2 casts.
 
-    The callback's numbers are planned too, at the least: to rank entries, rank 0 must see all of θ and θ0 once a run
-    and keep both off the device (as often as it gathers them anew, on as many ranks, as many times that), and the kept
-    entries of every pruned model go to the other ranks, position and value. A selection that follows from a seed
-    needs no gathering and no positions. Under DDP every rank prunes its own whole copy and nothing is moved. The
-    forward passes that score a model gather its blocks as training does, which is not counted.
+    The callback's numbers are what every device receives in collectives. A gather brings it (N - 1) / N of the whole;
+    where a tensor's first dimension does not divide, less than N - 1 of its rows more. In a run θ0 is gathered three
+    times (before training, for the rows' identity, for the deltas) and θ once, in the weights' dtype; carried tensors
+    are left out of θ0, and gathered for every pruned model instead. A selection by seed gathers nothing else. One by
+    rank gathers the delta in float32 at each look: three for a pruned model, whatever its budget; a fourth with
+    ``importance`` where some 0 < |delta| < 2**-133; at the blocks' linear maps two more with ``owl``, four with ``dp``.
+    The kept values are summed over the devices, which in a ring brings each 2 (N - 1) / N of their bytes: for θ and θ0
+    as the model is drawn (θ0 alone with ``importance``, twice with ``struct-dare``), and for θ0 whenever it is applied:
+    once to be scored, as counted, once more for every number that a search tries. Positions are never sent. Not counted
+    are fits by layer or partition, and the forward passes that score a model. Under DDP nothing is moved.
+
+    Of memory the callback takes, on every device, one whole tensor at a time, at most the largest parameter in float32,
+    and what the delta at hand keeps and carries; on the host the kept positions (int32).
 
     Args:
         parameters: of the model, > 0.
-        devices: that the model is sharded over, >= 1; no replicas.
+        devices: N that the model is sharded over, >= 1; no replicas.
         weights: dtype of parameters, gradients, moments and kept values.
         theta0: dtype of θ0; None that of the weights.
         compute: dtype of gathered blocks and of their gradients before the reduce-scatter: ``param_dtype`` of
@@ -116,7 +133,7 @@ def plan_memory(
     _check(parameters, devices, blocks, outside, unit, pruning_rate)
     size, size0, size_whole = (_bytes(weights if name is None else name) for name in (weights, theta0, compute))
     entries = ceil(parameters)
-    share = -(-entries // devices)
+    share, others = -(-entries // devices), devices - 1
     largest = ceil((parameters - outside) / blocks if unit is None else unit)
     whole = size_whole * (min(blocks, 3) * largest + 2 * ceil(outside)) + size * largest
     kept = entries - floor(Fraction(str(pruning_rate)) * entries)
@@ -126,9 +143,9 @@ def plan_memory(
         moments=2 * share * size,
         theta0=share * size0,
         gathered=whole if devices > 1 else 0,
-        callback_once=(entries - share) * (size + size0),
-        callback_host=entries * (size + size0),
-        callback_each=kept * (POSITION_BYTES + size) if devices > 1 else 0,
+        callback_once=GATHERS * others * share * size,
+        callback_look=others * share * BYTES["float32"],
+        callback_kept=READS * 2 * others * -(-kept // devices) * size,
     )
 
 
@@ -152,36 +169,29 @@ def table(
     """
     head = (
         "| model | devices | weights | gradients | Adam's moments | θ0, float32 / bfloat16 | gathered "
-        "| **total**, θ0 float32 / bfloat16 | callback: to rank 0, once | to each other device, a pruned model |"
+        "| **total**, θ0 float32 / bfloat16 | callback: received once a run | a pruned model, by seed / by rank |"
     )
     lines = [head, "|---" * 10 + "|"]
-    for label, shape in models.items():
+    for label, (parameters, blocks, outside) in models.items():
         for count in devices:
+            plan = partial(plan_memory, parameters, count, weights=weights, compute=compute, blocks=blocks)
             wide, narrow = (
-                plan_memory(
-                    shape.parameters,
-                    count,
-                    weights=weights,
-                    theta0=theta0,
-                    compute=compute,
-                    blocks=shape.blocks,
-                    outside=shape.outside,
-                    pruning_rate=pruning_rate,
-                )
-                for theta0 in ("float32", "bfloat16")
+                plan(theta0=theta0, outside=outside, pruning_rate=pruning_rate) for theta0 in ("float32", "bfloat16")
             )
-            cells = [
-                label,
-                str(count),
-                *(_gib(size) for size in (wide.weights, wide.gradients, wide.moments)),
-                f"{_gib(wide.theta0)} / {_gib(narrow.theta0)}",
-                _gib(wide.gathered),
-                f"**{_gib(wide.total)}** / {_gib(narrow.total)}",
-                _gib(wide.callback_once),
-                _gib(wide.callback_each),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(f"| {label} | {count} | {' | '.join(_cells(wide, narrow))} |")
     return "\n".join(lines)
+
+
+def _cells(wide: MemoryPlan, narrow: MemoryPlan) -> list[str]:
+    """The numbers of a row in GiB, from the plans with θ0 in float32 and in bfloat16."""
+    return [
+        *(_gib(size) for size in (wide.weights, wide.gradients, wide.moments)),
+        f"{_gib(wide.theta0)} / {_gib(narrow.theta0)}",
+        _gib(wide.gathered),
+        f"**{_gib(wide.total)}** / {_gib(narrow.total)}",
+        _gib(wide.callback_once),
+        f"{_gib(wide.callback_kept)} / {_gib(wide.callback_ranked)}",
+    ]
 
 
 def _check(

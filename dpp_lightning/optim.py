@@ -63,8 +63,8 @@ class AdamR(Optimizer):
             settings, which are the saved ones: a rounded θ0 is never made wide again, as it would look exact.
 
     Raises:
-        ValueError: a setting outside its range, a parameter that is complex or on the meta device, or (when loading) a
-            state dict without θ0.
+        ValueError: a setting outside its range, a parameter that is complex, on the meta device or a flat one of FSDP1,
+            or (when loading) a state dict without θ0.
         RuntimeError: in ``step``, a sparse or complex gradient; nothing has been changed then.
     """
 
@@ -205,6 +205,10 @@ def check_settings(group: dict[str, Any]) -> None:
 
 def check_parameter(p: Tensor) -> None:
     """Raise ValueError for a parameter whose θ0 or moments cannot be kept."""
+    if getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            "AdamR got a flat parameter of FSDP1, padded pieces of many: set use_orig_params=True or take FSDP2Strategy"
+        )
     if p.is_complex() or p.is_meta:
         raise ValueError(
             f"AdamR copies real values when it is made, got a parameter of {p.dtype} and shape {tuple(p.shape)} on "

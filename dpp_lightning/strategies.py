@@ -1,7 +1,9 @@
-"""Strategies of Lightning for deltas: FSDP2 over all devices; and the one that cannot work."""
+"""Strategies of Lightning for deltas: FSDP2 over all devices; and those that cannot work."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+_CURE = "trainer.strategy ddp, or FSDP2Strategy (--config fsdp.yaml), which shards as ZeRO stage 3 does"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -30,8 +32,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-def refuse_deepspeed(trainer: Trainer, what: str) -> None:
-    """Refuse DeepSpeed, which hands an optimizer flat padded pieces of all parameters together: which entry is whose is
+def refuse_flat(trainer: Trainer, what: str) -> None:
+    """Refuse strategies that hand an optimizer flat padded pieces of many parameters together: which entry is whose is
     lost, and with it theta_0 of a parameter and the mean over entries.
 
     Args:
@@ -39,10 +41,48 @@ def refuse_deepspeed(trainer: Trainer, what: str) -> None:
         what: needs the parameters as they are.
 
     Raises:
+        ValueError: DeepSpeed, or FSDP1 with ``use_orig_params=False``; with the strategies that work.
+    """
+    strategy = trainer.strategy
+    flat = isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True)
+    if flat or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"{what} needs the parameters as they are, but {type(strategy).__name__}"
+            f"{'(use_orig_params=False)' if flat else ''} keeps them in flat padded pieces: take {_CURE}"
+        )
+
+
+def refuse_fsdp1(trainer: Trainer, what: str) -> None:
+    """Refuse FSDP1, which leaves a rank flat parts of parameters that nothing tells the places of.
+
+    Args:
+        trainer: whose strategy it is.
+        what: needs to know the places.
+
+    Raises:
         ValueError: as said, with the strategies that work.
     """
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
-            f"{what} needs the parameters as they are, but DeepSpeedStrategy keeps them in flat padded pieces: take "
-            "trainer.strategy ddp, or FSDP2Strategy (--config fsdp.yaml), which shards as ZeRO stage 3 does"
+            f"{what} needs to know the places of a parameter's entries, but {type(trainer.strategy).__name__} (FSDP1) "
+            f"flattens its parts: take {_CURE}"
+        )
+
+
+def refuse_one_memory(trainer: Trainer) -> None:
+    """Refuse ranks that a fork server starts on the CPU: Lightning hands them the weights in memory that they share, so
+    each step of a rank is a step of all, and what one rank prunes another trains (seen with Lightning 2.6).
+
+    Args:
+        trainer: whose strategy it is.
+
+    Raises:
+        ValueError: as said, with the strategies that work.
+    """
+    strategy = trainer.strategy
+    method = getattr(strategy, "_start_method", None)
+    if method == "forkserver" and trainer.world_size > 1 and strategy.root_device.type == "cpu":
+        raise ValueError(
+            f"{type(strategy).__name__}(start_method='forkserver') lets all ranks on a CPU train the same memory: take "
+            "start_method spawn (strategy ddp_spawn) or fork (ddp_fork), or trainer.strategy ddp"
         )

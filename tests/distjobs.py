@@ -9,6 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+_SLOW_IMPORTS = (
+    "dpp_lightning.tasks.glue",
+    "dpp_lightning.tasks.causal_lm",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+
 
 def run(job, world, *arguments, nodes=1, lightning=False):
     """What an importable function returns on every rank, by rank.
@@ -20,7 +27,7 @@ def run(job, world, *arguments, nodes=1, lightning=False):
         nodes: how many nodes the ranks pretend to be on.
         lightning: leave the process group to Lightning.
     """
-    multiprocessing.set_forkserver_preload(["distjobs", "lightning.pytorch", "dpp_lightning.optim", "distcases"])
+    multiprocessing.set_forkserver_preload(["distjobs", "distcases", "strategycases", *_SLOW_IMPORTS])
     with multiprocessing.get_context("forkserver").Manager() as manager:
         results = manager.dict()
         settings = (world, _free_port(), job, arguments, results, nodes, lightning)

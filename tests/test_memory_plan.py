@@ -1,20 +1,25 @@
-"""The memory plan adds up, scales as shares do, and is what AdamR really holds, whole and in shards."""
+"""The memory plan adds up, scales as shares do, and is what AdamR really holds and what the callback really moves."""
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+import distcases
 import distjobs
 import pytest
+import strategycases
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpp_lightning.memory_plan import GIB, MODELS, ModelShape, plan_memory, table
+from dpp_lightning import prune
+from dpp_lightning.memory_plan import GATHERS, GIB, LOOKS, MODELS, READS, ModelShape, plan_memory, table
 from dpp_lightning.optim import AdamR
 
 README = Path(__file__).parent.parent / "README.md"
@@ -103,16 +108,125 @@ def test_uneven_shares_are_those_of_the_fullest_device():
     assert (plan.weights, plan.moments) == (3 * 4, 3 * 8)
 
 
-def test_the_callback_moves_what_rank_0_lacks_and_what_is_kept():
+def test_what_the_callback_moves_is_the_part_that_a_device_lacks():
     plan = plan_memory(1000, 4, theta0="bfloat16", pruning_rate=0.9)
-    assert plan.callback_host == 1000 * (4 + 2)
-    assert plan.callback_once == 750 * (4 + 2)
-    assert plan.callback_each == 100 * (4 + 4)
-    assert plan_memory(1000, 4, weights="bfloat16", pruning_rate=0.9).callback_each == 100 * (4 + 2)
-    assert plan_memory(100, 4, pruning_rate=0.29).callback_each == 71 * 8  # in exact decimals
-    assert plan_memory(1001, 4, pruning_rate=0.9).callback_each == 101 * 8  # n - floor(p n)
+    assert plan.callback_once == GATHERS * 750 * 4
+    assert plan.callback_look == 750 * 4
+    assert plan.callback_kept == READS * 2 * 75 * 4  # what is kept, there and back round the ring
+    assert plan.callback_ranked == LOOKS * plan.callback_look + plan.callback_kept
+    narrow = plan_memory(1000, 4, weights="bfloat16", pruning_rate=0.9)
+    assert (narrow.callback_once, narrow.callback_look) == (plan.callback_once / 2, plan.callback_look)
+    assert narrow.callback_kept == plan.callback_kept / 2
+    assert plan_memory(100, 71, pruning_rate=0.29).callback_kept == READS * 2 * 70 * 4  # 71 kept, in exact decimals
+    assert plan_memory(1001, 101, pruning_rate=0.9).callback_kept == READS * 2 * 100 * 4  # 101 = n - floor(p n)
     alone = plan_memory(1000, 1)
-    assert (alone.callback_once, alone.callback_each, alone.callback_host) == (0, 0, 8000)
+    assert (alone.callback_once, alone.callback_look, alone.callback_kept, alone.callback_ranked) == (0, 0, 0, 0)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank receives in DTensor's gathers, by dtype, and for kept entries, as a ring would send them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathered, self.kept = Counter(), 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it calls comes here again
+        name, world = func._schema.name, dist.get_world_size() if dist.is_initialized() else 1
+        if name == "_c10d_functional::all_gather_into_tensor":
+            self.gathered[args[0].dtype] += (world - 1) * local_bytes(args[0])
+        elif name == "c10d::allreduce_" and args[0][0].dtype == torch.uint8:
+            self.kept += 2 * (world - 1) / world * local_bytes(args[0][0])
+        return func(*args, **(kwargs or {}))
+
+
+def even_net():
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+def pruning_traffic(make, dtype, method, settings, least=None):
+    """What one drawn and once applied delta of two nets in shards moves; all in their dtype but the looks' float32."""
+    torch.manual_seed(0)
+    nets = [distcases.share(make().to(dtype), "fsdp2")[0] for _ in range(2)]
+    with torch.no_grad():
+        for p in nets[1].parameters():
+            p.mul_(1.25)
+        if least is not None:
+            for net, value in zip(nets, (0.0, least), strict=True):
+                net[0].weight.to_local()[0, 0] = value
+    with Traffic() as traffic:
+        delta = prune(*nets, method, 0.9, **settings)
+        with delta.applied(nets[0], force=True):
+            pass
+    return dict(traffic.gathered), traffic.kept, delta.num_kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "settings", "looks", "reads"),
+    [
+        ("dare", {}, 0, READS),
+        ("magnitude", {}, LOOKS, READS),
+        ("magnitude", {"budget": "model"}, LOOKS, READS),
+        ("importance", {}, LOOKS, READS - 1),
+        ("importance", {"budget": "tensor"}, LOOKS, READS - 1),
+    ],
+)
+def test_two_ranks_receive_for_a_pruned_model_what_is_planned(method, settings, looks, reads, dtype):
+    plan = plan_memory(114, 2, weights=dtype, pruning_rate=0.9)
+    own = getattr(torch, dtype)
+    expected = Counter({own: plan.callback_once // GATHERS})  # the delta's own; the others are the run's
+    expected += Counter({torch.float32: looks * plan.callback_look})
+    for gathered, kept, count in distjobs.run(pruning_traffic, 2, even_net, own, method, settings).values():
+        assert gathered == expected
+        assert kept == reads * count * own.itemsize
+        assert method != "magnitude" or kept == plan.callback_kept
+
+
+@pytest.mark.parametrize(("least", "looks"), [(2.0**-133, LOOKS), (2.0**-134, LOOKS + 1)])
+def test_importance_looks_once_more_where_a_delta_is_next_to_nothing(least, looks):
+    plan = plan_memory(114, 2)
+    for gathered, _, _ in distjobs.run(pruning_traffic, 2, even_net, torch.float32, "importance", {}, least).values():
+        assert gathered == {torch.float32: plan.callback_once // GATHERS + looks * plan.callback_look}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_uneven_shards_cost_less_than_a_row_of_each_tensor_for_each_other_rank(world):
+    net = distcases.make_net()
+    plan = plan_memory(sum(p.numel() for p in net.parameters()), world, pruning_rate=0.9)
+    rows = sum(p[0].numel() for p in net.parameters())
+    for gathered, kept, count in distjobs.run(
+        pruning_traffic, world, distcases.make_net, torch.float32, "magnitude", {}
+    ).values():
+        more = gathered[torch.float32] - plan.callback_once // GATHERS - LOOKS * plan.callback_look
+        assert abs(more) < (1 + LOOKS) * 4 * (world - 1) * rows
+        assert kept == pytest.approx(READS * 4 * count * 2 * (world - 1) / world)
+
+
+def fitting_traffic(folder, carry):
+    """What a fit with the callback moves, with the entries of the model and of its carried bias."""
+    module = strategycases.Shared()
+    module.net[5] = nn.Linear(64, 4)
+    delta = strategycases.prune(folder, method=["dare", "darex-q", "magnitude"], calibration_samples=8, carry=carry)
+    trainer = strategycases.make_trainer("fsdp2", [delta], enable_checkpointing=False, max_epochs=1)
+    with Traffic() as traffic:
+        trainer.fit(module, datamodule=strategycases.Data())
+    rows = [row for row in delta.results if row.pruning_rate is not None]
+    kept = [(row.num_kept, row.forwards) for row in rows]
+    return dict(traffic.gathered), traffic.kept, kept, sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("carried", [0, 4])
+def test_a_fit_with_the_callback_moves_what_is_planned(tmp_path, carried):
+    found = distjobs.run(fitting_traffic, 2, str(tmp_path), ("*5.bias",) if carried else (), lightning=True)
+    for gathered, traffic, kept, entries in found.values():
+        plan = plan_memory(entries, 2)
+        expected = plan.callback_once + LOOKS * plan.callback_look
+        expected += (len(kept) - (GATHERS - 1) - LOOKS) * carried // 2 * 4  # whole for each model, else not
+        assert gathered == {torch.float32: expected}
+        assert traffic == sum(4 * count * (READS + tried) for count, tried in kept)
+        assert [tried > 0 for _, tried in kept] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +265,11 @@ def test_the_table_is_the_plans_in_gib():
     assert cells[:2] == ["7 B", "8"]
     assert float(cells[2]) == pytest.approx(plan.weights / GIB, rel=0.005)
     assert float(cells[7].split("**")[1]) == pytest.approx(plan.total / GIB, rel=0.005)
+    assert float(cells[8]) == pytest.approx(plan.callback_once / GIB, rel=0.005)
+    moved = [float(cell) for cell in cells[9].split(" / ")]
+    assert moved == pytest.approx([plan.callback_kept / GIB, plan.callback_ranked / GIB], rel=0.005)
     assert table({"x": ModelShape(GIB / 4, 1)}, [1]).splitlines()[-1] == (
-        "| x | 1 | 1.00 | 1.00 | 2.00 | 1.00 / 0.50 | 0 | **5.00** / 4.50 | 0 | 0 |"
+        "| x | 1 | 1.00 | 1.00 | 2.00 | 1.00 / 0.50 | 0 | **5.00** / 4.50 | 0 | 0 / 0 |"
     )
 
 

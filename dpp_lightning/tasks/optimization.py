@@ -14,7 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from dpp_lightning.names import without_wrappers
 from dpp_lightning.optim import AdamR
-from dpp_lightning.strategies import refuse_flat
+from dpp_lightning.strategies import refuse_flat, refuse_one_memory
 
 Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 
@@ -73,8 +73,10 @@ def with_schedule(
         warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
 
     Raises:
-        ValueError: AdamR under DeepSpeed, or under FSDP1 with ``use_orig_params=False``.
+        ValueError: AdamR under DeepSpeed, or under FSDP1 with ``use_orig_params=False``; ranks that share the weights'
+            memory.
     """
+    refuse_one_memory(trainer)
     if isinstance(optimizer, AdamR):
         refuse_flat(trainer, "AdamR")
     if scheduler == "constant":
