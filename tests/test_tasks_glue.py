@@ -132,6 +132,20 @@ def sentences_of(module, name):
     return {tuple(tokens) for tokens in module.splits[name]["input_ids"]}
 
 
+def test_checkpointed_gradients_are_the_same_and_blocks_run_twice(base):
+    gradients, calls = [], []
+    for again in (False, True):
+        module = make_module("sst2", base, gradient_checkpointing=again)
+        count = []
+        module.model.bert.encoder.layer[0].intermediate.register_forward_hook(lambda *_, c=count: c.append(1))
+        torch.manual_seed(0)  # dropout
+        module({"input_ids": torch.arange(12).view(2, 6)}).square().sum().backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert all(torch.allclose(gradients[1][name], tensor, atol=1e-6) for name, tensor in gradients[0].items())
+
+
 def test_train_is_cut_into_disjoint_parts_that_depend_on_the_split_seed_alone(base, tmp_path):
     path = make_data(tmp_path, "cola", n_train=200)
     first = data_module(path, "cola", base)

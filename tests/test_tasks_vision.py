@@ -41,6 +41,21 @@ def base(tmp_path):
     return str(path)
 
 
+def test_checkpointed_gradients_are_the_same_and_blocks_run_twice(base):
+    gradients, calls = [], []
+    for again in (False, True):
+        module = VisionModule(VIT, 5, base, TINY, seed=0, gradient_checkpointing=again)
+        count = []
+        module.model.blocks[0].mlp.fc1.register_forward_hook(lambda *_, count=count: count.append(1))
+        module(torch.ones(2, 1, 8, 8)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert all(torch.allclose(gradients[1][name], tensor, atol=1e-6) for name, tensor in gradients[0].items())
+    with pytest.raises(ValueError, match="TwoLayer cannot do it"):
+        VisionModule("two_layer", 5, gradient_checkpointing=True)
+
+
 # ---------------------------------------------------------------- bases
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
 from dpp_lightning.outputs import resolve_layer
+from dpp_lightning.tasks.activation_checkpointing import checkpoint_activations
 from dpp_lightning.tasks.causal_scores import CausalScores, answer_loss, final_answers
 from dpp_lightning.tasks.generation import generate_texts
 from dpp_lightning.tasks.instruction_data import InstructionDataModule
@@ -100,9 +101,7 @@ class CausalLMModule(LightningModule):
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=source or "main")
         model = _load(pretrained, revision, dtype, attention)
         if gradient_checkpointing:
-            # transformers renames it, and will drop the older name
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         layer = _last_hidden_layer(model)
         self.model: nn.Module = model
         if self.lora is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.activation_checkpointing import checkpoint_activations
 from dpp_lightning.tasks.glue_data import GLUEDataModule
 from dpp_lightning.tasks.glue_scores import GLUEScores, glue_loss, glue_prediction
 from dpp_lightning.tasks.glue_tasks import glue_task
@@ -40,14 +41,15 @@ class GLUEModule(LightningModule):
         warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
         seed: of the new head, of adapters and of dropout; by default the one of ``seed_everything``, else 0.
         lora: train adapters and the new head, with the base frozen; by default everything is trained.
+        gradient_checkpointing: compute activations twice to save memory.
 
     Attributes:
         new_parameter_names: parameters that no file of the base holds, e.g. ``model.classifier.weight``.
         output_layer: submodule whose output is the last hidden representation, e.g. ``model.bert.encoder.layer.11``.
 
     Raises:
-        ValueError: an unknown task, a base that lacks more than whole parts such as head and pooler, or adapters for
-            layers that it has not.
+        ValueError: an unknown task, a base that lacks more than whole parts such as head and pooler or cannot compute
+            activations twice, or adapters for layers that it has not.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class GLUEModule(LightningModule):
         warmup_fraction: float = 0.06,
         seed: int | None = None,
         lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.definition = glue_task(task)
@@ -71,6 +74,8 @@ class GLUEModule(LightningModule):
         self.lora = LoRA.of(lora)
         self.hparams["lora"] = self.lora.plain() if self.lora else None  # a checkpoint holds plain values alone
         model, missing = _load(pretrained, revision, self.definition.num_labels, self.seed)
+        if gradient_checkpointing:
+            checkpoint_activations(model)
         new = {name for name, _ in model.named_parameters()} & missing
         layer = _last_hidden_layer(model)
         if self.lora is None:

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
 
 from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.activation_checkpointing import checkpoint_activations
 from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.image_transforms import data_config
 from dpp_lightning.tasks.images import ImageDataModule
@@ -50,6 +51,7 @@ class VisionModule(LightningModule):
         label_smoothing: of the training loss, in [0, 1]; of mixed labels too.
         mixup: alpha of mixup (https://arxiv.org/abs/1710.09412), whose shares are drawn from Beta(alpha, alpha) for
             each training batch; such as 0.2, and 0 for none.
+        gradient_checkpointing: compute activations twice to save memory.
         seed: of the new head and of dropout; by default the one of ``seed_everything``, else 0.
 
     Attributes:
@@ -57,7 +59,8 @@ class VisionModule(LightningModule):
         output_layer: submodule whose output goes into the head, e.g. ``model.fc_norm``.
 
     Raises:
-        ValueError: an unknown architecture, a base that is not there, or whose tensors do not fit the architecture.
+        ValueError: an unknown architecture, or one that cannot compute activations twice; a base that is not there, or
+            whose tensors do not fit the architecture.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class VisionModule(LightningModule):
         warmup_fraction: float = 0.06,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
+        gradient_checkpointing: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -91,6 +95,8 @@ class VisionModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # the new head is a function of the seed alone
             self.model, new_names = load_model(model_name, pretrained, num_classes, model_kwargs or {}, keep_head)
+        if gradient_checkpointing:
+            checkpoint_activations(self.model)
         self.new_parameter_names = tuple(f"model.{name}" for name in new_names)
         self.output_layer = f"model.{layer_before_head(self.model)}"
         self.metrics = nn.ModuleDict({split: _metrics(num_classes) for split in ("val", "test")})
