@@ -62,6 +62,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: into a folder of shards Lightning writes ``meta.pt`` last."""
+    return checkpoint.is_file() or (checkpoint / "meta.pt").is_file()
+
+
 def check_writable(folder: Path) -> None:
     """Fail now, not after hours, if nothing can be written into a folder; makes it.
 

@@ -1,9 +1,7 @@
 """The Lightning half of ``dpp``: fit, validate, test and predict on LightningCLI. Importing it imports torch."""
 
-import atexit
 import logging
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -13,17 +11,16 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
-import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
-from dpp_lightning.cli import INTERRUPTED, USAGE_ERROR
+from dpp_lightning.cli import INTERRUPTED, LOST_RANK, USAGE_ERROR, how_to_resume, lost_rank
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.adamerging import AdaMergingModule
 from dpp_lightning.tasks.causal_lm import CausalLMModule
@@ -36,21 +33,10 @@ from dpp_lightning.tasks.text_mix import TextMixDataModule
 from dpp_lightning.tasks.vision import VisionModule
 
 SHORT_NAMES = (
-    AdaMergingModule,
-    AdamR,
-    ApplyDelta,
-    CausalLMModule,
-    DeltaPruneCallback,
-    DigitsDataModule,
-    GLUEDataModule,
-    GLUEMixDataModule,
-    GLUEModule,
-    ImageDataModule,
-    InstructionDataModule,
-    TextMixDataModule,
-    VisionModule,
+    AdaMergingModule, AdamR, ApplyDelta, CausalLMModule, DeltaPruneCallback, DigitsDataModule, GLUEDataModule,
+    GLUEMixDataModule, GLUEModule, ImageDataModule, InstructionDataModule, TextMixDataModule, VisionModule,
     WritePredictions,
-)
+)  # fmt: skip
 
 TERMINATED = 143
 SHOW_TRACEBACK = "DPP_TRACEBACK"
@@ -100,15 +86,55 @@ class DPPCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
 
+    def instantiate_classes(self) -> None:
+        """With a check that the ranks go on from the same checkpoint."""
+        super().instantiate_classes()
+        self.trainer.callbacks.insert(0, SameCheckpoint(self.config[self.subcommand].get("ckpt_path")))  # type: ignore[attr-defined]
+
     def fit(self, **arguments: Any) -> None:
-        """``Trainer.fit``; one stopped by a signal says how to go on."""
+        """``Trainer.fit``; one stopped by a signal or the loss of another rank says how to go on."""
         started = time.time()
         try:
             self.trainer.fit(**arguments)
         except SystemExit as stop:
             if signal_code(stop) and self.trainer.is_global_zero:
-                sys.stderr.write(_how_to_resume(self.trainer, started))
+                sys.stderr.write(how_to_resume(self.trainer, started))
             raise
+        except RuntimeError as error:
+            if lost_rank(error):
+                error.add_note(how_to_resume(self.trainer, started).strip())
+            raise
+
+
+class SameCheckpoint(Callback):
+    """Refuses a checkpoint that only some ranks find: with ``last`` the others would start anew, and all hang.
+
+    Args:
+        path: as given to the trainer.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask all ranks, before any loads it.
+
+        Raises:
+            ValueError: on every rank.
+        """
+        found = self._is_there(trainer)
+        ask = trainer.strategy.reduce_boolean_decision
+        if ask(found, all=False) != ask(found):
+            raise ValueError(
+                f"rank {trainer.global_rank} finds {'the' if found else 'no'} checkpoint --ckpt_path {self.path}, but "
+                "not all ranks agree: put it in the same place on every node, or in a folder that all nodes share"
+            )
+
+    def _is_there(self, trainer: Trainer) -> bool:
+        if self.path != "last":
+            return self.path is not None and Path(self.path).exists()
+        keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        return any(keeper._find_last_checkpoints(trainer) for keeper in keepers)
 
 
 def place_delta(config: Namespace) -> None:
@@ -154,7 +180,8 @@ def run(arguments: list[str]) -> int:
         arguments: the command line from the command on, config names already resolved to paths.
 
     Returns:
-        The exit code: 0, 2 for a wrong command line or setting, 130 or 143 where a signal stopped it.
+        The exit code: 0, 1 where another rank was lost, 2 for a wrong command line or setting, 130 or 143 where a
+        signal stopped it.
     """
     return guarded(arguments[0], lambda: DPPCLI(arguments))
 
@@ -167,11 +194,14 @@ def guarded(command: str, act: Callable[[], object]) -> int:
     except SystemExit as stop:
         return signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
-        message = _for_the_user(error)
+        message, code = _for_the_user(error), USAGE_ERROR
+        if message is None and (message := lost_rank(error)):
+            code = LOST_RANK
         if message is None or os.environ.get(SHOW_TRACEBACK):
             raise
         sys.stderr.write(f"dpp {command}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
-        return USAGE_ERROR
+        sys.stderr.writelines(f"{note}\n" for note in getattr(error, "__notes__", ()))
+        return code
     return 0
 
 
@@ -207,41 +237,8 @@ def _ours(error: BaseException) -> bool:
     return module.partition(".")[0] == __package__
 
 
-def leave_gloo() -> None:
-    """End this process here and now if it is a rank of a finished run over gloo, else do nothing.
-
-    gloo's threads abort some interpreters on their way out (code -6 after a training that went well), unless the group
-    is destroyed and the interpreter's own teardown is skipped.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"):
-        return
-    dist.destroy_process_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 def signal_code(stop: SystemExit) -> int:
     """130 after Ctrl-C, 143 after SIGTERM, else 0. Lightning turns both into SystemExit, the latter with code 0."""
     if isinstance(stop.__context__, KeyboardInterrupt):
         return INTERRUPTED
     return TERMINATED if isinstance(stop, SIGTERMException) else 0
-
-
-def _how_to_resume(trainer: Trainer, started: float) -> str:
-    """Two lines for the user: where the fit stopped, and the newest checkpoint it can go on from.
-
-    The folders are searched, since a ModelCheckpoint stopped while saving names a file that is not there yet.
-
-    Args:
-        trainer: the stopped trainer.
-        started: when the fit began, in seconds since the epoch; older files are another run's.
-    """
-    folders = {folder for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))}
-    files = [(file.stat().st_mtime, str(file)) for folder in folders for file in Path(folder).rglob("*.ckpt")]
-    newest = max((file for file in files if file[0] >= started), default=(started, trainer.ckpt_path))[1]
-    stopped = f"\ndpp fit: stopped in epoch {trainer.current_epoch}, after {trainer.global_step} steps.\n"
-    if newest is None:
-        return stopped + "No checkpoint had been written, so there is nothing to resume from.\n"
-    return stopped + f"To resume, repeat the command with --ckpt_path {shlex.quote(str(newest))}\n"
