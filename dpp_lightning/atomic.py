@@ -43,14 +43,21 @@ def whole_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> It
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it when the block ends without an exception.
+
+    Args:
+        path: the final name; parents are made.
+        suffix: of the temporary name, where a kill should not leave one that is taken for such a file; default
+            that of ``path``.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem}.", suffix=path.suffix if suffix is None else suffix, dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:

@@ -7,21 +7,22 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
-from dpp_lightning.cli import INTERRUPTED, LOST_RANK, USAGE_ERROR, how_to_resume, lost_rank
+from dpp_lightning.cli import INTERRUPTED, LOST_RANK, USAGE_ERROR
 from dpp_lightning.optim import AdamR
+from dpp_lightning.run_checkpoints import SameCheckpoint, WholeCheckpoints
+from dpp_lightning.stopped import how_to_resume, lost_rank
 from dpp_lightning.tasks.adamerging import AdaMergingModule
 from dpp_lightning.tasks.causal_lm import CausalLMModule
 from dpp_lightning.tasks.digits import DigitsDataModule
@@ -87,8 +88,10 @@ class DPPCLI(LightningCLI):
             self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
 
     def instantiate_classes(self) -> None:
-        """With a check that the ranks go on from the same checkpoint."""
+        """With checkpoints that are whole, and a check that the ranks go on from the same one."""
         super().instantiate_classes()
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
         self.trainer.callbacks.insert(0, SameCheckpoint(self.config[self.subcommand].get("ckpt_path")))  # type: ignore[attr-defined]
 
     def fit(self, **arguments: Any) -> None:
@@ -104,37 +107,6 @@ class DPPCLI(LightningCLI):
             if lost_rank(error):
                 error.add_note(how_to_resume(self.trainer, started).strip())
             raise
-
-
-class SameCheckpoint(Callback):
-    """Refuses a checkpoint that only some ranks find: with ``last`` the others would start anew, and all hang.
-
-    Args:
-        path: as given to the trainer.
-    """
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask all ranks, before any loads it.
-
-        Raises:
-            ValueError: on every rank.
-        """
-        found = self._is_there(trainer)
-        ask = trainer.strategy.reduce_boolean_decision
-        if ask(found, all=False) != ask(found):
-            raise ValueError(
-                f"rank {trainer.global_rank} finds {'the' if found else 'no'} checkpoint --ckpt_path {self.path}, but "
-                "not all ranks agree: put it in the same place on every node, or in a folder that all nodes share"
-            )
-
-    def _is_there(self, trainer: Trainer) -> bool:
-        if self.path != "last":
-            return self.path is not None and Path(self.path).exists()
-        keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        return any(keeper._find_last_checkpoints(trainer) for keeper in keepers)
 
 
 def place_delta(config: Namespace) -> None:

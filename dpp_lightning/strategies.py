@@ -1,7 +1,10 @@
 """Strategies of Lightning for deltas: FSDP2 over all devices; and those that cannot work."""
 
+from datetime import timedelta
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.constants import default_pg_timeout
 
 _CURE = "trainer.strategy ddp, or FSDP2Strategy (--config fsdp.yaml), which shards as ZeRO stage 3 does"
 
@@ -17,13 +20,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: checkpoints are folders of shards, written by all ranks; by default one file, which
             any strategy and number of devices resumes from.
         process_group_backend: such as ``nccl`` or ``gloo``; by default what fits the device.
+        timeout: how long a rank waits for the others.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
 
     def setup_environment(self) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from nodecases import DPP, TORCHRUN, Started, kept, quickstart, rows, weights
 
-from dpp_lightning.cli import how_to_resume, lost_rank
 from dpp_lightning.lightning_cli import guarded
+from dpp_lightning.run_checkpoints import WholeCheckpoints
+from dpp_lightning.stopped import how_to_resume, lost_rank
 
 LIMIT = 180
 LAUNCHERS = {
@@ -127,6 +128,24 @@ def test_after_the_training_validate_prunes(over, tmp_path):
     (tmp_path / "last.ckpt").touch()
     assert "To resume, repeat" in how_to_resume(stopped(tmp_path), 0)
     assert "as dpp validate, with --ckpt_path" in how_to_resume(stopped(tmp_path, **over), 0)
+
+
+def test_a_save_that_is_broken_off_leaves_the_former_checkpoint_and_nothing_that_looks_like_one(tmp_path, monkeypatch):
+    saver, path = WholeCheckpoints(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": 1}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+    def tear(checkpoint, place):
+        place.write_bytes(b"half")
+        assert place.parent == tmp_path, "on the file system of the final name"
+        assert place.suffix != ".ckpt"
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dpp_lightning.run_checkpoints.torch.save", tear)
+    with pytest.raises(OSError, match="no space"):
+        saver.save_checkpoint({"step": 2}, path)
+    assert saver.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 # --- what happens ---------------------------------------------------------------------------------------------------
