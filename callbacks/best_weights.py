@@ -26,14 +26,13 @@ def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool)
 
     Args:
         trainer: at the end of a fit.
-        module: its parameters whole, or in shards of FSDP2.
+        module: its parameters whole, or (by now) in shards of FSDP2.
         keep: what the block leaves in the module stays.
 
     Raises:
         ValueError: no ModelCheckpoint kept one, or it is of another model.
         FileNotFoundError: not every rank sees it.
     """
-    reshard(module)
     last = {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()}
     kept = False
     try:
@@ -78,11 +77,7 @@ def load_into_shards(module: pl.LightningModule, path: Path) -> None:
     own = {without_wrappers(name): t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
     _check_fits(path, found, own)
     for name, tensor in own.items():
-        tensor.copy_(shared_like(_whole(found[name]).to(tensor.dtype), tensor))
-
-
-def _whole(stored: StoredTensor) -> Tensor:
-    return stored.rows(0, stored.shape[0]) if stored.shape else stored.pieces[0].view()
+        tensor.copy_(shared_like(found[name].whole().to(tensor.dtype), tensor))
 
 
 def _check_fits(path: Path, found: Mapping[str, StoredTensor], own: Mapping[str, Any]) -> None:

@@ -34,10 +34,21 @@ from dpp_lightning.tasks.text_mix import TextMixDataModule
 from dpp_lightning.tasks.vision import VisionModule
 
 SHORT_NAMES = (
-    AdaMergingModule, AdamR, ApplyDelta, CausalLMModule, DeltaPruneCallback, DigitsDataModule, GLUEDataModule,
-    GLUEMixDataModule, GLUEModule, ImageDataModule, InstructionDataModule, TextMixDataModule, VisionModule,
+    AdaMergingModule,
+    AdamR,
+    ApplyDelta,
+    CausalLMModule,
+    DeltaPruneCallback,
+    DigitsDataModule,
+    GLUEDataModule,
+    GLUEMixDataModule,
+    GLUEModule,
+    ImageDataModule,
+    InstructionDataModule,
+    TextMixDataModule,
+    VisionModule,
     WritePredictions,
-)  # fmt: skip
+)
 
 TERMINATED = 143
 SHOW_TRACEBACK = "DPP_TRACEBACK"

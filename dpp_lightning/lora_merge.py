@@ -89,7 +89,7 @@ def merged_blocks(weight: StoredTensor, adapter: Adapter, *, transposed: bool) -
         ValueError: shapes that do not fit.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left, right = (_whole(t).to(wide) for t in (adapter.b, adapter.a))
+    left, right = (t.whole().to(wide) for t in (adapter.b, adapter.a))
     if transposed or adapter.embedding:
         left, right = right.T, left.T
     if (len(left), right.shape[-1]) != weight.shape:
@@ -116,7 +116,3 @@ def _adapter(
     if not rank == pair["B"].shape[1] == setting["r"]:
         raise ValueError(f"{weight}: adapters of rank {rank}, but the hyper-parameters say r = {setting['r']}; {_CURE}")
     return Adapter(pair["A"], pair["B"], float(setting["alpha"]) / rank, embedding)
-
-
-def _whole(tensor: StoredTensor) -> Tensor:
-    return torch.cat(list(tensor.blocks())).reshape(tensor.shape)

@@ -73,6 +73,10 @@ class StoredTensor:
             rows[(slice(low - start, high - start), *columns)] = piece.view()[low - first : high - first]
         return rows
 
+    def whole(self) -> Tensor:
+        """All of it, of any rank: a view where it is one piece, else a copy."""
+        return self.rows(0, self.shape[0]) if self.shape else self.pieces[0].view()
+
     def spans(self, row_bytes: int | None = None) -> Iterator[tuple[int, int]]:
         """First row and the one after the last, of blocks of about ``BLOCK_BYTES``.
 

@@ -30,7 +30,7 @@ def run(job, world, *arguments, nodes=1, lightning=False):
     multiprocessing.set_forkserver_preload(["distjobs", "distcases", "strategycases", *_SLOW_IMPORTS])
     with multiprocessing.get_context("forkserver").Manager() as manager:
         results = manager.dict()
-        settings = (world, _free_port(), job, arguments, results, nodes, lightning)
+        settings = (world, free_port(), job, arguments, results, nodes, lightning)
         processes.start_processes(_rank, args=settings, nprocs=world, start_method="forkserver")
         return dict(sorted(results.items()))
 
@@ -55,7 +55,8 @@ def _rank(rank, world, port, job, arguments, results, nodes, lightning):
             dist.destroy_process_group()
 
 
-def _free_port():
+def free_port():
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

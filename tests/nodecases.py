@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -162,10 +161,3 @@ def rows(folder):
     """The scores in a folder's ``results.jsonl``, by method, rate and seed."""
     lines = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return {(row["method"], row["pruning_rate"], row["seed"]): row["score"] for row in lines}
-
-
-def free_port():
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from nodecases import DPP, Started, free_port, kept, node, quickstart, rows, weights
+from distjobs import free_port
+from nodecases import DPP, Started, kept, node, quickstart, rows, weights
 
 pytestmark = pytest.mark.distributed
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,7 +20,7 @@ from dpp_lightning.tasks.instruction_data import InstructionDataModule
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
 from dpp_lightning.tasks.packing import check_kept_apart
-from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, restore_positions, seed_step
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, ReproducibleModule, resolve_seed
 from dpp_lightning.tasks.sample_log import log_samples
 from dpp_lightning.tasks.sharding import shard_for_strategy
 
@@ -30,7 +29,7 @@ __all__ = ["CausalLMModule", "InstructionDataModule"]
 _CALIBRATION_SAMPLES = 8  # of one forward: logits of a large vocabulary are what takes memory
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(ReproducibleModule):
     """A pre-trained decoder, trained on the answers to questions and scored by exact match of what it generates.
 
     Logs ``val_score`` (share of generated final answers that equal the reference's, in [0, 1]), its standard error
@@ -135,14 +134,6 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
-
-    def on_train_start(self) -> None:
-        """Go on at the checkpoint's place in its epoch."""
-        restore_positions(self.trainer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the dropout of this step a function of (seed, epoch, step, rank)."""
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Cross entropy per token of the answers."""

@@ -1,10 +1,9 @@
 """Fine-tuning an encoder on GLUE as in DAREx, appendix C.2: learning rate 1e-4 with warm-up, batches of 16."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -17,13 +16,13 @@ from dpp_lightning.tasks.glue_scores import GLUEScores, glue_loss, glue_predicti
 from dpp_lightning.tasks.glue_tasks import glue_task
 from dpp_lightning.tasks.lora import LoRA, with_adapters
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import resolve_seed, restore_positions, seed_step
+from dpp_lightning.tasks.reproducible import ReproducibleModule, resolve_seed
 from dpp_lightning.tasks.sharding import shard_for_strategy
 
 __all__ = ["GLUEDataModule", "GLUEModule"]
 
 
-class GLUEModule(LightningModule):
+class GLUEModule(ReproducibleModule):
     """A pre-trained encoder with a new classification or regression head, trained and scored on one GLUE task.
 
     Logs ``val_score`` (Matthews for CoLA, mean of accuracy and F1 for MRPC and QQP, mean of Pearson and Spearman for
@@ -102,14 +101,6 @@ class GLUEModule(LightningModule):
     def configure_model(self) -> None:
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
-
-    def on_train_start(self) -> None:
-        """Go on at the checkpoint's place in its epoch."""
-        restore_positions(self.trainer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the dropout of this step a function of (seed, epoch, step, rank)."""
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy, or STS-B's squared error."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -52,6 +52,24 @@ def restore_positions(trainer: Trainer) -> None:
     over all steps has them made (its issue 20550); a second time does nothing.
     """
     trainer.fit_loop._load_combined_loader_states()
+
+
+class ReproducibleModule(LightningModule):
+    """A module whose training steps are functions of (seed, epoch, step, rank), also in a fit that is resumed.
+
+    Attributes:
+        seed: set by the subclass.
+    """
+
+    seed: int
+
+    def on_train_start(self) -> None:
+        """Go on at the checkpoint's place in its epoch."""
+        restore_positions(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what this step draws (dropout, mixup) a function of (seed, epoch, step, rank)."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from dpp_lightning.tasks.digits import DigitsDataModule
 from dpp_lightning.tasks.image_transforms import data_config
 from dpp_lightning.tasks.images import ImageDataModule
 from dpp_lightning.tasks.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.reproducible import IGNORED_LABEL, resolve_seed, restore_positions, seed_step
+from dpp_lightning.tasks.reproducible import IGNORED_LABEL, ReproducibleModule, resolve_seed
 from dpp_lightning.tasks.sharding import shard_for_strategy
 from dpp_lightning.tasks.vision_models import layer_before_head, load_model
 
@@ -27,7 +26,7 @@ __all__ = ["DigitsDataModule", "ImageDataModule", "VisionModule"]
 Batch = tuple[Tensor, Tensor] | list[Tensor]
 
 
-class VisionModule(LightningModule):
+class VisionModule(ReproducibleModule):
     """A timm image classifier with a new head on a pre-trained body; its score is the accuracy.
 
     A batch is (images, labels): floats (samples, channels, height, width), integers (samples,); in training, labels may
@@ -113,14 +112,6 @@ class VisionModule(LightningModule):
     def configure_model(self) -> None:
         """Share the model out where the strategy is ``ModelParallelStrategy``."""
         shard_for_strategy(self, self.model)
-
-    def on_train_start(self) -> None:
-        """Go on at the checkpoint's place in its epoch."""
-        restore_positions(self.trainer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout and mixup of this step a function of (seed, epoch, step, rank)."""
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy, of mixed images where ``mixup`` says so."""
