@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from dpp_lightning.delta import SparseDelta
-from dpp_lightning.merge_tasks import task_names
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.delta.task_heads import task_names
 
 
 class ApplyDelta(pl.Callback):

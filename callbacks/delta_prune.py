@@ -11,19 +11,19 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dpp_lightning.atomic import check_writable
-from dpp_lightning.callbacks.adapters import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.base_weights import BaseWeights, has_weights, new_names
-from dpp_lightning.callbacks.best_weights import best_weights
-from dpp_lightning.callbacks.passes import ForwardFn, check_logged, read_monitor
-from dpp_lightning.callbacks.prune_run import PruneRun
-from dpp_lightning.callbacks.settings import check_settings, check_shared, check_trainer, listed, output_layer
-from dpp_lightning.callbacks.watching import Log, Watcher
-from dpp_lightning.experiment import Result
-from dpp_lightning.names import buffer_names, canonical_tensors
-from dpp_lightning.outputs import Measure, resolve_layer
-from dpp_lightning.scope import Scope
-from dpp_lightning.shards import reshard
+from dpp_lightning.calibration.output_change import Measure, resolve_layer
+from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.prune_run.best_weights import best_weights
+from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, check_logged, read_monitor
+from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
+from dpp_lightning.callbacks.prune_run.progress import Log, Reporter
+from dpp_lightning.callbacks.prune_run.run import PruneRun
+from dpp_lightning.callbacks.prune_run.settings import check_settings, check_shared, check_trainer, listed, output_layer
+from dpp_lightning.experiments.grid import Result
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.storage.atomic_write import check_writable
+from dpp_lightning.tensors.names import buffer_names, canonical_tensors
+from dpp_lightning.tensors.shards import reshard
 
 
 class DeltaPruneCallback(pl.Callback):
@@ -55,7 +55,8 @@ class DeltaPruneCallback(pl.Callback):
             difference over the fine-tuned model's five largest logits (the papers' code for decoders).
         forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step. A module may instead have
             ``calibration_steps(batch)``, a generator of a forward and of the places that are no padding.
-        scope, include, exclude, outside, carry: which tensors are pruned, see :class:`dpp_lightning.scope.Scope`.
+        scope, include, exclude, outside, carry: which tensors are pruned, see
+        :class:`dpp_lightning.pruning.scope.Scope`.
         dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
             bits.
         method_settings: a method's own settings under its name, such as ``{"magnitude": {"budget": "model"}}``.
@@ -125,7 +126,7 @@ class DeltaPruneCallback(pl.Callback):
         self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
         self.method_settings = method_settings or {}
         self.resume, self.save_deltas, self.lora = resume, save_deltas, lora
-        self.watcher: Watcher = Log()
+        self.reporter: Reporter = Log()
         check_settings(self)
         self.results: list[Result] = []
         self._base: BaseWeights | None = None

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dpp_lightning.atomic import check_writable, whole_file
+from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -63,7 +63,7 @@ class WritePredictions(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         file = self._file(trainer)
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         rank_zero_info(f"{len(lines)} predictions are in {file}")
 

@@ -6,21 +6,21 @@ Importing this package costs no torch, transformers or lightning: the public nam
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dpp_lightning._version import __version__
 
 if TYPE_CHECKING:
-    from dpp_lightning.delta import SparseDelta
-    from dpp_lightning.merging import merge
-    from dpp_lightning.methods import METHODS
-    from dpp_lightning.pruning import prune
+    from dpp_lightning.delta.sparse_delta import SparseDelta
+    from dpp_lightning.merging.merge_deltas import merge
+    from dpp_lightning.methods.registry import METHODS
+    from dpp_lightning.pruning.in_memory import prune
 
 __all__ = ["METHODS", "SparseDelta", "__version__", "merge", "prune"]
 
 _HOME = {
-    "METHODS": "dpp_lightning.methods",
-    "SparseDelta": "dpp_lightning.delta",
-    "merge": "dpp_lightning.merging",
-    "prune": "dpp_lightning.pruning",
+    "METHODS": "dpp_lightning.methods.registry",
+    "SparseDelta": "dpp_lightning.delta.sparse_delta",
+    "merge": "dpp_lightning.merging.merge_deltas",
+    "prune": "dpp_lightning.pruning.in_memory",
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from dpp_lightning.cli import main
+from dpp_lightning.cli.commands import main
 
 sys.exit(main())

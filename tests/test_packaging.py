@@ -47,7 +47,13 @@ def test_wheel_holds_the_package_its_mapped_folders_and_nothing_else(wheel):
 
 @pytest.mark.parametrize(
     "name",
-    ["callbacks/delta_prune.py", "configs/quickstart.yaml", "configs/bert_cola_adamr.yaml", "py.typed", "cli.py"],
+    [
+        "callbacks/delta_prune.py",
+        "configs/quickstart.yaml",
+        "configs/bert_cola_adamr.yaml",
+        "py.typed",
+        "cli/commands.py",
+    ],
 )
 def test_wheel_holds(name, wheel):
     assert f"dpp_lightning/{name}" in wheel.namelist()
@@ -69,7 +75,11 @@ def test_declared_packages_are_those_on_disk():
     settings = PROJECT["tool"]["setuptools"]
     own = {path.parent for path in (ROOT / "dpp_lightning").rglob("__init__.py")}
     on_disk = {".".join(folder.relative_to(ROOT).parts) for folder in own}
-    mapped = {f"dpp_lightning.{name}" for name in ("callbacks", "configs")}
+    mapped = {
+        ".".join(["dpp_lightning", *path.parent.relative_to(ROOT).parts])
+        for name in ("callbacks", "configs")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
     assert set(settings["packages"]) == on_disk | mapped
     assert {name: ROOT / folder for name, folder in settings["package-dir"].items()} == {
         "dpp_lightning": ROOT / "dpp_lightning",

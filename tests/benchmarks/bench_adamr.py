@@ -16,7 +16,7 @@ import torch
 
 from dpp_lightning.optim import AdamR
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from adamr_twin import AdamRTwin
 
 VOCABULARY, WIDTH, INNER, LAYERS = 30522, 384, 1536, 12

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpp_lightning.activations import collected_inputs
-from dpp_lightning.fitting import Bench
-from dpp_lightning.layer_sums import layer_sums
-from dpp_lightning.names import canonical_tensors
-from dpp_lightning.outputs import output_change
-from dpp_lightning.plan import PruningPlan
-from dpp_lightning.rescaling import layer_q, phi
-from dpp_lightning.scope import Scope
-from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
+from dpp_lightning.calibration.fit_rescaling import Bench
+from dpp_lightning.calibration.input_collector import collected_inputs
+from dpp_lightning.calibration.layer_sums import layer_sums
+from dpp_lightning.calibration.output_change import output_change
+from dpp_lightning.methods.rescaling import layer_q, phi
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tensors.names import canonical_tensors
 
 MASKS, MISSES, SAMPLES = 4, 4, 64
 

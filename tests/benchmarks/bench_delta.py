@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpp_lightning import SparseDelta
-from dpp_lightning.inspection import inspect_delta
-from dpp_lightning.plan import PruningPlan
-from dpp_lightning.scope import Scope
+from dpp_lightning.analysis.delta_cost import inspect_delta
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.pruning.scope import Scope
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

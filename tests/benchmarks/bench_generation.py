@@ -9,10 +9,10 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpp_lightning.tasks.generation import generate_texts
-from dpp_lightning.tasks.instruction_batches import Collate, Samples, encode
-from dpp_lightning.tasks.instruction_source import Source
-from dpp_lightning.tasks.prompts import resolve_prompt
+from dpp_lightning.tasks.causal_lm.batches import Collate, Samples, encode
+from dpp_lightning.tasks.causal_lm.generation import generate_texts
+from dpp_lightning.tasks.causal_lm.prompts import resolve_prompt
+from dpp_lightning.tasks.causal_lm.source import Source
 
 
 def generate_all(model, tokenizer, samples, order, batch, new):

@@ -22,9 +22,9 @@ import torch
 from bench_stream import blocks, shapes
 from transformers import LlamaConfig
 
-from dpp_lightning.exporting import apply_checkpoint
-from dpp_lightning.safetensors_file import Entry, ShardedWriter
-from dpp_lightning.streaming import prune_checkpoint
+from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
 _WORKER = """
 import json, sys, threading, time

@@ -18,9 +18,9 @@ from statistics import fmean
 import torch
 
 from dpp_lightning import SparseDelta, merge, prune
-from dpp_lightning.tasks.glue_data import GLUEDataModule
-from dpp_lightning.tasks.glue_scores import GLUEScores
-from dpp_lightning.tasks.glue_tasks import TASKS
+from dpp_lightning.tasks.glue.data import GLUEDataModule
+from dpp_lightning.tasks.glue.scores import GLUEScores
+from dpp_lightning.tasks.glue.task_table import TASKS
 
 GRID = {"task-arithmetic": (0.2, 0.3, 0.4, 0.6, 0.8, 1.0), "ties": (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)}
 SEEDLESS = ("magnitude", "dppa")
@@ -30,7 +30,7 @@ class Bench:
     """Base, data and fine-tuned models of all tasks."""
 
     def __init__(self, options) -> None:
-        from dpp_lightning.tasks.glue import GLUEModule
+        from dpp_lightning.tasks.glue.module import GLUEModule
 
         self.options = options
         self.tasks = dict(word.split("=", 1) for word in options.checkpoints)

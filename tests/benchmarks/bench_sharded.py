@@ -25,9 +25,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dpp_lightning import prune
 from dpp_lightning.optim import AdamR
-from dpp_lightning.shards import shared_like
+from dpp_lightning.tensors.shards import shard_like
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import distjobs
 
 SAMPLES, TOKENS, WARM_UP, STEPS = 16, 32, 3, 15
@@ -104,7 +104,7 @@ def prune_cost(kind, method):
     base, finetuned = make(kind), make(kind)
     with torch.no_grad():
         for p in finetuned.parameters():
-            p.add_(shared_like(1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), p))
+            p.add_(shard_like(1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), p))
     found = []
     for _ in range(3):
         drawn = []

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dpp_lightning.safetensors_file import Entry, ShardedWriter
+from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
 _WORKER = """
 import json, sys, threading, time

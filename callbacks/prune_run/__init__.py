@@ -1,0 +1,1 @@
+"""One run of ``DeltaPruneCallback``: what it prunes, what it scores on, and what it leaves."""

@@ -1,0 +1,1 @@
+"""Analysis: numbers about models and deltas that need no training."""

@@ -1,0 +1,151 @@
+"""What a delta folder holds and what it costs: bytes by part, density, distance to the entropy limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import lgamma, log, prod
+from pathlib import Path
+from typing import Any
+
+from dpp_lightning.delta.config_file import CONFIG_FILE
+from dpp_lightning.delta.folder import delta_bytes, further_bytes
+from dpp_lightning.delta.reader import DeltaReader
+
+
+@dataclass
+class TensorCost:
+    """One tensor of a delta.
+
+    Attributes:
+        name: canonical name.
+        shape: of the tensor.
+        kind: ``pruned``, ``carried`` (dense) or ``new rows`` (dense).
+        kept: stored entries.
+        density: kept over all entries.
+        positions, values, carried: bytes. What a chunk of several tensors takes is shared out by their kept entries,
+            so that the totals are exact.
+        entropy: bytes that no coding of the positions of independent entries can undercut, log2 C(entries, kept) / 8;
+            0 where a seed gives them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    kept: int = 0
+    density: float = 0.0
+    positions: float = 0.0
+    values: float = 0.0
+    carried: int = 0
+    entropy: float = 0.0
+
+
+@dataclass(frozen=True)
+class DeltaCost:
+    """A whole delta folder.
+
+    Attributes:
+        method, pruning_rate, seed, q, base, coding: from the config; ``coding`` is that of the positions.
+        tensors: one row each.
+        entries, kept, density: of the fine-tuned model; stored entries, carried ones too; their share.
+        positions, values, carried, config, overhead, total: bytes of the model and config file by part; ``overhead``
+            is the heads of file and chunks.
+        side_files: bytes of the configuration and tokenizer files beside the delta, not in the total.
+        entropy: bytes of entropy of the positions, 0 where the seed gives them.
+        above_entropy: bytes of positions over their entropy, minus 1; 0 where nothing is stored.
+        ratio_fp32, ratio_bf16: bytes of a dense delta in these over the total.
+    """
+
+    method: str
+    pruning_rate: float
+    seed: int
+    q: float
+    base: str | None
+    coding: str
+    tensors: list[TensorCost] = field(repr=False)
+    entries: int
+    kept: int
+    density: float
+    positions: int
+    values: int
+    carried: int
+    config: int
+    overhead: int
+    total: int
+    side_files: int
+    entropy: float
+    above_entropy: float
+    ratio_fp32: float
+    ratio_bf16: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
+    """Read a delta folder or hub id, checking all of it.
+
+    Raises:
+        FileNotFoundError: no such folder, or a folder without a delta.
+        ValueError: a damaged or hostile delta.
+    """
+    reader = DeltaReader.open(source, revision)
+    pruned, positions, values = _pruned_rows(reader)
+    dense = list(_dense_rows(reader))
+    total, config = delta_bytes(reader.folder), (reader.folder / CONFIG_FILE).stat().st_size
+    carried, entropy = sum(row.carried for row in dense), sum(row.entropy for row in pruned)
+    kept = sum(row.kept for row in (*pruned, *dense))
+    info = reader.info
+    return DeltaCost(
+        method=info.method,
+        pruning_rate=info.pruning_rate,
+        seed=info.seed,
+        q=info.q,
+        base=info.base_name,
+        coding="seed" if reader.chunks.seeded else "index",
+        tensors=[*pruned, *dense],
+        entries=info.entries,
+        kept=kept,
+        density=kept / max(info.entries, 1),
+        positions=positions,
+        values=values,
+        carried=carried,
+        config=config,
+        overhead=total - config - positions - values - carried,
+        total=total,
+        side_files=further_bytes(reader.folder),
+        entropy=entropy,
+        above_entropy=positions / entropy - 1 if entropy else 0.0,
+        ratio_fp32=4 * info.entries / total,
+        ratio_bf16=2 * info.entries / total,
+    )
+
+
+def _pruned_rows(reader: DeltaReader) -> tuple[list[TensorCost], int, int]:
+    """One row for each pruned tensor, and the bytes of all positions and values."""
+    pruned = [TensorCost(name, shape, "pruned") for name, shape in reader.chunks.table]
+    positions = values = 0
+    for first, chunk in reader.chunks.chunks():
+        sizes = chunk.head.stored(values=False), chunk.head.stored(values=True)
+        positions, values = positions + sizes[0], values + sizes[1]
+        for row, part in zip(pruned[first:], chunk.positions, strict=False):
+            share = len(part) / max(chunk.head.kept, 1)
+            row.kept += len(part)
+            row.positions += share * sizes[0]
+            row.values += share * sizes[1]
+    for row in pruned:
+        row.density = row.kept / max(prod(row.shape), 1)
+        row.entropy = 0.0 if reader.chunks.seeded else position_entropy(prod(row.shape), row.kept) / 8
+    return pruned, positions, values
+
+
+def position_entropy(entries: int, kept: int) -> float:
+    """log2 of the number of ways to keep ``kept`` of ``entries``, in bits."""
+    return (lgamma(entries + 1) - lgamma(kept + 1) - lgamma(entries - kept + 1)) / log(2)
+
+
+def _dense_rows(reader: DeltaReader) -> Iterator[TensorCost]:
+    for kind, tensors in (("carried", reader.carried), ("new rows", reader.new_rows)):
+        for name, tensor in tensors.items():
+            yield TensorCost(name, tuple(tensor.shape), kind, tensor.numel(), 1.0, carried=tensor.nbytes)

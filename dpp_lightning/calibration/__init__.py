@@ -1,0 +1,1 @@
+"""Calibration: what is found on data once the kept entries are chosen."""

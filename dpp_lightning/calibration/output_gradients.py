@@ -1,0 +1,96 @@
+"""Gradients on the calibration batch, for the methods that train their rescaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dpp_lightning.calibration.output_change import top_logits_error
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.tensors.flat_entries import gather_entries
+from dpp_lightning.tensors.names import align, canonical_tensors
+
+PIECES = 4  # of the calibration batch; the last is held out for early stopping
+
+
+class BatchLearner:
+    """A module on pieces of one batch, against the outputs that it gave with the fine-tuned weights.
+
+    Args:
+        module: holds the fine-tuned weights now, and the base's when :meth:`loss` and :meth:`gradients` are called.
+        batch: the calibration batch, of at least 4 samples, on the module's device.
+        forward: a batch to the logits (samples, ..., classes), in evaluation mode, through which gradients flow.
+
+    Raises:
+        ValueError: a batch of less than 4 samples.
+    """
+
+    def __init__(self, module: nn.Module, batch: Any, forward: Callable[[Any], Tensor]) -> None:
+        self.module, self.forward, self.pieces = module, forward, _cut(batch)
+        self.batches = len(self.pieces)
+        with torch.no_grad():
+            self.reference = [self._forward(piece).detach().clone() for piece in self.pieces]
+
+    def loss(self, delta: SparseDelta, batch: int) -> float:
+        """See :class:`dpp_lightning.calibration.learned_rescaling.Learner`."""
+        with delta.applied(self.module, force=True), torch.no_grad():
+            return float(top_logits_error(self.reference[batch], self._forward(self.pieces[batch])))
+
+    def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
+        """See :class:`dpp_lightning.calibration.learned_rescaling.Learner`."""
+        own = canonical_tensors(self.module)
+        names = align(delta.tensors, own)
+        targets = {name: own[other] for name, other in names.items()}
+        frozen = [tensor for tensor in targets.values() if not tensor.requires_grad]
+        with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():
+            try:
+                for tensor in frozen:
+                    tensor.requires_grad_(True)
+                piece, reference = tree_map(_normal, (self.pieces[batch], self.reference[batch]))
+                loss = top_logits_error(reference, self._forward(piece))
+                found = torch.autograd.grad(loss, list(targets.values()), allow_unused=True)
+            finally:
+                for tensor in frozen:
+                    tensor.requires_grad_(False)
+        return {
+            name: gather_entries(gradient, delta.tensors[name].indices).cpu()
+            for name, gradient in zip(targets, found, strict=True)
+            if gradient is not None
+        }
+
+    def _forward(self, piece: Any) -> Tensor:
+        training = self.module.training
+        self.module.eval()
+        try:
+            return self.forward(piece)
+        finally:
+            self.module.train(training)
+
+
+def _cut(batch: Any) -> list[Any]:
+    """Every fourth sample, four times."""
+    if isinstance(batch, Mapping):
+        batch = dict(batch.items())  # mappings of other types are no trees to torch
+    sizes: list[int] = []
+    tree_map(lambda leaf: sizes.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.dim() else None, batch)
+    samples = max(sizes, default=0)
+    if samples < PIECES:
+        raise ValueError(
+            f"darex-learned trains on {PIECES - 1} pieces of the calibration batch and holds one out: it needs at "
+            f"least {PIECES} samples, got {samples}; give more calibration samples"
+        )
+
+    def part(leaf: Any, first: int) -> Any:
+        whole = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
+        return leaf[first::PIECES] if whole else leaf
+
+    return [tree_map(lambda leaf, i=i: part(leaf, i), batch) for i in range(PIECES)]
+
+
+def _normal(leaf: Any) -> Any:
+    """A tensor that autograd takes, though it was made in inference mode."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

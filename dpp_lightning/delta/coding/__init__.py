@@ -1,0 +1,1 @@
+"""The coding of kept entries: positions and values of many tensors to bytes and back."""

@@ -1,0 +1,215 @@
+"""Kept entries of many tensors as a line of chunks, written and read tensor by tensor in bounded memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate
+from math import prod, sqrt
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpp_lightning.delta.coding.chunk import (
+    CHUNK_KEPT,
+    CHUNK_LEAST,
+    SEEDED_LEAST,
+    Chunk,
+    Head,
+    decode_chunk,
+    encode_chunk,
+    read_head,
+)
+from dpp_lightning.delta.coding.positions import ByteArray, Int64Array
+from dpp_lightning.delta.config_file import Table
+from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
+from dpp_lightning.sampling.sampler import kept_positions_of
+from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
+
+_MOST_TOTAL = 1 << 42  # entries of all tensors: more than any model has, few enough to draw from in seconds
+
+
+class ChunkWriter:
+    """Appends tensors to a file of chunks.
+
+    Args:
+        sink: where the chunks go.
+        seeded: positions follow from the seed and are not stored.
+        dtype: ``int8`` or ``int4`` to store values so; otherwise each tensor's own dtype is kept.
+
+    Attributes:
+        table: name and shape of every tensor so far.
+    """
+
+    def __init__(self, sink: BinaryIO, *, seeded: bool, dtype: str | None) -> None:
+        self.sink, self.seeded, self.dtype = sink, seeded, dtype
+        self.table: Table = []
+        self._positions: list[Int64Array] = []
+        self._values: list[Tensor] = []
+        self._kind, self._span, self._kept = "float32", 0, 0
+
+    def add(self, name: str, part: SparseTensor) -> None:
+        """The next tensor."""
+        self.table.append((name, part.shape))
+        values = part.values.detach().cpu()
+        indices = part.indices.cpu().numpy()
+        if len(indices):  # a tensor without kept entries goes with any dtype
+            kind = self.dtype if self.dtype in INTEGERS else str(values.dtype).removeprefix("torch.")
+            if self._kept and kind != self._kind:
+                self._flush()
+            self._kind = kind or ""
+        numel, kept, begin = prod(part.shape), len(indices), 0
+        for first in range(0, max(kept, 1), CHUNK_KEPT):
+            last = min(first + CHUNK_KEPT, kept)
+            end = int(indices[last - 1]) + 1 if last < kept else numel
+            self._positions.append(indices[first:last].astype(np.int64) + (self._span - begin))
+            if last > first:
+                self._values.append(values[first:last])
+            self._span, self._kept = self._span + end - begin, self._kept + last - first
+            begin = end
+            if self._kept >= (SEEDED_LEAST if self.seeded else CHUNK_LEAST):
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._span:
+            self._flush()
+
+    def _flush(self) -> None:
+        positions = np.concatenate(self._positions)
+        self.sink.write(encode_chunk(self._span, positions, self._values, self._kind, seeded=self.seeded))
+        self._positions, self._values, self._span, self._kept = [], [], 0, 0
+
+
+class ChunkReader:
+    """Reads the chunks of a delta file.
+
+    Args:
+        blob: all chunks, shape (bytes,).
+        table: name and shape of every tensor, in order.
+        info: method, rate and seed, for positions that are not stored.
+        seeded: positions follow from the seed.
+
+    Attributes:
+        heads: first entry and head of every chunk; all are read and checked here, which takes no memory to speak of.
+
+    Raises:
+        ValueError: heads that :class:`ChunkWriter` does not write, or a table of more entries than can be counted.
+    """
+
+    def __init__(self, blob: ByteArray, table: Table, info: DeltaInfo, *, seeded: bool) -> None:
+        self.blob, self.table, self.info, self.seeded = blob, table, info, seeded
+        self._sizes = [prod(shape) for _, shape in table]
+        self._offsets = [0, *accumulate(self._sizes)]
+        if self._offsets[-1] > _MOST_TOTAL:
+            raise ValueError(f"tensors of {self._offsets[-1]} entries in all")
+        self.heads = list(self._heads())
+
+    def chunks(self) -> Iterator[tuple[int, Chunk]]:
+        """Place in the table of the first tensor that a chunk touches, and the chunk.
+
+        Raises:
+            ValueError: bytes that :class:`ChunkWriter` does not write.
+        """
+        drawn = self._drawn() if self.seeded else None
+        for begin, head in self.heads:
+            bounds = self._bounds(begin, head.span)
+            yield bounds[0][0], decode_chunk(self.blob, head, partial(self._local, bounds, begin, drawn))
+
+    def tensors(self) -> Iterator[tuple[str, SparseTensor]]:
+        """Name and kept entries of every tensor in the table's order; errors as :meth:`chunks`."""
+        done, parts = 0, list[tuple[Tensor, Tensor]]()
+        for first, chunk in self.chunks():
+            values = chunk.values.split([len(part) for part in chunk.positions])
+            for place, (positions, value) in enumerate(zip(chunk.positions, values, strict=True), first):
+                while done < place:
+                    yield self._whole(done, parts)
+                    done, parts = done + 1, []
+                if len(positions):
+                    parts.append((self._short(place, positions), value))
+        for place in range(done, len(self.table)):
+            yield self._whole(place, parts)
+            parts = []
+
+    def _heads(self) -> Iterator[tuple[int, Head]]:
+        at, begin, total = 0, 0, self._offsets[-1]
+        while begin < total:
+            head = read_head(self.blob, at, total - begin, seeded=self.seeded)
+            stated = self.info.dtype or (head.dtype if head.dtype in FLOATS else "their own dtype")
+            if head.kept and head.dtype != stated:
+                raise ValueError(f"a chunk of {head.dtype} values in a delta that holds them in {stated}")
+            if self.seeded:
+                self._check_count(head)
+            yield begin, head
+            at, begin = head.stop, begin + head.span
+        if at != len(self.blob):
+            raise ValueError(f"{len(self.blob) - at} bytes follow the last chunk")
+
+    def _check_count(self, head: Head) -> None:
+        """Refuse, before any is drawn, a number of kept entries that no seed can give."""
+        p = self.info.pruning_rate
+        if abs(head.kept - head.span * (1 - p)) > 40 + 40 * sqrt(head.span * p * (1 - p)):
+            raise ValueError(f"no seed keeps {head.kept} of {head.span} entries at pruning_rate {p}")
+
+    def _whole(self, place: int, parts: list[tuple[Tensor, Tensor]]) -> tuple[str, SparseTensor]:
+        name, shape = self.table[place]
+        if len(parts) == 1:
+            return name, SparseTensor(shape, *parts[0])
+        if not parts:
+            known = self.info.dtype if self.info.dtype in FLOATS else "float32"
+            none = self._short(place, np.empty(0, np.int64))
+            return name, SparseTensor(shape, none, torch.empty(0, dtype=FLOATS[known]))
+        return name, SparseTensor(shape, torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts]))
+
+    def _short(self, place: int, positions: Int64Array) -> Tensor:
+        return torch.from_numpy(positions if self._sizes[place] >= 2**31 else positions.astype(np.int32))
+
+    def _bounds(self, begin: int, span: int) -> list[tuple[int, int, int]]:
+        """(place, start, stop) of every tensor that [begin, begin + span) touches, start and stop within it."""
+        first = bisect_right(self._offsets, begin) - 1
+        last = bisect_right(self._offsets, begin + span - 1) - 1
+        return [
+            (i, max(begin - self._offsets[i], 0), min(begin + span - self._offsets[i], self._sizes[i]))
+            for i in range(first, last + 1)
+        ]
+
+    def _local(
+        self,
+        bounds: list[tuple[int, int, int]],
+        begin: int,
+        drawn: Callable[[int], Int64Array] | None,
+        stored: Int64Array | None,
+    ) -> list[Int64Array]:
+        """Positions in each tensor that a chunk touches."""
+        if drawn is not None:
+            return [_between(drawn(i), start, stop, self._sizes[i]) for i, start, stop in bounds]
+        assert stored is not None
+        ends = np.searchsorted(stored, [self._offsets[i] + stop - begin for i, _, stop in bounds])
+        parts = np.split(stored, ends[:-1])
+        return [part - (self._offsets[i] - begin) for part, (i, _, _) in zip(parts, bounds, strict=True)]
+
+    def _drawn(self) -> Callable[[int], Int64Array]:
+        """Place in the table to the sampler's positions, for places that never go back."""
+        names = (name for name, _ in self.table)
+        coming = enumerate(
+            kept_positions_of(zip(names, self._sizes, strict=True), self.info.pruning_rate, self.info.seed)
+        )
+        now = (-1, np.empty(0, np.int64))
+
+        def positions(place: int) -> Int64Array:
+            nonlocal now
+            while now[0] < place:
+                now = next(coming)
+            return now[1]
+
+        return positions
+
+
+def _between(positions: Int64Array, start: int, stop: int, numel: int) -> Int64Array:
+    if stop - start == numel:
+        return positions
+    first, last = np.searchsorted(positions, (start, stop))
+    return positions[first:last]

@@ -1,0 +1,204 @@
+"""An experiment: one pair of models, every method, rate and seed pruned, calibrated, scored and saved.
+
+Knows neither Lightning nor data: the caller lends it functions that score the model as it stands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from dpp_lightning.calibration.fit_rescaling import Bench, Fit, cast, fitting_dtype
+from dpp_lightning.calibration.learned_rescaling import Learner
+from dpp_lightning.calibration.q_search import q_grid
+from dpp_lightning.delta.folder import delta_bytes
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.registry import get_method
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.tensors.names import TensorSource
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scored model.
+
+    Attributes:
+        method: a name of ``METHODS``, or ``base`` / ``fine-tuned``.
+        score: the monitored metric on the scored split.
+        q, pruning_rate, seed: None for base and fine-tuned.
+        num_kept, density, num_bytes, ratio: kept entries, stored over all entries, true bytes of the delta folder's
+            files, dense bytes over these; base: 0, fine-tuned: dense.
+        seconds: pruning, the search for q where this row made it, scoring and saving.
+        forwards: evaluations of the objective that the search of q took, on the row that made it.
+        split, q_split: the data of the score and of the search.
+        folder: where the delta lies.
+    """
+
+    method: str
+    score: float
+    pruning_rate: float | None = None
+    seed: int | None = None
+    q: float | None = None
+    num_kept: int = 0
+    density: float = 0.0
+    num_bytes: int = 0
+    ratio: float | None = None
+    seconds: float = 0.0
+    forwards: int = 0
+    split: str = ""
+    q_split: str = ""
+    folder: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for one line of ``results.jsonl``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QCurve:
+    """Score and output change over q at one rate (Fig. 1): lists of equal length."""
+
+    pruning_rate: float
+    q: list[float]
+    score: list[float]
+    change: list[float]
+    chosen: float | None = None
+
+
+@dataclass
+class Experiment:
+    """The grid of methods, rates and seeds on one pair of models.
+
+    Attributes:
+        plan: base and fine-tuned weights.
+        target: holds the base's weights; every delta is applied to it, scored, and reverted.
+        score: scores the target as it stands (the monitored metric on the scored split).
+        change: of the outputs on the fixed calibration batch, of the target as it stands against the fine-tuned model;
+            None if no method needs it.
+        metric: scores the target on the calibration split; only for the objective ``metric``.
+        learner: gives gradients on the calibration batch; only for ``darex-learned``.
+        objective: what q is searched by.
+        higher_is_better: direction of the score.
+        folder: where deltas are written; None writes none (ranks other than the first).
+        dtype: dtype of the kept values in the file; scores are of these very values.
+        method_settings: a method's own settings under its name.
+        split, q_split: names of the scored data and of the data q is searched on.
+        side_files: further files for the deltas' folders, name to bytes.
+        card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
+        done: (method, rate, seed) of the rows that an earlier, unfinished run made; they are left out.
+        last: the last delta that was scored.
+    """
+
+    plan: PruningPlan
+    target: TensorSource
+    score: Callable[[], float]
+    change: Callable[[], float] | None
+    metric: Callable[[], float] | None
+    objective: Literal["output_change", "metric"]
+    higher_is_better: bool
+    folder: Path | None
+    dtype: str | None = None
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    split: str = "validation"
+    q_split: str = "calibration"
+    side_files: dict[str, bytes] = field(default_factory=dict)
+    card: dict[str, float] = field(default_factory=dict)
+    learner: Learner | None = None
+    done: Collection[tuple[str, float, int]] = ()
+    last: SparseDelta | None = None
+
+    def run(self, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> Iterator[Result]:
+        """Every method, rate and seed (one for a method that draws nothing); what a method fits is found once per
+        method and rate, on the first seed's mask."""
+        for method in methods:
+            for rate in rates:
+                fit: Fit | None = None
+                own = seeds if get_method(method).random else seeds[:1]
+                for seed in own:
+                    if (method, float(rate), seed) in self.done:
+                        continue
+                    start, forwards = time.perf_counter(), 0
+                    delta = self._draw(method, rate, seed)
+                    if get_method(method).fitted and rate > 0:
+                        if fit is None:
+                            fit = self.fit(delta if seed == own[0] else self._draw(method, rate, own[0]))
+                            forwards = len(fit.tried)
+                        delta = fit.apply(delta)
+                    delta = cast(delta, self.plan, self.dtype)
+                    with delta.applied(self.target, force=True):
+                        score = self.score()
+                    self.last = delta
+                    yield self._result(delta, score, start, forwards)
+
+    def fit(self, delta: SparseDelta) -> Fit:
+        """What the delta's method finds on calibration data, by the chosen objective."""
+        return Bench(self.plan, self._cost, smooth=self._smooth, learner=self.learner).fit(delta)
+
+    @property
+    def _smooth(self) -> bool:
+        return self.objective != "metric" or self.metric is None
+
+    def _cost(self, delta: SparseDelta) -> float:
+        """The number to be minimised: the output change, or the metric on the calibration split, turned."""
+        if self._smooth:
+            return self._change(delta)
+        assert self.metric is not None
+        with delta.applied(self.target, force=True):
+            score = self.metric()
+        return -score if self.higher_is_better else score
+
+    def _draw(self, method: str, rate: float, seed: int) -> SparseDelta:
+        settings = self.method_settings.get(method)
+        return self.plan.draw(method, rate, seed, fitting_dtype(method, self.dtype), settings)
+
+    def curve(self, method: str, rate: float, seed: int, points: int, chosen: float | None) -> QCurve:
+        """Score and output change over q, both on one mask."""
+        delta = self.plan.draw(method, rate, seed, self.dtype, self.method_settings.get(method))
+        curve = QCurve(rate, q_grid(rate, points), [], [], chosen)
+        for q in curve.q:
+            candidate = delta.rescaled(q)
+            with candidate.applied(self.target, force=True):
+                curve.score.append(self.score())
+            curve.change.append(self._change(candidate))
+        return curve
+
+    def _change(self, delta: SparseDelta) -> float:
+        assert self.change is not None
+        with delta.applied(self.target, force=True):
+            return self.change()
+
+    def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
+        info, row = delta.info, get_method(delta.info.method)
+        name = f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}"
+        if self.folder is None:
+            num_bytes = delta.num_bytes
+        else:  # the bytes that were written, without encoding them a second time
+            saved = delta.save_pretrained(
+                self.folder / name, scores={**self.card, "pruned": score}, side_files=self.side_files
+            )
+            num_bytes = delta_bytes(saved)
+        return Result(
+            method=info.method,
+            score=score,
+            pruning_rate=info.pruning_rate,
+            seed=info.seed,
+            q=delta.q,
+            num_kept=delta.num_kept,
+            density=delta.density,
+            num_bytes=num_bytes,
+            ratio=info.dense_bytes / max(num_bytes, 1),
+            seconds=time.perf_counter() - start,
+            forwards=forwards,
+            split=self.split,
+            q_split=self.q_split if row.fitted or row.needs_inputs(info.settings) else "",
+            folder=name,
+        )
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; a single value has deviation 0."""
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,141 @@
+"""``results.jsonl``: one line a scored model, appended as it is made, so that a killed run goes on where it was.
+
+The first line, the base's, also holds the object ``run``: what all rows have in common and what another run would have
+differently. Every pruned row holds its method's own ``settings``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dpp_lightning.experiments.grid import Result
+from dpp_lightning.methods.registry import get_method
+from dpp_lightning.storage.atomic_write import atomic_file
+
+_CURE = "Choose another output folder, or delete the file to start anew"
+
+Row = tuple[str, float, int]
+
+
+class ResultsLog:
+    """The rows of one run in one file. Reading changes nothing, so that every rank may; only one may append.
+
+    Args:
+        path: the file; it need not exist.
+        monitor: name of the score, a column of every row.
+        run: what makes two runs the same one, as plain values.
+        settings: a method's own settings under its name.
+    """
+
+    def __init__(
+        self, path: Path, monitor: str, run: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.path, self.monitor, self.run, self.settings = path, monitor, dict(run), settings
+        self._whole: int | None = None
+
+    def resume(self) -> list[Result]:
+        """The rows made so far; a torn last line is dropped.
+
+        Raises:
+            ValueError: the file is damaged, or of another run; the message names the differences.
+        """
+        try:
+            text = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        lines = text.splitlines(keepends=True)
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            row = _parsed(line)
+            if row is None and number < len(lines):
+                raise ValueError(f"line {number} of {self.path} is no row of results. {_CURE}")
+            if row is not None:
+                rows.append(row)
+        if rows:
+            self._check(rows)
+            self._whole = sum(map(len, lines[: len(rows)]))
+        return [_result(row) for row in rows]
+
+    def append(self, result: Result) -> None:
+        """One more row, on the disk when this returns; the first one of a run that does not go on replaces the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        row = {**result.to_json(), "monitor": self.monitor}
+        if result.pruning_rate is not None:
+            row["settings"] = dict(self.settings.get(result.method, {}))
+        if self._whole is None:
+            row["run"] = self.run
+        line = (json.dumps(row) + "\n").encode()
+        if self._whole is None:
+            with atomic_file(self.path) as temporary:
+                temporary.write_bytes(line)
+        else:
+            with self.path.open("r+b") as file:
+                file.truncate(self._whole)
+                file.seek(self._whole)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self._whole = (self._whole or 0) + len(line)
+
+    def _check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        there = rows[0].get("run")
+        if not isinstance(there, dict):
+            raise ValueError(f"{self.path} does not say which run its rows are of, so none can be added. {_CURE}")
+        here = json.loads(json.dumps(self.run))
+        differences = [
+            _difference(n, there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)
+        ]
+        for method, own in self.settings.items():
+            other = next((r["settings"] for r in rows if r["method"] == method and r.get("settings", own) != own), None)
+            if other is not None:
+                differences.append(_difference(f"settings of {method}", other, dict(own)))
+        if differences:
+            raise ValueError(f"{self.path} holds the rows of another run: {'; '.join(differences)}. {_CURE}")
+
+
+def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Row]:
+    """Every (method, rate, seed) of a run, in its order; the first seed alone for a method that draws nothing."""
+    return [
+        (method, float(rate), seed)
+        for method in methods
+        for rate in rates
+        for seed in (seeds if get_method(method).random else seeds[:1])
+    ]
+
+
+def rows_of(results: Sequence[Result]) -> frozenset[Row]:
+    """The (method, rate, seed) of results; base and fine-tuned have none."""
+    return frozenset(
+        (r.method, r.pruning_rate, r.seed) for r in results if r.pruning_rate is not None and r.seed is not None
+    )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+        _result(row)
+    except (ValueError, TypeError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    return Result(**{f.name: row[f.name] for f in fields(Result) if f.name in row})
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    return f"{name} {_short(there)} in the file, {_short(here)} now"
+
+
+def _short(value: Any) -> str:
+    return "unset" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,184 @@
+"""What ``dpp export`` is to write: a checkpoint laid over a transformers model, before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from dpp_lightning.export.hf_architecture import Architecture, find_architecture
+from dpp_lightning.export.hf_file_names import saved_forms
+from dpp_lightning.export.lora_merge import Adapter, without_peft
+from dpp_lightning.export.write import Export
+from dpp_lightning.storage.checkpoints import load_tensors, side_files
+from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
+from dpp_lightning.storage.stored_tensor import StoredTensor
+from dpp_lightning.storage.torch_file import outline
+from dpp_lightning.tensors.dtypes import FLOATS
+
+_LIGHTNING_FILE = "meta.pt"  # of a sharded checkpoint: all but the tensors
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], list[str]]:
+    """Tensors and hyper-parameters of a ``.ckpt``, ``.pt`` or ``.safetensors`` file or of a sharded folder.
+
+    Returns:
+        (name to tensor, hyper-parameters, notes for the user). No weights are read yet.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or files of it are missing.
+        ValueError: a damaged one, or one with more than tensors and plain values in it.
+    """
+    if is_sharded(path):
+        tensors, extra = read_sharded(path), path / _LIGHTNING_FILE
+    elif path.is_file():
+        tensors, extra = {name: StoredTensor.of(tensor) for name, tensor in load_tensors(path).items()}, path
+    elif path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8])
+        raise FileNotFoundError(
+            f"{path}: expected a .ckpt file or a sharded folder (.metadata and *.distcp files); this folder holds "
+            f"{found or 'nothing'}. Name the checkpoint itself; DeepSpeed's are converted by its zero_to_fp32.py first"
+        )
+    else:
+        raise FileNotFoundError(f"{path}: no such checkpoint; expected a .ckpt file or a sharded folder")
+    if not extra.is_file() or extra.suffix == ".safetensors":
+        return tensors, {}, []
+    try:
+        content = outline(extra)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file ends in almost any type
+        reason = str(error).splitlines()[0]
+        return tensors, {}, [f"{extra.name} cannot be read without running code, its settings are not used: {reason}"]
+    settings = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    return tensors, dict(settings) if isinstance(settings, Mapping) else {}, []
+
+
+def plan_export(
+    checkpoint: str | Path,
+    *,
+    config_from: str | None = None,
+    config_revision: str | None = None,
+    architecture: str | None = None,
+    prefix: str | None = None,
+    dtype: str | None = None,
+) -> Export:
+    """Read what a checkpoint holds and lay it over a transformers model; no weights are read.
+
+    Args:
+        checkpoint: as :func:`read_checkpoint` takes it.
+        config_from: folder or hub id with the configuration and tokenizer of the model that was trained; by default
+            the checkpoint's hyper-parameter ``pretrained``.
+        config_revision: branch, tag or commit of a hub id.
+        architecture: class of transformers; by default the one whose tensors these are.
+        prefix: what stands before the model's names, such as ``model.``; by default it is found.
+        dtype: of the floating-point weights; by default as in the checkpoint.
+
+    Raises:
+        FileNotFoundError: the checkpoint, files of it or the configuration are not there.
+        ValueError: tensors that are missing or do not fit, adapters that cannot be merged, or no configuration.
+    """
+    stored, settings, notes = read_checkpoint(Path(checkpoint))
+    source, revision = _source(config_from, config_revision, settings)
+    files, config = _configuration(source, revision)
+    plain, adapters = without_peft(stored, settings)
+    found, names = _matched(config, plain, adapters, notes, architecture=architecture, prefix=prefix)
+    tensors = {own: plain[name] for own, name in names.items()}
+    merged = {own: adapters[name] for own, name in names.items() if name in adapters}
+    if lost := sorted(set(adapters) - {names[own] for own in merged}):
+        raise ValueError(f"the checkpoint holds adapters of {', '.join(lost[:5])}, but no such weights of {found.name}")
+    cast = FLOATS[dtype] if dtype else None
+    _set_dtype(found.config, tensors, cast)
+    forms = saved_forms(found.model, list(tensors))
+    if forms is None:
+        notes.append("names are those of the model in memory, which its from_pretrained loads, not those of its files")
+        forms = {own: {own: tensor.shape} for own, tensor in tensors.items()}
+    notes += _notes(found, config, plain, source, len(merged))
+    return Export(found, tensors, forms, merged, cast, source, files, tuple(notes))
+
+
+def _source(given: str | None, revision: str | None, settings: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Where configuration and tokenizer come from."""
+    if given is not None:
+        return given, revision
+    pretrained = settings.get("pretrained")
+    if isinstance(pretrained, str):
+        own = settings.get("revision")
+        return pretrained, revision or (own if isinstance(own, str) else None)
+    raise ValueError(
+        "the checkpoint does not name the model that was trained (hyper-parameter pretrained): give its folder or hub "
+        "id with --config-from"
+    )
+
+
+def _configuration(source: str, revision: str | None) -> tuple[dict[str, Path], PretrainedConfig]:
+    cure = "give the folder or hub id of the model that was trained with --config-from"
+    try:
+        files = side_files(source, revision)
+        if "config.json" not in files:
+            raise ValueError(f"{source} has no config.json")
+        return files, AutoConfig.from_pretrained(files["config.json"].parent, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no configuration of a transformers model from {source}: {error}; {cure}") from error
+
+
+def _matched(
+    config: PretrainedConfig,
+    stored: Mapping[str, StoredTensor],
+    adapters: Mapping[str, Adapter],
+    notes: list[str],
+    **chosen: str | None,
+) -> tuple[Architecture, dict[str, str]]:
+    """The class, and the model's own name of each tensor to the checkpoint's, each tied one once."""
+    shapes, untied = {name: tensor.shape for name, tensor in stored.items()}, deepcopy(config)
+    found = find_architecture(config, shapes, **chosen)
+    apart = _tied_apart(found, stored, adapters)
+    if apart and found.config.tie_word_embeddings:
+        for part in (untied, untied.get_text_config()):
+            part.tie_word_embeddings = False
+        notes.append(f"tie_word_embeddings is false: {', '.join(apart)} in the checkpoint has values of its own")
+        found = find_architecture(untied, shapes, **chosen)
+        apart = _tied_apart(found, stored, adapters)
+    if apart:
+        raise ValueError(f"{found.name} ties {', '.join(apart)}, which in the checkpoint has values of its own")
+    names = {own: name for own, name in found.names.items() if own not in found.tied}
+    only = {found.tied[own]: name for own, name in found.names.items() if own in found.tied}
+    return found, {**only, **names}  # a tied tensor that is there under its second name alone
+
+
+def _tied_apart(found: Architecture, stored: Mapping[str, StoredTensor], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Tensors that the class ties and the checkpoint does not."""
+    both = [(t, found.names[t], found.names[s]) for t, s in found.tied.items() if {t, s} <= found.names.keys()]
+    return [t for t, a, b in both if a in adapters or b in adapters or not stored[a].same(stored[b])]
+
+
+def _set_dtype(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], cast: torch.dtype | None) -> None:
+    """What the configuration says of the dtype: that of most of the weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            sizes[cast or tensor.dtype] += tensor.numel
+    if sizes:
+        for part in (config, config.get_text_config()):
+            part.dtype = sizes.most_common(1)[0][0]
+
+
+def _notes(
+    found: Architecture, config: PretrainedConfig, stored: Mapping[str, StoredTensor], source: str, merged: int
+) -> Iterator[str]:
+    if merged:
+        yield f"{merged} LoRA adapters merged into their weights"
+    if found.config.num_labels != config.num_labels:
+        yield f"num_labels is {found.config.num_labels}, as the head has it ({config.num_labels} in {source})"
+    rows, before = (getattr(c.get_text_config(), "vocab_size", None) for c in (found.config, config))
+    if rows != before:
+        yield f"vocab_size is {rows} ({before} in {source}, whose tokenizer files are written)"
+    if found.left_out:
+        size, more = sum(stored[name].nbytes for name in found.left_out), len(found.left_out) - 8
+        names = ", ".join(found.left_out[:8]) + (f" and {more} more" if more > 0 else "")
+        yield f"left out, {size:,} bytes that are not of {found.name}: {names}"

@@ -1,0 +1,1 @@
+"""Merging: several deltas of one base to one."""

@@ -1,0 +1,124 @@
+"""Base plus weighted deltas inside a module, with gradients for the weights alone and no copy of the model.
+
+The merged values are written over the module's own at the kept entries. What a forward uses of a tensor is its own
+storage, as the result of an autograd function whose backward turns the tensor's gradient into one number for each
+delta: dL/d lambda_k = sum over the kept entries of dL/d theta * delta_k. That gradient is dense, but one tensor's at a
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpp_lightning.merging.sources import MergeSource, names_in_base
+from dpp_lightning.methods.merge_rules import union_of
+from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
+from dpp_lightning.tensors.names import canonical_tensors, source_name, source_names
+
+
+class Blend(nn.Module):
+    """One tensor of the base and the kept entries that the deltas have in it.
+
+    Args:
+        tensor: the module's parameter; overwritten by :meth:`write`.
+        entries: number of the delta to (indices, values), values divided by q.
+    """
+
+    union: Tensor
+    original: Tensor
+
+    def __init__(self, tensor: Tensor, entries: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._held = (tensor,)  # in a tuple, so that it does not become a parameter of this module too
+        self.deltas = sorted(entries)
+        union, places = union_of([entries[k][0] for k in self.deltas], tensor.numel())
+        self.register_buffer("union", union, persistent=False)
+        self.register_buffer("original", gather_entries(tensor, union), persistent=False)
+        for k, place in zip(self.deltas, places, strict=True):
+            self.register_buffer(f"place{k}", place, persistent=False)
+            self.register_buffer(f"values{k}", entries[k][1].float(), persistent=False)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The module's parameter."""
+        return self._held[0]
+
+    def write(self, weights: Tensor) -> None:
+        """Overwrite the kept entries with theta_0 + sum_k weights_k delta_k; ``weights``: (deltas,)."""
+        total = self.original.float()
+        for k in self.deltas:
+            total = total.index_add(0, getattr(self, f"place{k}"), getattr(self, f"values{k}") * weights[k])
+        scatter_entries(self.tensor, self.union, total.to(self.tensor.dtype))
+
+    def restore(self) -> None:
+        """Put the base's values back, bit for bit."""
+        scatter_entries(self.tensor, self.union, self.original)
+
+    def pull(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """The gradient of the weights, (deltas,), from that of the tensor."""
+        at_union = gather_entries(gradient, self.union).float()
+        pulled = torch.zeros_like(like)
+        for k in self.deltas:
+            pulled[k] = (at_union[getattr(self, f"place{k}")] * getattr(self, f"values{k}")).sum()
+        return pulled
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, blend: Blend) -> Tensor:
+        ctx.blend = blend
+        ctx.save_for_backward(weights)
+        return blend.tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return ctx.blend.pull(gradients[0], weights), None
+
+
+class Blends(nn.Module):
+    """All tensors of a base that some delta changes.
+
+    Args:
+        module: holds the base's weights.
+        sources: the deltas.
+
+    Attributes:
+        names: canonical names of these tensors, in the order of the coefficients' rows.
+
+    Raises:
+        ValueError: a delta of another base or of tensors that the module lacks.
+    """
+
+    def __init__(self, module: nn.Module, sources: Sequence[MergeSource]) -> None:
+        super().__init__()
+        base, own = canonical_tensors(module), source_names(module)
+        entries: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        for k, (source, names) in enumerate(
+            zip(sources, names_in_base(sources, base, source_name(module)), strict=True)
+        ):
+            for name, part in source.checked(base, names):
+                entries.setdefault(name, {})[k] = (part.indices, part.values.float() / source.info.q)
+        self.names = sorted(entries)
+        self._own = [own[name] for name in self.names]
+        self.parts = nn.ModuleList(Blend(base[name], entries[name]) for name in self.names)
+
+    def write(self, coefficients: Tensor) -> None:
+        """Let the module hold the merged weights; ``coefficients``: (tensors, deltas) or (1, deltas)."""
+        with torch.no_grad():
+            for i, part in enumerate(self.parts):
+                part.write(coefficients[min(i, len(coefficients) - 1)])  # type: ignore[operator]
+
+    def restore(self) -> None:
+        """Let the module hold the base's weights again."""
+        for part in self.parts:
+            part.restore()  # type: ignore[operator]
+
+    def tensors(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """The module's own name of each tensor to its value as :meth:`write` left it, for ``functional_call``."""
+        rows = [coefficients[min(i, len(coefficients) - 1)] for i in range(len(self.parts))]
+        return {own: _Merged.apply(row, part) for own, row, part in zip(self._own, rows, self.parts, strict=True)}

@@ -1,0 +1,149 @@
+"""How the kept entries that several deltas have in one tensor become those of one delta. Work per kept entry.
+
+Pure functions on tensors: a part has sorted distinct flat positions (int32 or int64) and the delta's values there, both
+of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.methods.kept_entries import exact_count
+
+
+class Part(NamedTuple):
+    """One delta's kept entries of a tensor, with its weight there and the q that the values are divided by."""
+
+    indices: Tensor
+    values: Tensor
+    weight: float
+    q: float = 1.0
+
+    def weighted(self) -> Tensor:
+        """weight * value / q, float64, shape (kept,)."""
+        return self.values.double() * (self.weight / self.q)
+
+
+Rule = Callable[[Sequence[Part], int, float], tuple[Tensor, Tensor]]
+_SPARSE = 32  # below one kept entry in so many, sorting positions is faster than marking them
+
+
+def weighted_sum(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Task arithmetic: scale * sum_k weight_k * delta_k at the entries that any delta keeps.
+
+    Args:
+        parts: at least one.
+        numel: entries of the tensor; all positions are below it.
+        scale: multiplies the sum.
+
+    Returns:
+        (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
+    """
+    union, places = union_of([part.indices for part in parts], numel)
+    total = torch.zeros(len(union), dtype=torch.float64)
+    for place, part in zip(places, parts, strict=True):
+        total.index_add_(0, place, part.weighted())
+    return union, (total * scale).float()
+
+
+def elected_mean(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """TIES: elect a sign for each entry, then take the mean of the deltas that agree with it.
+
+    The sign is that of sum_k weight_k * delta_k; the value is scale * (sum over A of weight_k * delta_k) divided by the
+    sum over A of the weights' magnitudes, with A the deltas whose weighted entry has that sign. Entries without one (a
+    sum of exactly 0) are left out. Trimming is :func:`trimmed`.
+
+    Args, returns: as :func:`weighted_sum`.
+    """
+    union, places = union_of([part.indices for part in parts], numel)
+    weighted = [part.weighted() for part in parts]
+    total = torch.zeros(len(union), dtype=torch.float64)
+    for place, values in zip(places, weighted, strict=True):
+        total.index_add_(0, place, values)
+    sign, agreed, mass = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
+    for place, values, part in zip(places, weighted, parts, strict=True):
+        of_sign = values.sign() == sign[place]
+        agreed.index_add_(0, place, values * of_sign)
+        mass.index_add_(0, place, of_sign.double() * abs(part.weight))
+    kept = (sign != 0).nonzero().squeeze(1)
+    return union[kept], (scale * agreed[kept] / mass[kept]).float()
+
+
+def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tuple[Tensor, Tensor]:
+    """TIES' first step: of a tensor's entries only the numel - floor(trim_rate * numel) largest by magnitude.
+
+    Entries that pruning has dropped count as zeros, so a delta with no more kept entries than that is left as it is. Of
+    equal magnitudes the first are kept.
+
+    Args:
+        indices, values: the kept entries, shape (kept,).
+        numel: entries of the whole tensor.
+        trim_rate: fraction dropped, in [0, 1).
+    """
+    count = exact_count(numel, trim_rate)
+    if len(indices) <= count:
+        return indices, values
+    order = values.abs().argsort(descending=True, stable=True)[:count].sort().values
+    return indices[order], values[order]
+
+
+def union_of(indices: Sequence[Tensor], numel: int) -> tuple[Tensor, list[Tensor]]:
+    """All positions that occur, sorted, and where each delta's lie among them; int64.
+
+    Args:
+        indices: sorted distinct positions below ``numel``, one tensor for each delta.
+        numel: where many of so many positions occur they are marked, which takes less time than sorting them.
+    """
+    if all(torch.equal(indices[0], other) for other in indices[1:]):
+        return indices[0].long(), [torch.arange(len(indices[0]), device=indices[0].device)] * len(indices)
+    if numel > _SPARSE * sum(map(len, indices)):
+        union = torch.cat([own.long() for own in indices]).unique(sorted=True)
+        return union, [torch.searchsorted(union, own.long()) for own in indices]
+    marks = torch.zeros(numel, dtype=torch.bool, device=indices[0].device)
+    for own in indices:
+        marks.index_fill_(0, own.long(), True)
+    ranks = marks.cumsum(0, dtype=torch.int32)
+    return marks.nonzero().squeeze(1), [ranks.index_select(0, own.long()).long() - 1 for own in indices]
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to merge: its rule, and where it comes from.
+
+    Attributes:
+        rule: parts of one tensor and the scale to the merged entries.
+        weight: of every delta where none is given.
+        keeps_all: every entry that a delta keeps is kept.
+        paper, url: for the card.
+    """
+
+    rule: Rule
+    weight: float
+    keeps_all: bool
+    paper: str
+    url: str
+
+
+MERGES: dict[str, MergeMethod] = {
+    "task-arithmetic": MergeMethod(
+        weighted_sum, 0.4, True, "Editing Models with Task Arithmetic", "https://arxiv.org/abs/2212.04089"
+    ),
+    "ties": MergeMethod(elected_mean, 1.0, False, "TIES-Merging", "https://arxiv.org/abs/2306.01708"),
+    "adamerging": MergeMethod(weighted_sum, 0.3, True, "AdaMerging", "https://arxiv.org/abs/2310.02575"),
+}
+
+
+def get_merge(name: str) -> MergeMethod:
+    """The row of that name.
+
+    Raises:
+        ValueError: an unknown name; known ones are listed.
+    """
+    if name not in MERGES:
+        raise ValueError(f"unknown merge method {name!r}; known are {', '.join(MERGES)}")
+    return MERGES[name]

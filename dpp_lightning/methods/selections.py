@@ -1,0 +1,113 @@
+"""Selections: which entries of a delta stay. Functions over all pruned tensors that yield the kept ones of each."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.methods.exact_ranking import at_least, inclusion_rate, largest
+from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries, exact_count
+from dpp_lightning.methods.rescaling import keep_rate
+from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.methods.top_scores import above, ranked, scores_of
+from dpp_lightning.sampling.sampler import exact_rate, kept_positions_of, uniform_words
+
+Budget = Literal["tensor", "model"]
+Score = Literal["magnitude", "activation"]
+
+
+class Selection(Protocol):
+    """One selection: all pruned tensors, the rate, the mask seed and the method's own settings to the kept entries.
+
+    Yields one :class:`KeptEntries` for each pair in order; reads a tensor in blocks and holds the kept entries of one
+    tensor.
+    """
+
+    def __call__(self, pairs: Sequence[TensorPair], pruning_rate: float, seed: int, /) -> Iterator[KeptEntries]: ...
+
+
+def random(pairs: Sequence[TensorPair], pruning_rate: float, seed: int) -> Iterator[KeptEntries]:
+    """Keep each entry independently with probability 1 - p (DARE, Yu et al. 2024), whatever its value.
+
+    A function of (seed, name, position) alone, see :mod:`dpp_lightning.sampling.sampler`.
+    """
+    for positions in kept_positions_of([(pair.name, pair.numel) for pair in pairs], pruning_rate, seed):
+        yield KeptEntries(torch.from_numpy(positions))
+
+
+def magnitude(
+    pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, budget: Budget = "tensor"
+) -> Iterator[KeptEntries]:
+    """Keep the k = n - floor(p n) largest |delta| (MP), exactly k: of equal ones the first.
+
+    Args:
+        pairs, pruning_rate: as for every selection.
+        seed: not used.
+        budget: ``tensor`` counts n in each tensor, ``model`` over all of them.
+    """
+    if budget == "tensor":
+        yield from ranked(pairs, [exact_count(pair.numel, pruning_rate) for pair in pairs])
+        return
+    threshold, left = None, 0
+    for pair, group in _budgets(pairs, budget):
+        if group:
+            count = exact_count(sum(p.numel for p in group), pruning_rate)
+            threshold = largest(partial(scores_of, group, "magnitude"), count) if count else None
+            left = threshold.ties if threshold else 0
+        kept, left = above(pair, threshold, left)
+        yield kept
+
+
+def importance(
+    pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, budget: Budget = "model", score: Score = "magnitude"
+) -> Iterator[KeptEntries]:
+    """Keep entry j independently with probability pi_j = min(1, lambda s_j), with sum of pi = (1 - p) n.
+
+    The value is (delta_j / pi_j)(1 - p), so that q = 1 - p gives the unbiased (Horvitz-Thompson) estimate of least
+    variance. Below the cap every value is the same but for its sign (and the scale of its input feature).
+
+    Args:
+        pairs, pruning_rate: as for every selection.
+        seed: of one 32-bit word per entry, a function of (seed, name, position).
+        budget: ``model`` counts n over all pruned tensors, ``tensor`` in each.
+        score: s_j is |delta_j| (``magnitude``, no data), or that times the root mean square of its input
+            (``activation``: 1 for biases and norms, the root of a token's share for embeddings).
+    """
+    keep = 1 - exact_rate(pruning_rate)
+    for pair, group in _budgets(pairs, budget):
+        if group:
+            total = float(keep * sum(p.numel for p in group))
+            rate, cap = inclusion_rate(partial(scores_of, group, score), total)
+        positions, values = GrowingBuffer(torch.int64), GrowingBuffer(torch.float32)
+        for start, delta, scores in pair.scores(score):
+            found, value = _weighed(pair, start, delta, scores, rate, cap, keep_rate(pruning_rate), seed)
+            positions.append(found)
+            values.append(value)
+        yield KeptEntries(positions.tensor(), values.tensor())
+
+
+def _weighed(
+    pair: TensorPair, start: int, delta: Tensor, scores: Tensor, rate: float, cap: int, keep: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Kept positions and values of one block, given lambda and the bits of the cap."""
+    capped = at_least(scores, cap)
+    if rate == float("inf"):
+        kept = capped
+    else:
+        words = torch.from_numpy(uniform_words(pair.name, seed, start, start + len(delta)).astype("float64"))
+        kept = capped | (words < scores.double() * (rate * 2.0**32))
+    found = torch.from_numpy(kept.numpy().nonzero()[0])
+    delta, scores, capped = delta[found], scores[found], capped[found]
+    # |delta| / score is exactly 1 without data, so that all values below the cap are one number but for their sign
+    value = torch.where(capped, delta * keep, torch.sign(delta) * (keep / rate) * (delta.abs() / scores))
+    return found + start, value
+
+
+def _budgets(pairs: Sequence[TensorPair], budget: Budget) -> Iterator[tuple[TensorPair, Sequence[TensorPair]]]:
+    """Every pair, with the pairs that share one budget beside the first of them."""
+    if budget not in ("tensor", "model"):
+        raise ValueError(f"budget must be 'tensor' or 'model', got {budget!r}")
+    for index, pair in enumerate(pairs):
+        yield pair, ([pair] if budget == "tensor" else pairs if index == 0 else ())

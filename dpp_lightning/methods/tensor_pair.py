@@ -1,0 +1,98 @@
+"""A pair: one tensor of two models side by side, read in blocks so that it may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.tensors.shards import full_tensor, in_shards
+
+_LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
+
+BLOCK = 1 << 19  # entries; a multiple of what the sampler draws at once
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """One tensor in the base and in the fine-tuned model.
+
+    Attributes:
+        name: canonical name.
+        shape: of the entries in common.
+        inputs: what the weight's input features did on calibration data, where that is known.
+        base, finetuned: those entries, one-dimensional in C order (views where the tensors are contiguous, so that
+            files mapped into memory are read only where they are looked at); tensors in shards as they are, to be
+            gathered while their blocks are read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: Tensor
+    finetuned: Tensor
+    inputs: InputStatistics | None = None
+
+    @classmethod
+    def of(cls, name: str, base: Tensor, finetuned: Tensor, inputs: InputStatistics | None = None) -> TensorPair:
+        """Two tensors of one shape, or of two that differ in their number of rows: then the common rows."""
+        rows = min(len(base), len(finetuned)) if finetuned.dim() else 0
+        if base.shape != finetuned.shape:
+            base, finetuned = base[:rows], finetuned[:rows]
+        shape = tuple(finetuned.shape)
+        if in_shards(finetuned):
+            return cls(name, shape, base.detach(), finetuned.detach(), inputs)
+        return cls(name, shape, base.detach().reshape(-1), finetuned.detach().reshape(-1), inputs)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.finetuned.numel()
+
+    def deltas(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of theta - theta_0: first flat position, float32 on the CPU, shape (at most BLOCK,)."""
+        delta = self._reader()
+        for start in range(0, self.numel, BLOCK):
+            yield start, delta(slice(start, start + BLOCK))
+
+    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and delta of rows together, float32, shape (rows, columns); of another rank than 2 one column."""
+        columns = self.shape[1] if len(self.shape) == 2 else 1
+        rows = self.numel // max(columns, 1)
+        step = max(BLOCK // max(columns, 1), 1)
+        delta = self._reader()
+        for start in range(0, rows, step):
+            part = slice(start * columns, min(start + step, rows) * columns)
+            yield start, delta(part).view(-1, columns)
+
+    def _reader(self) -> Callable[[slice], Tensor]:
+        """Gives theta - theta_0 at a range of flat positions; of tensors in shards their difference is gathered now."""
+        if in_shards(self.finetuned):
+            delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
+            return lambda part: delta[part].cpu()
+        return lambda part: self.finetuned[part].cpu().float() - self.base[part].cpu().float()
+
+    def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.
+
+        Args:
+            kind: ``magnitude`` is |delta|; ``wanda`` is |delta| times the root mean square of the input feature of a
+                linear map, |delta| for all else; ``activation`` is the same with embeddings by how often a token came.
+        """
+        scale = None if kind == "magnitude" else self._input_scale(embeddings=kind == "activation")
+        stride = 1 if self.inputs is None or self.inputs.axis == 1 else self.numel // max(self.shape[0], 1)
+        for start, delta in self.deltas():
+            score = delta.abs()
+            if scale is not None:
+                features = torch.arange(start, start + len(delta))
+                features = features % len(scale) if stride == 1 else features // stride
+                score *= scale[features]
+            yield start, delta, score
+
+    def _input_scale(self, *, embeddings: bool) -> Tensor | None:
+        if self.inputs is None or (self.inputs.embedding and not embeddings):
+            return None
+        rms = self.inputs.rms[: self.shape[self.inputs.axis]]
+        return rms.clamp_min(_LEAST_INPUT * float(rms.mean())).float()

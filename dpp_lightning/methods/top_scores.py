@@ -1,0 +1,45 @@
+"""The entries with the highest scores, an exact number of them, in one tensor or over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.methods.exact_ranking import RankThreshold, largest
+from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries
+from dpp_lightning.methods.tensor_pair import TensorPair
+
+
+def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magnitude") -> Iterator[KeptEntries]:
+    """Keep the ``count`` highest scores of each tensor, exactly that many: of equal ones the first.
+
+    Args:
+        pairs: the pruned tensors.
+        counts: one number for each, in [0, numel].
+        kind: of score, see :meth:`dpp_lightning.methods.tensor_pair.TensorPair.scores`.
+    """
+    for pair, count in zip(pairs, counts, strict=True):
+        threshold = largest(partial(scores_of, [pair], kind), count) if count else None
+        yield above(pair, threshold, threshold.ties if threshold else 0, kind)[0]
+
+
+def above(
+    pair: TensorPair, threshold: RankThreshold | None, ties: int, kind: str = "magnitude"
+) -> tuple[KeptEntries, int]:
+    """What one tensor has above a threshold, and how many of the ``ties`` are left for the tensors after it."""
+    kept = GrowingBuffer(torch.int64)
+    if threshold is not None:
+        for start, _, scores in pair.scores(kind):
+            found, ties = threshold.positions(scores, ties)
+            kept.append(found + start)
+    return KeptEntries(kept.tensor()), ties
+
+
+def scores_of(pairs: Iterable[TensorPair], kind: str) -> Iterator[Tensor]:
+    """All scores of some tensors, block by block."""
+    for pair in pairs:
+        for _, _, scores in pair.scores(kind):
+            yield scores

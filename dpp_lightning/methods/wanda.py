@@ -1,0 +1,45 @@
+"""WANDA on deltas: the entries whose change of the output is largest on calibration data."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+
+from dpp_lightning.methods.kept_entries import KeptEntries, exact_count
+from dpp_lightning.methods.tensor_pair import BLOCK, TensorPair
+from dpp_lightning.methods.top_scores import ranked
+
+Per = Literal["layer", "row"]
+
+
+def wanda(pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, per: Per = "layer") -> Iterator[KeptEntries]:
+    """Keep the highest scores |delta_ij| ||x_j||, exactly k = n - floor(p n) of them.
+
+    Tensors without the input of a linear map (embeddings, norms, biases) are ranked by |delta|.
+
+    Args:
+        pairs: with the inputs of the linear maps.
+        pruning_rate: p in [0, 1).
+        seed: not used.
+        per: ``layer`` counts n in each tensor (DAREx), ``row`` in each output row of a linear map (Sun et al. 2024).
+    """
+    for pair in pairs:
+        if per == "row" and pair.inputs is not None and not pair.inputs.embedding:
+            yield KeptEntries(_rows(pair, pruning_rate))
+        else:
+            yield next(ranked([pair], [exact_count(pair.numel, pruning_rate)], "wanda"))
+
+
+def _rows(pair: TensorPair, pruning_rate: float) -> torch.Tensor:
+    """Kept positions with an equal number in every output row, sorted; of equal scores the first."""
+    assert pair.inputs is not None
+    outputs, features = pair.shape if pair.inputs.axis == 1 else pair.shape[::-1]
+    count = exact_count(features, pruning_rate)
+    scores = torch.cat([score for _, _, score in pair.scores("wanda")]).view(pair.shape)
+    scores = scores if pair.inputs.axis == 1 else scores.T
+    found, step = [], max(BLOCK // max(features, 1), 1)
+    for start in range(0, outputs, step):
+        best = torch.sort(scores[start : start + step], dim=1, descending=True, stable=True).indices[:, :count]
+        rows = torch.arange(start, start + len(best)).unsqueeze(1)
+        found.append((rows * features + best if pair.inputs.axis == 1 else best * outputs + rows).flatten())
+    return torch.cat(found).sort().values if found else torch.empty(0, dtype=torch.int64)

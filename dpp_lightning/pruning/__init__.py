@@ -1,0 +1,1 @@
+"""Pruning: two models to one delta, in memory or from checkpoint to folder."""

@@ -1,0 +1,235 @@
+"""A plan: two sets of weights matched by name, from which masks are drawn, in memory or tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.registry import get_method
+from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.pruning.scope import Fate, Scope
+from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.tensors.dtypes import to_dtype
+from dpp_lightning.tensors.fingerprint import combined, hash_tensor
+from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
+from dpp_lightning.tensors.names import (
+    TensorSource,
+    align,
+    buffer_names,
+    canonical_tensors,
+    check_prunable,
+    saved_names,
+)
+from dpp_lightning.tensors.shards import equal_shards, full_tensor, in_shards
+
+_PROBE = 4096  # entries compared before whole tensors are
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Two sets of weights matched by name, with the fate of every tensor: what all masks of one pair have in common.
+
+    Attributes:
+        base, finetuned: canonical name (of the fine-tuned side) to tensor, possibly mapped from a file; never written.
+        fates: what becomes of each fine-tuned tensor.
+        unchanged: names of tensors that training left as they were.
+        scope: the settings that the fates come from.
+        base_name, base_revision: for the file.
+        prefix, names: how the fine-tuned model's own names follow from the canonical ones, see :class:`DeltaInfo`.
+        ignored: base tensors that the fine-tuned model does not have.
+        inputs: what weights see as input on calibration data, by canonical name; for methods that ask for it.
+    """
+
+    base: dict[str, Tensor]
+    finetuned: dict[str, Tensor]
+    fates: dict[str, Fate]
+    unchanged: frozenset[str]
+    scope: Scope
+    base_name: str | None = None
+    base_revision: str | None = None
+    prefix: str = ""
+    names: Mapping[str, str] | None = None
+    ignored: tuple[str, ...] = ()
+    inputs: Mapping[str, InputStatistics] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        base: TensorSource,
+        finetuned: TensorSource,
+        scope: Scope,
+        *,
+        base_name: str | None = None,
+        base_revision: str | None = None,
+        canonical: bool = False,
+        files: bool = False,
+        saved: tuple[str, dict[str, str]] | None = None,
+    ) -> PruningPlan:
+        """Match the two and decide every tensor's fate.
+
+        Args:
+            base, finetuned: modules or state dicts.
+            scope: which tensors are pruned.
+            base_name, base_revision: for the file.
+            canonical: both are mappings of canonical names already.
+            files: the fine-tuned names are those of the model's own files, to the letter.
+            saved: what :func:`dpp_lightning.tensors.names.saved_names` says of the fine-tuned model, if that is known.
+
+        Raises:
+            ValueError: weights that cannot be pruned, layers that only one side has, or nothing to prune in common.
+        """
+        if canonical and isinstance(base, Mapping) and isinstance(finetuned, Mapping):
+            ours, theirs = dict(finetuned), dict(base)
+        else:
+            ours, theirs = canonical_tensors(finetuned), canonical_tensors(base)
+            scope = scope.carrying(buffer_names(finetuned))
+        check_prunable(ours)
+        names = align(ours, theirs)
+        matched = {name: theirs[other] for name, other in names.items()}
+        used = set(names.values())
+        ignored = {other: tensor for other, tensor in theirs.items() if other not in used}
+        fates = scope.fates(matched, ours, ignored)
+        unchanged = frozenset(n for n, t in ours.items() if n in matched and _same(t, matched[n]))
+        prefix, own = saved or (("", {}) if canonical else saved_names(finetuned, exact=files))
+        return cls(matched, ours, fates, unchanged, scope, base_name, base_revision, prefix, own, tuple(ignored))
+
+    @property
+    def pruned(self) -> list[str]:
+        """Names of the tensors whose delta is pruned, sorted, so that one pair of models gives one file however it was
+        held; those that training left as they were have none."""
+        return sorted(name for name, fate in self.fates.items() if fate == "prune" and name not in self.unchanged)
+
+    @cached_property
+    def pairs(self) -> list[TensorPair]:
+        """The pruned tensors, both sides."""
+        known = self.inputs or {}
+        return [TensorPair.of(name, self.base[name], self.finetuned[name], known.get(name)) for name in self.pruned]
+
+    def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
+        """This plan, knowing the inputs of its weights, whatever the names' leading parts."""
+        names = align(self.pruned, inputs)
+        return replace(self, inputs={name: inputs[other] for name, other in names.items()})
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """Tensors that are stored dense."""
+        return {n: self.finetuned[n] for n, fate in self.fates.items() if fate == "carry" and n not in self.unchanged}
+
+    @property
+    def new_rows(self) -> dict[str, Tensor]:
+        """The rows that a pruned tensor has beyond those of the base."""
+        grown = [n for n in self.pruned if self.finetuned[n].dim() and len(self.finetuned[n]) > len(self.base[n])]
+        return {name: self.finetuned[name][len(self.base[name]) :] for name in grown}
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    def digest(self, name: str) -> str:
+        """xxh3-128 of one tensor of the base."""
+        if name not in self._digests:
+            self._digests[name] = hash_tensor(name, self.base[name])
+        return self._digests[name]
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the base's tensors that are not carried; each is read once in the life of the plan."""
+        return combined({name: self.digest(name) for name, fate in self.fates.items() if fate != "carry"})
+
+    def stream(
+        self, method: str, pruning_rate: float, seed: int, dtype: str | None, settings: Mapping[str, Any]
+    ) -> Iterator[tuple[str, SparseTensor, Tensor]]:
+        """The kept entries of one pruned tensor after the other, with the base's values there.
+
+        Args:
+            method, pruning_rate, seed, dtype, settings: as in :func:`dpp_lightning.pruning.in_memory.prune`.
+
+        Raises:
+            ValueError: an unknown method, setting or dtype, a rate outside [0, 1), or values that overflow the dtype.
+        """
+        row = get_method(method)
+        row.check(pruning_rate, settings)
+        row.check_dtype(method, dtype)
+        own = row.selection_settings(settings)
+        if row.needs_inputs(settings) and not self.inputs:
+            raise ValueError(
+                f"{method} needs the layers' inputs on calibration data, and there is none: give it (calibration=, "
+                "--calibration), or take a method without data such as 'magnitude' or 'importance' with score=magnitude"
+            )
+        for pair, kept in zip(self.pairs, row.select(self.pairs, pruning_rate, seed, **own), strict=True):
+            base = gather_entries(pair.base, kept.positions)
+            values = kept.values
+            if values is None:
+                values = gather_entries(pair.finetuned, kept.positions).float() - base.to(pair.finetuned.device).float()
+            short = kept.positions.to(torch.int32) if pair.numel < 2**31 else kept.positions
+            yield pair.name, SparseTensor(pair.shape, short, to_dtype(values, dtype, pair.finetuned, pair.name)), base
+
+    def draw(
+        self,
+        method: str,
+        pruning_rate: float,
+        seed: int,
+        dtype: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SparseDelta:
+        """One pruned delta in memory; q is the method's first candidate. Arguments and errors as :meth:`stream`."""
+        tensors, check = {}, EntriesHash()
+        for name, part, base in self.stream(method, pruning_rate, seed, dtype, settings or {}):
+            tensors[name] = part
+            check.update(base)
+        carried = {name: full_tensor(tensor.detach()).clone() for name, tensor in self.carried.items()}
+        rows = {name: tensor.detach().clone() for name, tensor in self.new_rows.items()}
+        info = self.info(method, pruning_rate, seed, dtype, settings or {}, check)
+        return SparseDelta(tensors, carried, info, rows)
+
+    def info(
+        self,
+        method: str,
+        pruning_rate: float,
+        seed: int,
+        dtype: str | None,
+        settings: Mapping[str, Any],
+        check: EntriesHash,
+    ) -> DeltaInfo:
+        """What the delta says of itself, given the hash of the base's values at the kept positions."""
+        row = get_method(method)
+        return DeltaInfo(
+            method=method,
+            pruning_rate=float(pruning_rate),
+            seed=seed,
+            q=row.rescale(pruning_rate),
+            seeded=row.seeded,
+            base_name=self.base_name,
+            base_revision=self.base_revision,
+            base_fingerprint=self.fingerprint,
+            base_check=check.hexdigest(),
+            base_first=check.first,
+            entries=sum(t.numel() for t in self.finetuned.values()),
+            dense_bytes=total_bytes(self.finetuned),
+            dtype=dtype,
+            scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
+            settings=dict(settings),
+            reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),
+            unchanged=tuple(n for n in self.finetuned if n in self.unchanged),
+            prefix=self.prefix,
+            names=dict(self.names or {}),
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if in_shards(a) and in_shards(b):
+        return equal_shards(a, b)
+    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    if not torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)):  # most tensors differ at once: the rest is not read
+        return False
+    return torch.equal(a, b.to(a.device))

@@ -1,0 +1,185 @@
+"""Pruning from files to a file, one pair of tensors at a time, so that models may be larger than memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dpp_lightning.calibration.fit_rescaling import cast, fitting_dtype
+from dpp_lightning.delta.config_file import CONFIG_FILE, read_config, with_q
+from dpp_lightning.delta.contents import SparseTensor
+from dpp_lightning.delta.folder import write_card, write_files
+from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.registry import get_method
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.storage.atomic_write import atomic_folder
+from dpp_lightning.storage.checkpoints import Progress, has_own_names, load_tensors, side_files, total_bytes
+from dpp_lightning.storage.mapped_file import will_need
+from dpp_lightning.tensors.flat_entries import EntriesHash
+
+
+class Calibration(Protocol):
+    """What pruning may ask of calibration data."""
+
+    def inputs(self) -> Mapping[str, InputStatistics]:
+        """What every weight of the fine-tuned model sees as input, by canonical name."""
+        ...
+
+    def fit(self, plan: PruningPlan, delta: SparseDelta) -> SparseDelta:
+        """The delta with what its method finds."""
+        ...
+
+
+def prune_checkpoint(
+    base: str | Path,
+    finetuned: str | Path,
+    output: str | Path,
+    method: str = "dare",
+    pruning_rate: float = 0.9,
+    seed: int = 0,
+    *,
+    scope: Scope | None = None,
+    dtype: str | None = None,
+    q: float | None = None,
+    calibration: Calibration | None = None,
+    settings: Mapping[str, Any] | None = None,
+    base_revision: str | None = None,
+    finetuned_revision: str | None = None,
+    weights_only: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
+
+    The fine-tuned model's configuration, tokenizer and generation files are put beside the delta where they are not
+    the base's own.
+
+    Args:
+        base, finetuned: folders in Hugging Face's layout, files, or hub ids, see
+            :func:`dpp_lightning.storage.checkpoints.load_tensors`.
+        output: folder of the delta; made, or an older delta replaced.
+        method, pruning_rate, seed, dtype, q, settings: as in :func:`dpp_lightning.pruning.in_memory.prune`.
+        scope: which tensors are pruned; default all.
+        calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
+        base_revision, finetuned_revision: of hub ids.
+        weights_only: put no configuration, tokenizer and generation files beside the delta.
+        progress: told the bytes of both models that are done, and all of them.
+
+    Raises:
+        ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`.
+        FileExistsError: the output folder holds something other than a delta.
+        OSError: it cannot be written.
+    """
+    row, settings = get_method(method), dict(settings or {})
+    row.check(pruning_rate, settings)
+    row.check_q(method, pruning_rate, q, searched=calibration is not None)
+    with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
+        plan = PruningPlan.of(
+            load_tensors(base, base_revision),
+            load_tensors(finetuned, finetuned_revision),
+            scope or Scope(),
+            base_name=str(base),
+            base_revision=base_revision,
+            files=has_own_names(finetuned),
+        )
+        if row.needs_inputs(settings) and calibration is not None:
+            plan = plan.with_inputs(calibration.inputs())
+        beside = {} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision)
+        if row.fitted in (None, "q") or calibration is None or pruning_rate == 0:
+            _stream(folder, plan, (method, pruning_rate, seed, dtype, settings), beside, progress)
+            if q is None and calibration is not None and row.fitted == "q":
+                q = calibration.fit(plan, DeltaReader.open(folder).delta()).q
+            if q is not None:
+                _set_q(folder, plan, q)
+        else:  # the kept values get weights, which are known only when all entries are
+            drawn = plan.draw(method, pruning_rate, seed, fitting_dtype(method, dtype), settings)
+            cast(calibration.fit(plan, drawn), plan, dtype).save_pretrained(folder, side_files=beside)
+    return Path(output)
+
+
+def _stream(
+    folder: Path,
+    plan: PruningPlan,
+    drawn: tuple[str, float, int, str | None, Mapping[str, Any]],
+    beside: Mapping[str, Path],
+    progress: Progress | None,
+) -> None:
+    """Draw and write one pair of tensors at a time; ``drawn`` is method, rate, seed, dtype and settings."""
+    check = EntriesHash()
+    write_files(
+        folder,
+        _told(plan, plan.stream(*drawn), check, progress),
+        plan.carried,
+        plan.new_rows,
+        lambda: plan.info(*drawn, check),
+        seeded=get_method(drawn[0]).seeded,
+        dtype=drawn[3],
+        scores={},
+        side_files=beside,
+    )
+
+
+def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:
+    """Put another q into a delta that is written."""
+    config = with_q((folder / CONFIG_FILE).read_bytes(), q)
+    (folder / CONFIG_FILE).write_bytes(config)
+    write_card(folder, read_config(config)[0], {}, {**plan.carried, **plan.new_rows})
+
+
+def _told(
+    plan: PruningPlan,
+    parts: Iterator[tuple[str, SparseTensor, Tensor]],
+    check: EntriesHash,
+    progress: Progress | None,
+) -> Iterator[tuple[str, SparseTensor]]:
+    """The parts, while the base's hashes are taken (so that its pages are read once) and progress is told."""
+    sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
+    sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
+    done, total, names = 0, sum(sizes.values()), list(sizes)
+
+    def ahead(place: int) -> None:
+        """Hash one tensor while another thread draws from it, and have the next one read."""
+        for tensor in sides[names[place + 1]] if place + 1 < len(names) else ():
+            will_need(tensor)
+        plan.digest(names[place])
+
+    with ThreadPoolExecutor(1) as hashing:
+        for place in range(len(names)):
+            pending = hashing.submit(ahead, place)
+            name, part, base = next(parts)
+            check.update(base)
+            yield name, part
+            pending.result()
+            done += sizes[name]
+            if progress:
+                progress(done, total)
+
+
+def _own_side_files(
+    base: str | Path, base_revision: str | None, finetuned: str | Path, finetuned_revision: str | None
+) -> dict[str, Path]:
+    """The fine-tuned model's further files that are not the base's byte for byte."""
+    theirs = side_files(base, base_revision)
+    return {
+        name: path
+        for name, path in side_files(finetuned, finetuned_revision).items()
+        if name != CONFIG_FILE and not (name in theirs and _same_content(theirs[name], path))
+    }
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    """Equal byte for byte, or JSON that says the same (libraries write it with and without spaces)."""
+    one, other = a.read_bytes(), b.read_bytes()
+    if one == other or a.suffix != ".json":
+        return one == other
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False

@@ -1,0 +1,146 @@
+"""Scope: which tensors of a model are pruned, and what becomes of the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import Literal
+
+from torch import Tensor
+
+from dpp_lightning.tensors.blocks import _BLOCK, is_linear_map
+
+Fate = Literal["prune", "carry", "revert"]
+
+_VOCABULARY = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|lm_head|decoder)\.weight$|embeddings\.weight$")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tensors are pruned.
+
+    Attributes:
+        kind: ``all`` prunes every floating-point tensor; ``linear`` only the weights and biases of the linear maps
+            inside the numbered blocks (two-dimensional ``….weight`` and its ``….bias``), as for decoders.
+        include: glob patterns on canonical names; if given, only matching tensors are pruned.
+        exclude: glob patterns on canonical names that are never pruned.
+        outside: a tensor outside the scope is carried (stored dense, fine-tuned) or reverted (base value).
+        carry: glob patterns of tensors that are always carried, such as a head that was new in this training.
+    """
+
+    kind: Literal["all", "linear"] = "all"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    outside: Literal["carry", "revert"] = "carry"
+    carry: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the choices.
+
+        Raises:
+            ValueError: an unknown kind or treatment.
+        """
+        for value, choices, what in (
+            (self.kind, ("all", "linear"), "scope"),
+            (self.outside, ("carry", "revert"), "outside"),
+        ):
+            if value not in choices:
+                raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+
+    def carrying(self, names: Iterable[str]) -> Scope:
+        """This scope with further tensors always carried: new heads, buffers."""
+        return replace(self, carry=(*self.carry, *(escape(name) for name in sorted(names))))
+
+    def fates(
+        self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Fate]:
+        """What becomes of each fine-tuned tensor: pruned, carried or reverted.
+
+        A tensor that the base does not have under this name and shape is new and always carried, and so is one that a
+        ``carry`` pattern names. Vocabularies may differ in their rows: those in common are pruned. Tensors that are
+        not floating point (counters) are carried.
+
+        Args:
+            base: the matched tensors of the base, under the fine-tuned names.
+            finetuned: the fine-tuned tensors.
+            ignored: further tensors of the base, which the fine-tuned model does not have.
+
+        Raises:
+            ValueError: a pattern matches no tensor, a linear map inside the blocks has no counterpart on the other
+                side (another architecture), or nothing is left to prune.
+        """
+        self._check_patterns(finetuned)
+        self._check_blocks(base, finetuned, ignored or {})
+        fates: dict[str, Fate] = {}
+        for name, tensor in finetuned.items():
+            known = name in base and tensor.is_floating_point() and _comparable(name, base[name], tensor)
+            if not known or _matches(name, self.carry):
+                fates[name] = "carry"
+            else:
+                fates[name] = "prune" if self._inside(name, finetuned) else self.outside
+        if "prune" not in fates.values():
+            raise ValueError(
+                f"no tensor is left to prune with {self}: of {len(finetuned)} tensors "
+                f"{sum(name in base for name in finetuned)} have a base of their name. First names: "
+                f"fine-tuned {sorted(finetuned)[:3]}, base {sorted(base)[:3]}"
+            )
+        return fates
+
+    def _check_blocks(
+        self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor]
+    ) -> None:
+        """A head may be new; a linear map inside the numbered blocks that only one side has is a wrong pair."""
+        if not base:
+            return  # reported as nothing to prune, with the names of both sides
+        faults = [
+            f"{name}: only in the fine-tuned model"
+            if name not in base
+            else f"{name}: shape {tuple(tensor.shape)}, in the base {tuple(base[name].shape)}"
+            for name, tensor in finetuned.items()
+            if is_linear_map(name, tensor.shape)
+            and not _matches(name, self.carry)
+            and (name not in base or base[name].shape != tensor.shape)
+        ]
+        faults += [f"{name}: only in the base" for name, tensor in ignored.items() if is_linear_map(name, tensor.shape)]
+        if faults:
+            raise ValueError(
+                f"base and fine-tuned model do not have the same layers ({len(faults)} tensors). If a tensor is meant "
+                "to be new, name it with carry=\n  " + "\n  ".join(faults[:40])
+            )
+
+    def _inside(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
+        if self.include and not _matches(name, self.include):
+            return False
+        if _matches(name, self.exclude):
+            return False
+        return self.kind == "all" or _is_linear(name, tensors)
+
+    def _check_patterns(self, tensors: Mapping[str, Tensor]) -> None:
+        for what, patterns in (("include", self.include), ("exclude", self.exclude), ("carry", self.carry)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in tensors):
+                    raise ValueError(
+                        f"the {what} pattern {pattern!r} matches none of the {len(tensors)} tensors; patterns are "
+                        f"globs on canonical names such as {', '.join(sorted(tensors)[:3])}"
+                    )
+
+
+def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
+    """Of one shape, or vocabularies that differ in their rows."""
+    if base.shape == finetuned.shape:
+        return True
+    both = base.dim() == finetuned.dim() == 2 and base.shape[1] == finetuned.shape[1]
+    return both and bool(_VOCABULARY.search(name))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_linear(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    owner, _, kind = name.rpartition(".")
+    weight = tensors.get(f"{owner}.weight")
+    return bool(_BLOCK.search(name)) and kind in ("weight", "bias") and weight is not None and weight.dim() == 2

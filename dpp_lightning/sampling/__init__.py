@@ -1,0 +1,1 @@
+"""Sampling: kept positions from (seed, tensor name, flat position) alone. Part of the file format."""

@@ -1,0 +1,92 @@
+"""Plain texts of several tasks as unlabelled batches, for AdaMerging of any model with a tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from dpp_lightning.tasks.common.splits import of_module
+
+_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class TextMixDataModule(LightningDataModule):
+    """Training batches are task to a batch of tokens (``input_ids``, ``attention_mask``), for AdaMergingModule.
+
+    Args:
+        files: task to a file: ``.txt`` (a text a line), ``.json``, ``.jsonl`` or ``.parquet``.
+        column: of JSON and parquet files, the one that holds the text.
+        tokenizer: hub id or local folder; default the module's ``pretrained``.
+        batch_size: texts of each task in a batch.
+        max_length: texts are cut to this many tokens.
+        num_workers: loader processes.
+
+    Raises:
+        ValueError: a file of another kind; in ``setup``: a missing column, a file without texts, no tokenizer.
+        FileNotFoundError: no such file.
+    """
+
+    def __init__(
+        self,
+        files: dict[str, str],
+        column: str = "text",
+        tokenizer: str | None = None,
+        batch_size: int = 16,
+        max_length: int = 128,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for task, file in files.items():
+            if Path(file).suffix not in _LOADERS:
+                raise ValueError(f"{file} ({task}): expected a file ending in {', '.join(_LOADERS)}")
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"{file} ({task}): no such file")
+        self.files, self.column, self.tokenizer = files, column, tokenizer
+        self.batch_size, self.max_length, self.num_workers = batch_size, max_length, num_workers
+        self.texts: dict[str, Dataset] = {}
+        self._collate: DataCollatorWithPadding | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise every file."""
+        if self.texts:
+            return
+        tokenizer = self._load_tokenizer()
+        for task, file in self.files.items():
+            data = load_dataset(_LOADERS[Path(file).suffix], data_files=file, split="train")
+            if self.column not in data.column_names:
+                raise ValueError(f"{file} ({task}) has the columns {data.column_names}, expected {self.column!r}")
+            data = data.filter(lambda row: bool(row[self.column] and row[self.column].strip()))
+            if not len(data):
+                raise ValueError(f"{file} ({task}) holds no text")
+            self.texts[task] = data.map(
+                lambda rows: dict(tokenizer(rows[self.column], truncation=True, max_length=self.max_length)),
+                batched=True,
+                remove_columns=data.column_names,
+            )
+        self._collate = DataCollatorWithPadding(tokenizer)
+
+    def train_dataloader(self) -> Mapping[str, DataLoader[Any]]:
+        """Shuffled batches of every task; the shorter files start again."""
+        return {
+            task: DataLoader(
+                data,  # type: ignore[arg-type]
+                batch_size=self.batch_size,
+                shuffle=True,
+                num_workers=self.num_workers,
+                collate_fn=self._collate,
+            )
+            for task, data in self.texts.items()
+        }
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.tokenizer or of_module(self.trainer, "pretrained")
+        if name is None:
+            raise ValueError("TextMixDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        if tokenizer.pad_token is None:  # what is padded is masked out, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer

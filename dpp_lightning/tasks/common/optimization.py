@@ -1,0 +1,110 @@
+"""What every task does with its optimizer: parameter groups that know the new heads, and the papers' schedule."""
+
+import math
+from collections.abc import Collection
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_linear_schedule_with_warmup
+
+from dpp_lightning.optim import AdamR
+from dpp_lightning.tensors.names import without_wrappers
+from dpp_lightning.trainer.strategies import refuse_flat, refuse_one_memory
+
+Schedule = Literal["linear", "constant"] | LRSchedulerCallable
+
+
+def parameter_groups(module: nn.Module, new_parameter_names: Collection[str]) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that come from the base and those of a new head.
+
+    A freshly initialised parameter has no pre-trained value to decay toward, so its group carries ``new=True``:
+    ``AdamR`` gives it no delta decay, torch's own optimizers ignore the key.
+
+    Args:
+        module: the LightningModule, or any module, whose ``requires_grad`` parameters are trained.
+        new_parameter_names: names, as in ``module.named_parameters()``, of the freshly initialised ones. Prefixes that
+            ``torch.compile`` and FSDP put into names are not part of them.
+
+    Returns:
+        At most two groups, the pre-trained parameters first, each in the order of the module; an empty one is left out.
+
+    Raises:
+        ValueError: a new name that is no parameter of the module, or nothing to train.
+    """
+    named = {without_wrappers(name): parameter for name, parameter in module.named_parameters()}
+    if unknown := sorted(set(new_parameter_names) - named.keys()):
+        raise ValueError(
+            f"new_parameter_names holds {unknown}, which {type(module).__name__} has not; "
+            f"give names as in named_parameters(), such as {next(iter(named), 'none: it has no parameters')!r}"
+        )
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if not trained:
+        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what to train")
+    new = set(new_parameter_names)
+    old_parameters = [parameter for name, parameter in trained.items() if name not in new]
+    new_parameters = [parameter for name, parameter in trained.items() if name in new]
+    groups: list[dict[str, Any]] = []
+    if old_parameters:
+        groups.append({"params": old_parameters})
+    if new_parameters:
+        groups.append({"params": new_parameters, "new": True})
+    return groups
+
+
+def with_schedule(
+    optimizer: Optimizer,
+    scheduler: Schedule,
+    interval: Literal["step", "epoch"],
+    trainer: Trainer,
+    warmup_fraction: float,
+) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` returns: the optimizer and its schedule.
+
+    Args:
+        optimizer: as the user's setting made it.
+        scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
+        interval: how often a scheduler of the user's own is stepped.
+        trainer: knows the number of steps of the whole training.
+        warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+
+    Raises:
+        ValueError: AdamR under DeepSpeed, or under FSDP1 with ``use_orig_params=False``; ranks that share the weights'
+            memory.
+    """
+    refuse_one_memory(trainer)
+    if isinstance(optimizer, AdamR):
+        refuse_flat(trainer, "AdamR")
+    if scheduler == "constant":
+        return optimizer
+    if callable(scheduler):
+        config: dict[str, Any] = {"scheduler": scheduler(optimizer), "interval": interval}
+    else:
+        steps = cast(int, trainer.estimated_stepping_batches)
+        config = {"scheduler": linear_warmup_decay(optimizer, steps, warmup_fraction), "interval": "step"}
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**config, "monitor": "val_score"}})
+
+
+def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.06) -> LambdaLR:
+    """Learning rate from 0 up to its value over the first steps, then linearly down to 0; to be stepped every step.
+
+    Args:
+        optimizer: the optimizer whose groups' ``lr`` are scaled.
+        total_steps: number of optimizer steps of the whole training, at least 1.
+        warmup_fraction: share of ``total_steps`` spent going up, in [0, 1]; the papers' encoders use 0.06.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    if not (isinstance(total_steps, int) and total_steps >= 1):
+        raise ValueError(
+            f"total_steps is {total_steps}, expected a whole number of at least 1; "
+            "set trainer.max_epochs or trainer.max_steps, or take scheduler: constant"
+        )
+    if not 0.0 <= warmup_fraction <= 1.0:
+        raise ValueError(f"warmup_fraction is {warmup_fraction}, expected a share of the steps in [0, 1], such as 0.06")
+    return get_linear_schedule_with_warmup(optimizer, math.ceil(total_steps * warmup_fraction), total_steps)

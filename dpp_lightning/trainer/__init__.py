@@ -1,0 +1,1 @@
+"""What this package adds to Lightning's Trainer: strategies, checkpoints, and the end of a run that was stopped."""

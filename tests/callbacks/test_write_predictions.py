@@ -1,0 +1,98 @@
+"""Predictions as readable lines: in the data's order, described by the DataModule, whole or not at all."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import trainer
+from tiny_causal import make_rows, save_decoder, write_rows
+from tiny_glue import make_data, make_model
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpp_lightning.callbacks import WritePredictions
+from dpp_lightning.cli import main
+from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+
+
+class Doubles(pl.LightningModule):
+    """Predicts twice its input, as a tensor, a list, or what it is told."""
+
+    def __init__(self, form=lambda value: value):
+        super().__init__()
+        self.form = form
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return self.form(2 * batch[0])
+
+
+def numbers(count, start=0, **settings):
+    return DataLoader(TensorDataset(torch.arange(start, start + count)), batch_size=4, **settings)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("form", [lambda value: value, list, lambda value: value.tolist()])
+def test_one_line_a_sample_in_the_datas_order(tmp_path, form):
+    shuffled = numbers(
+        10, sampler=torch.utils.data.RandomSampler(range(10), generator=torch.Generator().manual_seed(1))
+    )
+    trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(Doubles(form), shuffled)
+    assert lines_of(tmp_path / "out.jsonl") == [{"index": i, "prediction": 2 * i} for i in range(10)]
+
+
+def test_several_loaders_are_told_apart(tmp_path):
+    writer = WritePredictions(str(tmp_path / "out.jsonl"))
+    trainer(writer).predict(Doubles(), [numbers(5), numbers(3, start=100)])
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["dataloader"] for line in lines] == [0] * 5 + [1] * 3
+    assert [line["prediction"] for line in lines] == [0, 2, 4, 6, 8, 200, 202, 204]
+
+
+def test_by_default_the_file_lies_in_the_trainers_folder(tmp_path):
+    trainer(WritePredictions(), default_root_dir=tmp_path).predict(Doubles(), numbers(5))
+    assert len(lines_of(tmp_path / "predictions.jsonl")) == 5
+
+
+def test_what_is_no_prediction_leaves_the_old_file(tmp_path):
+    file = tmp_path / "out.jsonl"
+    file.write_text("old")
+    with pytest.raises(ValueError, match="predict_step returned dict, expected a tensor"):
+        trainer(WritePredictions(str(file))).predict(Doubles(lambda value: {"a": value}), numbers(5))
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write into"):
+        trainer(WritePredictions(str(tmp_path / "file" / "out.jsonl"))).predict(Doubles(pytest.fail), numbers(5))
+
+
+def test_glue_names_sentences_and_classes(tmp_path):
+    base, data = make_model(tmp_path / "base"), make_data(tmp_path / "glue", "sst2")
+    data_module = GLUEDataModule(path=data)
+    trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(GLUEModule("sst2", base), data_module)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert len(lines) == 20
+    assert set(lines[0]) == {"index", "sentence", "label", "prediction"}
+    assert [line["sentence"] for line in lines] == list(data_module._texts[0]["sentence"])
+    assert {line["prediction"] for line in lines} <= {0, 1}
+
+
+def test_dpp_predict_writes_them_by_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base, rows = save_decoder(tmp_path / "base"), make_rows(12)
+    (tmp_path / "run.yaml").write_text(
+        "trainer: {accelerator: cpu, logger: false}\n"
+        f"model: {{class_path: CausalLMModule, init_args: {{pretrained: {base}, max_new_tokens: 6}}}}\n"
+        f"data: {{class_path: InstructionDataModule, init_args: {{path: {write_rows(tmp_path / 'train.jsonl', rows)}, "
+        f"test_path: {write_rows(tmp_path / 'test.jsonl', rows)}, prompt: plain}}}}\n"
+    )
+    assert main(["predict", "--config", "run.yaml", "--output", "found.jsonl", "--data.max_length", "64"]) == 0
+    lines = lines_of(tmp_path / "found.jsonl")
+    assert [line["question"] for line in lines] == [row["question"] for row in rows]
+    assert set(lines[0]) == {"index", "question", "generated", "answer", "expected", "correct"}
+    assert [line["expected"] for line in lines] == [row["answer"].split("#### ")[1] for row in rows]

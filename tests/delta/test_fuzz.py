@@ -1,0 +1,226 @@
+"""Mutated delta files: a ValueError or a valid delta, never anything else."""
+
+import json
+import random
+import struct
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hostile import (
+    KINDS,
+    check_valid,
+    chunks_of,
+    files,
+    repaired,
+)
+from safetensors.torch import load, save
+
+from dpp_lightning import SparseDelta
+from dpp_lightning.delta.coding.chunk import read_head
+from dpp_lightning.delta.folder import encode
+from dpp_lightning.delta.reader import decode
+from dpp_lightning.tensors.dtypes import INTEGERS
+
+HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
+
+
+ODD_NUMBERS = [
+    0,
+    1,
+    -1,
+    7,
+    255,
+    256,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**36,
+    2**36 + 1,
+    2**53,
+    2**63,
+    10**30,
+    0.5,
+    1e-300,
+    1e308,
+]
+ODD_VALUES = [
+    *ODD_NUMBERS,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    "",
+    "..",
+    "int8",
+    "float16",
+    "seed",
+    [],
+    [[]],
+    {},
+    {"a": [1]},
+]
+ODD_BYTES = [0, 1, 0x7F, 0xFF, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 60]
+FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded"]
+
+
+def mutated_bytes(data, other, rng):
+    """Flips, numbers, inserted, deleted and doubled pieces, pieces of another file."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 2, 4, 8])
+        kind = rng.randrange(8)
+        if kind < 3 and data:
+            data[at - 1] ^= 1 << rng.randrange(8)
+        elif kind < 5:
+            number = rng.choice([*ODD_BYTES, rng.getrandbits(63)]) & ((1 << 8 * length) - 1)
+            data[at : at + length] = number.to_bytes(length, "little")
+        elif kind == 5:
+            data[at:at] = rng.choice([rng.randbytes(length), data[at : at + 5 * length]])
+        elif kind == 6:
+            del data[at : at + length]
+        else:
+            start = rng.randrange(len(other))
+            data[at : at + 5 * length] = other[start : start + 5 * length]
+    return bytes(data)
+
+
+def mutated_chunks(kind, other, rng):
+    """The chunk of a small delta with other bytes, other numbers in a head, or another stream behind the compression."""
+    blob = bytearray(chunks_of(kind))
+    head = read_head(np.frombuffer(blob, dtype=np.uint8), 0, 1 << 40, seeded=kind in ("seeded", "dense"))
+    choice = rng.randrange(4)
+    if choice == 0:
+        return mutated_bytes(blob, chunks_of(other), rng)
+    begin, stored, size = rng.choice(head.streams)
+    if choice == 1:
+        at, width = rng.choice([(0, 8), (8, 4), (12, 1), (13, 1), (14, 1), (15, 1), (begin - 8, 4), (begin - 4, 4)])
+        number = int.from_bytes(blob[at : at + width], "little")
+        number = rng.choice(
+            [number + 1, number - 1, rng.randrange(6), rng.choice(ODD_BYTES), number ^ 1 << rng.randrange(8)]
+        )
+        blob[at : at + width] = (number & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+        return bytes(blob)
+    stream = bytes(blob[begin : begin + stored])
+    if stored < size:
+        stream = zstandard.ZstdDecompressor().decompress(stream)
+    stream = bytearray(mutated_bytes(stream, b"\0\xff\x7f" * 20, rng))
+    if choice == 2:
+        stream = (stream + bytes(size))[:size]
+    packed = zstandard.ZstdCompressor().compress(stream) if rng.random() < 0.3 else bytes(stream)
+    blob[begin - 8 : begin + stored] = STREAM.pack(len(packed), len(stream)) + packed
+    return bytes(blob)
+
+
+def mutated_value(value, rng):
+    """A JSON value with one odd value somewhere inside."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice([*value, *[field for field in FIELDS if field in value]])
+        if rng.random() < 0.05:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutated_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        at, kind = rng.randrange(len(value)), rng.randrange(8)
+        if kind < 2:
+            return [*value[: at + kind], *value[at + 1 - kind :]]
+        if kind == 2:
+            return rng.sample(value, len(value))
+        return [*value[:at], mutated_value(value[at], rng), *value[at + 1 :]]
+    if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.6:
+        return rng.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)])
+    return rng.choice(ODD_VALUES)
+
+
+def mutation(rng):
+    """Two files, one of them or both changed; in half of the cases with checksums that are right again."""
+    kind, other = rng.choice(list(KINDS)), rng.choice(list(KINDS))
+    model, config = files(kind)
+    parsed, what = (
+        json.loads(config),
+        rng.choice(["model", "text", "values", "values", "chunks", "chunks", "chunks", "both"]),
+    )
+    if what == "model":
+        model = mutated_bytes(model, files(other)[0], rng)
+    if what == "text":
+        config = mutated_bytes(config, files(other)[1], rng)
+        try:
+            parsed = json.loads(config)
+        except ValueError:
+            parsed = None
+    if what in ("values", "both"):
+        parsed = mutated_value(parsed, rng)
+        config = json.dumps(parsed).encode()
+    if what in ("chunks", "both"):
+        blob = mutated_chunks(kind, other, rng)
+        tensor = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8)
+        model = save({**load(model), "kept": tensor})
+    repair = rng.random() < 0.5 and isinstance(parsed, dict)
+    return repaired(model, parsed) if repair else (model, config)
+
+
+def outcome(read):
+    """Whether a delta is read; anything but a valid one or a ValueError with a message goes up."""
+    delta, message, started = None, "", time.perf_counter()
+    try:
+        delta = read()
+    except ValueError as error:
+        message = str(error).strip()
+    assert time.perf_counter() - started < 2
+    if delta is None:
+        assert message
+        return False
+    check_valid(delta)
+    again = decode(*encode(delta, positions="index"))
+    assert again.info == delta.info
+    if delta.info.dtype not in INTEGERS:  # any scale can be written by hand, and is then rounded once more
+        assert all(torch.equal(again.tensors[n].values, part.values) for n, part in delta.tensors.items())
+    return True
+
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) >> 10 for line in status if line.startswith(field))
+
+
+def run_mutations(count, seed):
+    """Returns how many were read; none may raise the peak of memory by 200 MiB."""
+    rng = random.Random(seed)
+    linux = sys.platform == "linux"
+    if linux:
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")
+    before, read = memory("VmRSS") if linux else 0, 0
+    for number in range(count):
+        case = mutation(rng)
+        try:
+            read += outcome(partial(decode, *case))
+        except Exception as error:
+            error.add_note(f"mutation {number} of seed {seed}")
+            raise
+    assert not linux or memory("VmHWM") - before < 200
+    return read
+
+
+def test_mutated_files_are_refused_or_valid():
+    """Some are read: odd values of fields that any number fits, or other kept values."""
+    assert 10 < run_mutations(500, seed=0) < 250
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mutated_files_are_refused_or_valid():
+    """About 20 s."""
+    assert 400 < run_mutations(20_000, seed=1) < 10_000
+
+
+def test_mutated_folders_are_refused_or_valid(tmp_path):
+    """The way from a folder, which maps the files."""
+    rng = random.Random(2)
+    for _ in range(60):
+        model, config = mutation(rng)
+        (tmp_path / "delta_model.safetensors").write_bytes(model)
+        (tmp_path / "delta_config.json").write_bytes(config)
+        outcome(partial(SparseDelta.from_pretrained, tmp_path))

@@ -1,0 +1,144 @@
+"""Chunks that no writer makes: always a ValueError, before memory is taken for what they claim."""
+
+import json
+import random
+import struct
+import time
+import tracemalloc
+from math import prod
+
+import pytest
+import torch
+import zstandard
+from hostile import (
+    check_valid,
+    chunk,
+    files,
+    refused,
+    repaired,
+    with_bare_chunks,
+)
+from safetensors.torch import save
+
+from dpp_lightning.delta.coding.positions import ALL, BITMAP, SEED
+from dpp_lightning.delta.reader import decode
+
+HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
+
+
+ONE = [["w", [100]]]  # a table of one tensor
+FLOAT = [b"\x7f\0"] * 4  # planes of two values
+CHUNK_FAULTS = {
+    "more kept than entries": (chunk(100, 101, b"", b""), ONE, "101 kept in 100"),
+    "no entries": (chunk(0, 0, b"", b""), ONE, "0 kept in 0"),
+    "more entries than the tensors": (chunk(101, 0, b"", b""), ONE, "where 100 entries are left"),
+    "a span of 2**60": (chunk(2**60, 2, b"\0\0", b"", *FLOAT), ONE, "where 100 entries are left"),
+    "kept 2**31": (chunk(2**33, 2**31, b"", b""), [["w", [2**33]]], "chunk of 2147483648 kept"),
+    "fewer entries than the tensors": (chunk(99, 0, b"", b""), ONE, "1 entries before"),
+    "seed without one": (chunk(100, 2, *FLOAT, coding=SEED), ONE, "do not follow from a seed"),
+    "unknown coding": (chunk(100, 2, b"\0\0", b"", *FLOAT, coding=4), ONE, "coding 4"),
+    "unknown form": (chunk(100, 2, b"\0\0", b"", *FLOAT, form=2), ONE, "form 2"),
+    "all of some": (chunk(100, 2, *FLOAT, coding=ALL), ONE, "2 kept of 100"),
+    "a short bitmap": (chunk(100, 50, b"\xff", *[bytes(50)] * 4, coding=BITMAP), ONE, "bitmap of 1 bytes"),
+    "a bitmap of others": (chunk(100, 50, b"\xff" * 13, *[bytes(50)] * 4, coding=BITMAP), ONE, "marks 100"),
+    "fewer gaps": (chunk(100, 2, b"\0", b"", *FLOAT), ONE, "end 1 gaps"),
+    "more gaps": (chunk(100, 2, b"\0\0\0", b"", *FLOAT), ONE, "2 are the most|end 3 gaps"),
+    "positions beyond": (chunk(100, 2, b"\x60\x03", b"", *FLOAT), ONE, "position 100 of 100"),
+    "low bits for nothing": (chunk(100, 2, b"\0\0", b"\0", *FLOAT, shift=4), ONE, "low bits"),
+    "fewer values": (chunk(100, 2, b"\0\0", b"", b"\x7f", *FLOAT[1:]), ONE, "streams of"),
+    "not finite": (chunk(100, 2, b"\0\0", b"", b"\xff\xff", *FLOAT[1:]), ONE, "not finite"),
+    "another dtype": (chunk(100, 2, b"\0\0", b"", *FLOAT[:2], dtype="bfloat16"), ONE, "holds them in float32"),
+    "integers": (chunk(100, 2, b"\0\0", b"", b"\1\1", b"\0", b"\0", dtype="int8"), ONE, "holds them in float32"),
+    "a stream longer than the file": (chunk(100, 2, b"\0\0", b"", *FLOAT)[:-1], ONE, "are the most"),
+    "a stream less": (chunk(100, 2, b"\0\0", b"", *FLOAT[:3]), ONE, "cut short"),
+    "half a head": (chunk(100, 2)[:9], ONE, "end 100 entries before"),
+    "a stream that is no zstandard": (
+        chunk(100, 2, b"\0\0", b"", (b"x", 2), *FLOAT[1:]),
+        ONE,
+        "cannot be decompressed",
+    ),
+    "a second chunk": (chunk(100, 2, b"\0\0", b"", *FLOAT) * 2, ONE, "bytes follow the last chunk"),
+}
+
+
+@pytest.mark.parametrize("fault", CHUNK_FAULTS)
+def test_chunks_that_no_writer_makes_are_refused(fault):
+    blob, table, message = CHUNK_FAULTS[fault]
+    refused(*with_bare_chunks(blob, tensors=table, dtype="float32"), message)
+
+
+def test_the_chunk_that_these_are_made_of_is_read():
+    for names, dtype in ((ONE, "float32"), (ONE, None), ([["v", [0, 3]], ["w", [100]], ["x", []]], None)):
+        blob = chunk(sum(prod(shape) for _, shape in names), 2, b"\0\2", b"", *FLOAT)
+        delta = decode(*with_bare_chunks(blob, tensors=names, dtype=dtype))
+        assert delta.tensors["w"].indices.tolist() == [0, 3]
+        assert bool(torch.isfinite(delta.tensors["w"].values).all())
+
+
+def test_descending_and_equal_positions_cannot_be_written():
+    """All a gap can say is how many entries, none at least, lie between two kept ones: every byte is a sorted set."""
+    rng = random.Random(0)
+    for _ in range(300):
+        gaps = bytes(rng.choice([0, 0, 1, 5, 40, 254]) for _ in range(8))
+        files_ = with_bare_chunks(chunk(2000, 8, gaps, b"", *[b"\x7f" * 8] * 4), tensors=[["w", [2000]]], dtype=None)
+        check_valid(decode(*files_))
+
+
+ZEROS = zstandard.ZstdCompressor(level=1).compress(bytes(1 << 28))
+UNSTATED = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(bytes(1 << 28))
+LYING = ZEROS.replace((1 << 28).to_bytes(4, "little"), (2).to_bytes(4, "little"), 1)
+BOMBS = {
+    "a size beyond the kept entries": ((ZEROS, 1 << 28), "are the most"),
+    "a frame of less than a frame": ((ZEROS[:-1], len(ZEROS)), "does not state"),
+    "a frame that gives more than it states": ((LYING, 1 << 20), "does not state|decompressed"),
+    "a frame that states no size": ((UNSTATED, 1 << 20), "does not state"),
+    "a frame that states another size": ((ZEROS, 1 << 20), "does not state"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_small_file_cannot_take_much_memory(bomb, place):
+    """256 MiB of zeros in 8 kB, among the positions and among the values: refused before memory is taken."""
+    stream, message = BOMBS[bomb]
+    streams = [b"\0" * (1 << 20), b"", *[b"\0" * (1 << 20)] * 4]
+    streams[2 * place] = stream
+    blob = chunk(1 << 34, 1 << 20, *streams)
+    model, config = with_bare_chunks(blob, tensors=[["w", [1 << 34]]], dtype="float32")
+    tracemalloc.start()
+    try:
+        refused(model, config, message)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
+CLAIMS = {
+    "a wide bitmap": chunk(1 << 34, 1, (ZEROS, 1 << 31), *[b"\0"] * 4, coding=BITMAP),
+    "far gaps": chunk(1 << 34, 1, (ZEROS, (1 << 34) // 255), b"", *[b"\0"] * 4),
+    "all of them": chunk(1 << 34, 1 << 20, *[b"\0" * (1 << 20)] * 4, coding=ALL),
+    "many low bits": chunk(1 << 34, 1 << 20, b"\0" * (1 << 20), (ZEROS, 1 << 25), *[b"\0"] * 4, shift=255),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_positions_of_a_huge_span_take_no_memory_for_it(claim):
+    model, config = with_bare_chunks(CLAIMS[claim], tensors=[["w", [1 << 34]]], dtype="float32")
+    tracemalloc.start()
+    try:
+        refused(model, config)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("kept", [0, 1, 1 << 20])
+def test_a_seed_is_not_asked_for_billions_of_positions(rate, kept):
+    planes = [b"\0" * kept] * 4 if kept else []
+    blob = chunk(1 << 35, kept, *planes, coding=SEED)
+    _, config = files("seeded")
+    config = {**json.loads(config), "pruning_rate": rate, "q": 1.0, "dtype": "float32", "tensors": [["w", [1 << 35]]]}
+    started = time.perf_counter()
+    refused(*repaired(save({"kept": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}), config), "no seed keeps")
+    assert time.perf_counter() - started < 1

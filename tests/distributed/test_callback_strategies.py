@@ -1,0 +1,230 @@
+"""The callback's extra passes at the end of a fit under every strategy: the same deltas, and nobody else notices."""
+
+import csv
+import json
+
+import distjobs
+import pytest
+import strategycases
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch.multiprocessing import ProcessRaisedException
+
+from dpp_lightning import SparseDelta
+from dpp_lightning.callbacks.prune_run.best_weights import load_into_shards
+from dpp_lightning.optim import AdamR
+from dpp_lightning.tasks.common.optimization import with_schedule
+from dpp_lightning.trainer.strategies import refuse_one_memory
+
+ROUNDING = 1e-6  # of weights and of kept values, whose sizes are about 1
+ENDS = ["train", "fit", "teardown TrainerFn.FITTING"]
+
+
+def same_deltas(ours, theirs):
+    """Equal positions and base; values up to rounding."""
+    names = sorted(path.name for path in theirs.iterdir() if path.is_dir())
+    assert names == sorted(path.name for path in ours.iterdir() if path.is_dir())
+    for name in names:
+        a, b = SparseDelta.from_pretrained(ours / name), SparseDelta.from_pretrained(theirs / name)
+        assert a.base_fingerprint == b.base_fingerprint
+        assert a.tensors.keys() == b.tensors.keys()
+        for tensor, part in b.tensors.items():
+            assert torch.equal(a.tensors[tensor].indices, part.indices)
+            assert torch.allclose(a.tensors[tensor].values, part.values, atol=ROUNDING)
+
+
+def close(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.allclose(ours[n], t, atol=ROUNDING) for n, t in theirs.items())
+
+
+def logged(folder):
+    """The rows of a log less those of the pruned models."""
+    with open(folder / "log" / "0" / "metrics.csv") as file:
+        rows = [{k: v for k, v in row.items() if v and not k.startswith("dpp/")} for row in csv.DictReader(file)]
+    return [row for row in rows if row.keys() != {"epoch", "step"} and row.keys() != {"step"}]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return folder, strategycases.watched_fits("single", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world"),
+    [
+        ("ddp", 2),
+        ("fsdp2", 2),
+        pytest.param("ddp", 4, marks=pytest.mark.distributed),
+        pytest.param("fsdp2", 4, marks=pytest.mark.distributed),
+    ],
+)
+def test_every_rank_gives_the_rows_and_deltas_of_one_process(watched, tmp_path, strategy, world):
+    folder, (_, expected) = watched
+    found = distjobs.run(strategycases.watched_fits, world, strategy, str(tmp_path), lightning=True)
+    assert len(found) == world
+    for without, pruned in found.values():
+        for (method, q, *ours), (name, other, *theirs) in zip(pruned["rows"], expected["rows"], strict=True):
+            assert method == name
+            assert q == (other and pytest.approx(other, rel=1e-4))
+            assert ours == pytest.approx(theirs, abs=1e-6)
+        assert close(pruned["weights"], expected["weights"])
+        unnoticed(without, pruned)
+    same_deltas(tmp_path / "with" / "deltas", folder / "with" / "deltas")
+    left_alone(tmp_path)
+
+
+def test_one_process_does_not_notice_the_extra_passes(watched):
+    folder, (without, pruned) = watched
+    assert [row[0] for row in pruned["rows"]] == ["base", "fine-tuned", "dare", "darex-q"]
+    unnoticed(without, pruned)
+    left_alone(folder)
+
+
+def unnoticed(without, pruned):
+    """What the trainer, its callbacks and its module are left with is what they are without the callback."""
+    assert pruned["kept"], "the fine-tuned weights are back bit for bit"
+    assert pruned["weights"].keys() == without["weights"].keys()
+    assert all(torch.equal(pruned["weights"][name], tensor) for name, tensor in without["weights"].items())
+    assert pruned["ends"] == without["ends"] == ENDS
+    assert pruned["best"] == without["best"]
+    assert pruned["stop"] == without["stop"]
+    own = {name: value for name, value in pruned["metrics"].items() if not name.startswith("dpp/")}
+    assert own == without["metrics"]
+    assert pruned["tested"] == without["tested"] == pytest.approx(pruned["rows"][1][2], abs=1e-6)
+    assert pruned["rows"][1][2] > 0.6 > pruned["rows"][2][2]
+
+
+def left_alone(folder):
+    """As many checkpoints, and the same rows in the log, but for the one of the pruned models."""
+    saved = [sorted(path.name for path in (folder / name / "saved").iterdir()) for name in ("without", "with")]
+    assert saved[0] == saved[1]
+    assert len(saved[0]) == 4, "two validations in each of two epochs"
+    assert logged(folder / "with") == logged(folder / "without")
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.distributed)])
+def test_a_fit_that_starts_its_own_ranks_leaves_deltas_rows_and_metrics(tmp_path, strategy):
+    expected = strategycases.launching_fit("single", str(tmp_path / "single"))
+    found = distjobs.run(strategycases.launching_fit, 1, strategy, str(tmp_path / "many"), lightning=True)[0]
+    same_deltas(tmp_path / "many" / "deltas", tmp_path / "single" / "deltas")
+    rows = [
+        [json.loads(line) for line in (tmp_path / kind / "deltas" / "results.jsonl").read_text().splitlines()]
+        for kind in ("many", "single")
+    ]
+    for ours, theirs in zip(*rows, strict=True):
+        assert [ours[key] for key in ("method", "q", "score")] == [
+            theirs["method"],
+            theirs["q"] and pytest.approx(theirs["q"], rel=1e-4),
+            pytest.approx(theirs["score"], abs=1e-6),
+        ]
+    del found["metrics"]["loss"], expected["metrics"]["loss"]  # of one rank's samples
+    assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+    assert close(found["weights"], expected["weights"])
+    assert found["tested"] == pytest.approx(expected["tested"], abs=1e-6)
+    assert not found["again"], "a test after the fit makes no second table"
+    assert (found["results"], expected["results"]) == (0, 4), "the rows are on disk, the attribute was the ranks'"
+
+
+SAME_MEMORY = r"all ranks on a CPU train the same memory: take start_method"
+
+
+def test_ranks_of_a_fork_server_are_refused_on_the_cpu():
+    class Trainer:
+        world_size = 2
+        strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * 2, start_method="forkserver")
+
+    with pytest.raises(ValueError, match=SAME_MEMORY):
+        refuse_one_memory(Trainer())
+    Trainer.world_size = 1
+    refuse_one_memory(Trainer())
+
+
+@pytest.mark.distributed
+def test_a_fit_in_ranks_of_a_fork_server_is_refused_before_training(tmp_path):
+    with pytest.raises(ProcessRaisedException, match=SAME_MEMORY):
+        distjobs.run(strategycases.launching_fit, 1, "forkserver", str(tmp_path), lightning=True)
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("best")
+    return folder, strategycases.best_fit("single", str(folder))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2-folder", pytest.param("ddp", marks=pytest.mark.distributed)])
+def test_the_best_weights_are_pruned_and_the_last_ones_come_back(best, tmp_path, strategy):
+    folder, expected = best
+    results = distjobs.run(strategycases.best_fit, 2, strategy, str(tmp_path), lightning=True)
+    for found in [expected, *results.values()]:
+        assert found["kept"]
+        assert found["state"]
+        assert found["scores"][1] == pytest.approx(found["best"], abs=1e-6)
+        assert found["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+        assert close(found["weights"], expected["weights"])
+    same_deltas(tmp_path / "deltas", folder / "deltas")
+    last = {name.removeprefix("net."): tensor for name, tensor in expected["weights"].items()}
+    delta = SparseDelta.from_pretrained(folder / "deltas" / "dare-p0.9-seed0")
+    base = {name.removeprefix("net."): t for name, t in strategycases.Shared().state_dict().items()}
+    pruned = delta.tensors["0.weight"]
+    of_last = (last["0.weight"] - base["0.weight"]).flatten()[pruned.indices.long()]
+    assert not torch.allclose(pruned.values, of_last, atol=1e-3), "the best weights differ from the last"
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    module(torch.randn(8, 3))
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "best.ckpt")
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    load_into_shards(other, tmp_path / "best.ckpt")
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    wrong = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"2\.weight is missing.*1\.weight is not of this model.*\(2, 3\), expected"):
+        load_into_shards(wrong, tmp_path / "best.ckpt")
+
+
+@pytest.mark.distributed
+def test_fsdp1_trains_with_adamr_and_goes_on_from_shards_as_one_process_does(tmp_path):
+    expected = strategycases.plain_fit("single", 2, None, None)
+    whole = distjobs.run(strategycases.plain_fit, 2, "fsdp1", 2, None, None, lightning=True)
+    assert all(close(found, expected) for found in whole.values())
+    distjobs.run(strategycases.plain_fit, 2, "fsdp1", 1, None, str(tmp_path / "first"), lightning=True)
+    for world in (1, 2, 4):
+        found = distjobs.run(strategycases.plain_fit, world, "fsdp1", 2, str(tmp_path / "first"), None, lightning=True)
+        assert all(close(part, expected) for part in found.values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("strategy", "message"), [("fsdp1", "(FSDP1) flattens its parts"), ("fsdp1-flat", "in flat padded pieces")]
+)
+def test_the_callback_refuses_fsdp1_before_training(tmp_path, strategy, message):
+    for said, steps in distjobs.run(
+        strategycases.refused_fit, 2, strategy, str(tmp_path), True, lightning=True
+    ).values():
+        assert message in said
+        assert "FSDP2Strategy" in said
+        assert steps == 0
+
+
+@pytest.mark.distributed
+def test_adamr_refuses_flat_parameters_in_any_module(tmp_path):
+    for said, steps in distjobs.run(
+        strategycases.refused_fit, 2, "fsdp1-flat", str(tmp_path), False, lightning=True
+    ).values():
+        assert "flat parameter of FSDP1" in said
+        assert "use_orig_params=True" in said
+        assert steps == 0
+
+
+def test_the_tasks_refuse_flat_parameters_and_take_those_of_use_orig_params():
+    class Trainer:
+        world_size = 2
+
+        def __init__(self, **settings):
+            self.strategy = FSDPStrategy(**settings)
+
+    optimizer = AdamR([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"AdamR needs.*FSDPStrategy\(use_orig_params=False\).*FSDP2Strategy"):
+        with_schedule(optimizer, "constant", "step", Trainer(use_orig_params=False), 0.0)
+    assert with_schedule(optimizer, "constant", "step", Trainer(), 0.0) is optimizer

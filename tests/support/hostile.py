@@ -1,0 +1,91 @@
+"""Delta files to damage, tools to repair their checksums, and what every refusal must look like."""
+
+import json
+import struct
+from functools import cache
+from math import prod
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from tiny import pair
+from torch import nn
+from xxhash import xxh3_128_hexdigest
+
+from dpp_lightning import prune
+from dpp_lightning.delta.coding.positions import GAPS
+from dpp_lightning.delta.config_file import _checksum
+from dpp_lightning.delta.folder import encode
+from dpp_lightning.delta.reader import decode
+from dpp_lightning.tensors.dtypes import DTYPES
+
+HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
+
+KINDS = {
+    "seeded": {"method": "dare", "dtype": "bfloat16"},
+    "ranked": {"method": "magnitude"},
+    "weighed": {"method": "importance", "dtype": "float16"},
+    "integers": {"method": "magnitude", "dtype": "int4", "budget": "model"},
+    "dense": {"method": "random-drop", "dtype": "int8", "pruning_rate": 0.5},
+}
+
+
+@cache
+def files(kind):
+    """The two files of a small delta with carried tensors and a grown vocabulary."""
+    base, finetuned = pair(seed=1)
+    grown = nn.Embedding(40, 8)
+    grown.weight.data[:37] = finetuned.embed.weight.data
+    finetuned.embed = grown
+    return encode(prune(base, finetuned, **{"pruning_rate": 0.9, "seed": 4, "carry": ["head.*"], **KINDS[kind]}))
+
+
+def repaired(model, config):
+    """Both checksums made right again, so that what lies behind them is reached."""
+    config = {**config, "model_checksum": xxh3_128_hexdigest(model)}
+    return model, json.dumps({**config, "config_checksum": _checksum(config)}).encode()
+
+
+def with_config(kind, **changes):
+    model, config = files(kind)
+    return repaired(model, {**json.loads(config), **changes})
+
+
+def with_tensors(kind, change):
+    """The model file's tensors changed."""
+    model, config = files(kind)
+    return repaired(save(change(load(model))), json.loads(config))
+
+
+def with_bare_chunks(blob, **changes):
+    """A model file of nothing but chunks."""
+    _, config = files("ranked")
+    model = save({"kept": torch.frombuffer(bytearray(blob), dtype=torch.uint8)})
+    return repaired(model, {**json.loads(config), **changes})
+
+
+def chunks_of(kind):
+    return bytes(load(files(kind)[0])["kept"].numpy())
+
+
+def chunk(span, kept, *streams, coding=GAPS, shift=0, dtype="float32", form=0):
+    """A chunk of streams that are stored as they are, or given as (bytes in the file, stated size)."""
+    parts = [s if isinstance(s, tuple) else (s, len(s)) for s in streams]
+    head = HEAD.pack(span, kept, coding, shift, DTYPES.index(dtype), form)
+    return head + b"".join(STREAM.pack(len(data), size) + data for data, size in parts)
+
+
+def refused(model, config, message=None):
+    with pytest.raises(ValueError, match=message) as caught:
+        decode(model, config)
+    assert str(caught.value).strip()
+
+
+def check_valid(delta):
+    for name, part in delta.tensors.items():
+        positions = part.indices.long()
+        assert len(positions) == len(part.values), name
+        assert bool((positions.diff() > 0).all())
+        assert not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < prod(part.shape))
+        assert bool(torch.isfinite(part.values).all())
+        assert part.values.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,111 @@
+"""One name per tensor, whatever wraps it; weights from folders."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+
+from dpp_lightning import prune
+from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.tensors.fingerprint import hash_tensors
+from dpp_lightning.tensors.names import align, buffer_names, canonical_names, canonical_tensors
+
+TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+class Wrapped(nn.Module):
+    """As a LightningModule holds its model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**TINY, max_position_embeddings=20))
+
+
+def test_a_bare_encoder_a_classifier_and_wrapped_ones_agree(classifier):
+    bare = set(canonical_tensors(BertModel(classifier.config)))
+    full = set(canonical_tensors(classifier))
+    assert full == bare | {"classifier.weight", "classifier.bias"}
+    assert set(canonical_tensors(Wrapped(classifier))) == full
+    assert set(canonical_tensors(Wrapped(torch.compile(classifier)))) == full
+    assert set(canonical_tensors(classifier.state_dict())) == full
+    assert set(canonical_tensors(Wrapped(Wrapped(classifier)).state_dict())) == full
+    own = canonical_names(Wrapped(classifier))
+    assert own["model.bert.pooler.dense.bias"] == "pooler.dense.bias"
+    assert own["model.classifier.weight"] == "classifier.weight"
+
+
+def test_tied_heads_are_one_tensor():
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    names = set(canonical_tensors(GPT2LMHeadModel(config)))
+    assert "wte.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_names_that_would_become_one_keep_theirs():
+    state = {"bert.pooler.weight": torch.zeros(1), "pooler.weight": torch.ones(1), "bert.x": torch.ones(2)}
+    assert set(canonical_tensors(state)) == {"bert.pooler.weight", "pooler.weight", "x"}
+
+
+def test_align_bridges_one_unknown_prefix():
+    assert align(["a.w", "b.w"], ["net.a.w", "net.b.w", "net.c"]) == {"a.w": "net.a.w", "b.w": "net.b.w"}
+    assert align(["net.a.w", "head.w"], ["a.w"]) == {"net.a.w": "a.w"}
+    assert align(["a.w"], ["a.w", "net.a.w"]) == {"a.w": "a.w"}
+    assert align(["a"], ["b"]) == {}
+
+
+def test_buffers_are_told_from_parameters():
+    assert buffer_names(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))) == {
+        "0.running_mean",
+        "0.running_var",
+        "0.num_batches_tracked",
+    }
+
+
+@pytest.mark.parametrize("shard", ["5KB", "1GB"])
+def test_prune_reads_folders_with_and_without_shards(tmp_path, classifier, shard):
+    base = BertModel(classifier.config)
+    base.save_pretrained(tmp_path / "base", max_shard_size=shard)
+    classifier.save_pretrained(tmp_path / "tuned", max_shard_size=shard)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) == (1 if shard == "1GB" else 6) or shard != "1GB"
+    from_folders = prune(tmp_path / "base", tmp_path / "tuned", "dare", 0.9, seed=1)
+    in_memory = prune(base, Wrapped(classifier), "dare", 0.9, seed=1)
+    assert from_folders.tensors.keys() == in_memory.tensors.keys()
+    assert set(from_folders.carried) == {"classifier.weight", "classifier.bias"}
+    for name, part in in_memory.tensors.items():
+        assert torch.equal(part.indices, from_folders.tensors[name].indices)
+        assert torch.equal(part.values, from_folders.tensors[name].values)
+    assert from_folders.base_fingerprint == in_memory.base_fingerprint
+    target = BertForSequenceClassification(classifier.config)
+    target.bert.load_state_dict(base.state_dict())
+    from_folders.apply_(target)
+    assert torch.equal(target.classifier.weight, classifier.classifier.weight)
+
+
+def test_folders_without_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors"):
+        load_tensors(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_tensors("./nowhere")
+
+
+def test_hash_depends_on_name_dtype_shape_and_bytes():
+    base = {"a": torch.arange(6.0)}
+    hashes = {
+        hash_tensors(base),
+        hash_tensors({"b": base["a"]}),
+        hash_tensors({"a": base["a"].view(2, 3)}),
+        hash_tensors({"a": base["a"].view(torch.int32)}),
+        hash_tensors({"a": base["a"] + 1e-6}),
+        hash_tensors({}),
+    }
+    assert len(hashes) == 6
+    assert hash_tensors({"x": torch.ones(2), "a": torch.empty(0)}) == hash_tensors(
+        {"a": torch.empty(0), "x": torch.ones(2)}
+    )
+    assert hash_tensors({"a": torch.ones(2, 3).t()}) == hash_tensors({"a": torch.ones(3, 2)})
