@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
-from dpp_lightning.tensors.names import align, canonical_names, canonical_tensors, check_prunable, without_adapters
+from dpp_lightning.tensors.names import (
+    canonical_names,
+    canonical_tensors,
+    check_prunable,
+    match_names,
+    without_adapters,
+)
 from dpp_lightning.tensors.shards import shard_like
 
 
@@ -57,7 +63,7 @@ class BaseWeights:
         loaded = canonical_tensors(load_tensors(pretrained, revision))
         own = canonical_tensors(module)
         plain = {name: without_adapters(name) for name in own}
-        found = align(set(plain.values()), loaded)
+        found = match_names(set(plain.values()), loaded)
         matched = {name: loaded[found[other]] for name, other in plain.items() if other in found}
         matched = {name: t.clone() for name, t in matched.items() if t.shape == own[name].shape}
         if not matched:

@@ -15,7 +15,7 @@ from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
 from dpp_lightning.storage.stored_tensor import StoredTensor
 from dpp_lightning.tensors.names import without_wrappers
-from dpp_lightning.tensors.shards import in_shards, reshard, shard_like
+from dpp_lightning.tensors.shards import is_dtensor, reshard, shard_like
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if not path:
         raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
     trainer.strategy.barrier("best checkpoint")  # the first rank, or each of them, has written it
-    if not any(in_shards(p) for p in module.parameters()):
+    if not any(is_dtensor(p) for p in module.parameters()):
         module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
         return
     if not Path(path).exists():

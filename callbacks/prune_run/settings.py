@@ -16,7 +16,7 @@ from dpp_lightning.methods.registry import METHODS, get_method
 from dpp_lightning.sampling.sampler import exact_rate, stream_key
 from dpp_lightning.tensors.dtypes import DTYPES
 from dpp_lightning.tensors.names import without_adapters
-from dpp_lightning.tensors.shards import in_shards
+from dpp_lightning.tensors.shards import is_dtensor
 from dpp_lightning.trainer.strategies import refuse_flat, refuse_fsdp1, refuse_one_memory
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def check_shared(settings: DeltaPruneCallback, module: nn.Module) -> None:
     Raises:
         ValueError: as said.
     """
-    if not any(in_shards(p) for p in module.parameters()):
+    if not any(is_dtensor(p) for p in module.parameters()):
         return
     for name in settings.methods:
         if get_method(name).fitted == "learned":

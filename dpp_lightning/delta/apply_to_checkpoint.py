@@ -16,7 +16,7 @@ from dpp_lightning.delta.task_heads import of_task, strip_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors, side_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
-from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries, summed
+from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.names import canonical_tensors
 
 _BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
@@ -116,7 +116,7 @@ def _dense(reader: DeltaReader, tensors: Mapping[str, Tensor], base_name: str, *
         check.update(kept)
         if not force and check.first not in ("", info.base_first):
             raise ValueError(wrong_base(base_name, check.first, info))
-        yield from _overwritten(name, tensors[name], part, summed(kept, part.values, info.q))
+        yield from _overwritten(name, tensors[name], part, add_rescaled(kept, part.values, info.q))
         if name in reader.new_rows:
             yield reader.new_rows[name].to(tensors[name].dtype).reshape(-1)
     if not force and check.hexdigest() != info.base_check:

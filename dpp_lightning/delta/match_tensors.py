@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dpp_lightning.delta.contents import DeltaInfo
-from dpp_lightning.tensors.names import align
+from dpp_lightning.tensors.names import match_names
 
 _SHOWN = 40
 
@@ -32,7 +32,7 @@ def matched(
     Raises:
         ValueError: tensors that are missing or of another shape, and those that are left over, all in one message.
     """
-    names = align(shapes, tensors)
+    names = match_names(shapes, tensors)
     faults = [f"{name}: not there" for name in shapes if name not in names]
     for name, other in names.items():
         shape, found = shapes[name], tuple(tensors[other].shape)

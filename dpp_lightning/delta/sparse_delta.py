@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ from dpp_lightning.delta.contents import AbsoluteEntries, DeltaInfo, SparseTenso
 from dpp_lightning.delta.match_tensors import matched
 from dpp_lightning.delta.task_heads import of_task
 from dpp_lightning.methods.rescaling import check_q
-from dpp_lightning.tensors.flat_entries import EntriesHash, alike, gather_entries, scatter_entries, summed
-from dpp_lightning.tensors.names import TensorSource, align, canonical_tensors, source_name, source_names
-from dpp_lightning.tensors.shards import in_shards, shard_like
+from dpp_lightning.tensors.flat_entries import (
+    EntriesHash,
+    add_rescaled,
+    gather_entries,
+    group_by_device_and_dtype,
+    scatter_entries,
+)
+from dpp_lightning.tensors.names import TensorSource, canonical_tensors, describe_source, match_names, source_names
+from dpp_lightning.tensors.shards import is_dtensor, shard_like
 from dpp_lightning.tensors.threads import in_order, over_threads
 
 
@@ -177,7 +184,7 @@ class SparseDelta:
         """
         found, own = self._find(base), source_names(base)
         _, values = self._kept_and_sums(found, base, force=force)
-        names = align(self.tensors, own)
+        names = match_names(self.tensors, own)
         for name, part in self.tensors.items():
             value, indices, rows = values[name], part.indices.long(), self.new_rows.get(name)
             if rows is not None:
@@ -250,22 +257,26 @@ class SparseDelta:
         Returns:
             The address of the commit.
         """
-        from dpp_lightning.storage.hub import upload
+        from dpp_lightning.storage.hub import upload_folder  # its client takes half a second to import
 
-        return upload(self, repo_id, revision, private, token, commit_message, save_settings)
+        with TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "delta", **save_settings)  # before the hub is asked
+            return upload_folder(
+                folder, repo_id, revision=revision, private=private, token=token, commit_message=commit_message
+            )
 
     def _kept_and_sums(
         self, found: dict[str, Tensor], target: TensorSource, *, force: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Per pruned tensor the target's values at the kept entries and theta_0 + value / q there, all checked."""
-        shared = any(in_shards(tensor) for tensor in found.values())  # collectives have one order
+        shared = any(is_dtensor(tensor) for tensor in found.values())  # collectives have one order
         each = in_order if shared else over_threads
         kept = each(lambda name: gather_entries(found[name], self.tensors[name].indices), self._sizes(self.tensors))
         if not force:
             self._check_base(kept, target)
         sums: dict[str, Tensor] = {}
-        for names in alike(kept):
-            total = summed(
+        for names in group_by_device_and_dtype(kept):
+            total = add_rescaled(
                 torch.cat([kept[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
             )
             added = dict(zip(names, total.split([kept[n].numel() for n in names]), strict=True))
@@ -290,14 +301,14 @@ class SparseDelta:
         """The target's tensors under this delta's names, shapes checked."""
         of_task(self.info, self.carried, None)  # a merged delta needs its task chosen
         shapes = {name: self._shape(name) for name in (*self.tensors, *self.carried)}
-        return matched(shapes, canonical_tensors(target), source_name(target), self.info)
+        return matched(shapes, canonical_tensors(target), describe_source(target), self.info)
 
     def _check_base(self, kept: dict[str, Tensor], target: TensorSource) -> None:
         digest = EntriesHash()
         for values in kept.values():
             digest.update(values)
         if digest.hexdigest() != self.info.base_check:
-            raise ValueError(wrong_base(source_name(target), digest.hexdigest(), self.info))
+            raise ValueError(wrong_base(describe_source(target), digest.hexdigest(), self.info))
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.detach()[self.tensors[name].shape[0] :]

@@ -15,7 +15,7 @@ from dpp_lightning.delta.reader import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.delta.task_heads import check_tasks, task_names
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
-from dpp_lightning.tensors.names import align
+from dpp_lightning.tensors.names import match_names
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class MergeSource:
         shapes: dict[str, tuple[int, ...] | None] = dict(self.table)
         shapes |= dict.fromkeys((*self.info.reverted, *self.info.unchanged))
         matched(shapes, base, where, self.info, longer=True)
-        return align(shapes, base)
+        return match_names(shapes, base)
 
     def fits(self, base: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
         """Whether the first tensor with kept entries was pruned against this base: a wrong one is known at once."""

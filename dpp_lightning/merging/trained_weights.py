@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpp_lightning.merging.sources import MergeSource, names_in_base
 from dpp_lightning.methods.merge_rules import union_of
 from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
-from dpp_lightning.tensors.names import canonical_tensors, source_name, source_names
+from dpp_lightning.tensors.names import canonical_tensors, describe_source, source_names
 
 
 class Blend(nn.Module):
@@ -99,7 +99,7 @@ class Blends(nn.Module):
         base, own = canonical_tensors(module), source_names(module)
         entries: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         for k, (source, names) in enumerate(
-            zip(sources, names_in_base(sources, base, source_name(module)), strict=True)
+            zip(sources, names_in_base(sources, base, describe_source(module)), strict=True)
         ):
             for name, part in source.checked(base, names):
                 entries.setdefault(name, {})[k] = (part.indices, part.values.float() / source.info.q)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.tensors.shards import full_tensor, in_shards
+from dpp_lightning.tensors.shards import full_tensor, is_dtensor
 
 _LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
 
@@ -42,7 +42,7 @@ class TensorPair:
         if base.shape != finetuned.shape:
             base, finetuned = base[:rows], finetuned[:rows]
         shape = tuple(finetuned.shape)
-        if in_shards(finetuned):
+        if is_dtensor(finetuned):
             return cls(name, shape, base.detach(), finetuned.detach(), inputs)
         return cls(name, shape, base.detach().reshape(-1), finetuned.detach().reshape(-1), inputs)
 
@@ -69,7 +69,7 @@ class TensorPair:
 
     def _reader(self) -> Callable[[slice], Tensor]:
         """Gives theta - theta_0 at a range of flat positions; of tensors in shards their difference is gathered now."""
-        if in_shards(self.finetuned):
+        if is_dtensor(self.finetuned):
             delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
             return lambda part: delta[part].cpu()
         return lambda part: self.finetuned[part].cpu().float() - self.base[part].cpu().float()

@@ -24,7 +24,14 @@ from dpp_lightning.optim.adamr_step import (
     update_foreach,
     update_single,
 )
-from dpp_lightning.tensors.shards import FLAT, flattened, local_part, sharing, sum_over_ranks, whole_sum
+from dpp_lightning.tensors.shards import (
+    FSDP1_LAYOUT,
+    full_sum,
+    is_fsdp1_shard,
+    local_tensor,
+    shard_layout,
+    sum_over_ranks,
+)
 
 
 class AdamR(Optimizer):
@@ -112,8 +119,8 @@ class AdamR(Optimizer):
             state["pretrained"] = p.detach().to(theta0_dtype(p, group), copy=True)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = state["exp_avg_sq"].clone(memory_format=torch.preserve_format)
-        if not group["amsgrad"] and "exp_avg_sq_sum" not in state and not flattened(p):
-            state["exp_avg_sq_sum"] = whole_sum(state["exp_avg_sq"], sum_dtype(p))
+        if not group["amsgrad"] and "exp_avg_sq_sum" not in state and not is_fsdp1_shard(p):
+            state["exp_avg_sq_sum"] = full_sum(state["exp_avg_sq"], sum_dtype(p))
         if (state["exp_avg"].device, state["exp_avg"].dtype) != (p.device, p.dtype):
             others = {"exp_avg_sq_sum": sum_dtype(p), "pretrained": theta0_dtype(p, group)}
             for name in state.keys() - {"step"}:
@@ -161,9 +168,9 @@ class AdamR(Optimizer):
     def _root_mean(self, batches: list[Batch]) -> float:
         """√v̄ over the whole parameters, on all ranks."""
         pairs = list(zip(second_moments(batches), batches, strict=True))
-        known = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared != FLAT]
-        flat = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared == FLAT]
-        part = next((p for group in self.param_groups for p in group["params"] if flattened(p)), None)
+        known = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared != FSDP1_LAYOUT]
+        flat = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared == FSDP1_LAYOUT]
+        part = next((p for group in self.param_groups for p in group["params"] if is_fsdp1_shard(p)), None)
         # a rank may hold no part of any parameter with a gradient, but the others wait for it
         shared = None if part is None else sum_over_ranks(flat, part)
         return root_mean([total for total, _ in known], [count for _, count in known], shared)
@@ -175,8 +182,8 @@ class AdamR(Optimizer):
             check_gradient(p)
         batches: dict[Any, Batch] = {}
         for group, p in live:
-            state = {name: local_part(entry) for name, entry in self._complete_state(p, group).items()}
-            part, grad, shared = local_part(p), local_part(p.grad), sharing(p)
+            state = {name: local_tensor(entry) for name, entry in self._complete_state(p, group).items()}
+            part, grad, shared = local_tensor(p), local_tensor(p.grad), shard_layout(p)
             plain = type(part) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
             key = (id(group), part.device, part.dtype, plain, shared)
             foreach = plain if group["foreach"] is None else group["foreach"]

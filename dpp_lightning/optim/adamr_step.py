@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from dpp_lightning.tensors.shards import FLAT, reduce_shards
+from dpp_lightning.tensors.shards import FSDP1_LAYOUT, reduce_shards
 
 State = dict[str, Tensor]
 PIECE = 2**20  # entries worked on at once on a CPU: temporary tensors this small are reused from its cache
@@ -63,7 +63,7 @@ def moment_parts(batch: Batch) -> Tensor:
         pairs = zip(batch.grads, batch.states, strict=True)
         return torch.stack([upcoming_max_sum(grad, state, beta2) for grad, state in pairs])
     norms = squared_norms(batch.grads)
-    if batch.shared != FLAT:
+    if batch.shared != FSDP1_LAYOUT:
         return norms
     return torch.stack([v.sum(dtype=norms.dtype) for v in batch.entries("exp_avg_sq")]) * beta2 + norms * (1 - beta2)
 
@@ -72,7 +72,7 @@ def moment_sum(batch: Batch, whole: Tensor) -> Tensor:
     """Σ v̂ over a batch, from what :func:`moment_parts` gave on all ranks. Where it gave ‖g‖², v is not read:
     Σ v ← β2 Σ v + (1 − β2) ‖g‖²."""
     beta2, sums = batch.group["betas"][1], whole
-    if not batch.group["amsgrad"] and batch.shared != FLAT:
+    if not batch.group["amsgrad"] and batch.shared != FSDP1_LAYOUT:
         kept = batch.entries("exp_avg_sq_sum")
         sums = torch.stack(kept).mul_(beta2).add_(whole, alpha=1 - beta2)
         torch._foreach_copy_(kept, list(sums.unbind()))

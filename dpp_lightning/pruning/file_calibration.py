@@ -18,7 +18,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.plan import PruningPlan
-from dpp_lightning.tensors.names import align, canonical_tensors
+from dpp_lightning.tensors.names import canonical_tensors, match_names
 
 _TEXT = (".txt", ".text", ".md")
 
@@ -132,7 +132,7 @@ def _put_base(model: nn.Module, plan: PruningPlan) -> None:
     """Give the model the base's values wherever the delta does not carry a tensor."""
     own: Mapping[str, Tensor] = canonical_tensors(model)
     moved = [name for name, fate in plan.fates.items() if fate != "carry" and name not in plan.unchanged]
-    names = align(moved, own)
+    names = match_names(moved, own)
     missing = [name for name in moved if name not in names]
     if missing:
         raise ValueError(f"the model that config.json names lacks tensors of the fine-tuned weights: {missing[:5]}")

@@ -18,17 +18,17 @@ from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import to_dtype
-from dpp_lightning.tensors.fingerprint import combined, hash_tensor
+from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import (
     TensorSource,
-    align,
     buffer_names,
     canonical_tensors,
     check_prunable,
+    match_names,
     saved_names,
 )
-from dpp_lightning.tensors.shards import equal_shards, full_tensor, in_shards
+from dpp_lightning.tensors.shards import equal_shards, full_tensor, is_dtensor
 
 _PROBE = 4096  # entries compared before whole tensors are
 
@@ -92,7 +92,7 @@ class PruningPlan:
             ours, theirs = canonical_tensors(finetuned), canonical_tensors(base)
             scope = scope.carrying(buffer_names(finetuned))
         check_prunable(ours)
-        names = align(ours, theirs)
+        names = match_names(ours, theirs)
         matched = {name: theirs[other] for name, other in names.items()}
         used = set(names.values())
         ignored = {other: tensor for other, tensor in theirs.items() if other not in used}
@@ -115,7 +115,7 @@ class PruningPlan:
 
     def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
         """This plan, knowing the inputs of its weights, whatever the names' leading parts."""
-        names = align(self.pruned, inputs)
+        names = match_names(self.pruned, inputs)
         return replace(self, inputs={name: inputs[other] for name, other in names.items()})
 
     @property
@@ -142,7 +142,7 @@ class PruningPlan:
     @property
     def fingerprint(self) -> str:
         """xxh3-128 of the base's tensors that are not carried; each is read once in the life of the plan."""
-        return combined({name: self.digest(name) for name, fate in self.fates.items() if fate != "carry"})
+        return combine_hashes({name: self.digest(name) for name, fate in self.fates.items() if fate != "carry"})
 
     def stream(
         self, method: str, pruning_rate: float, seed: int, dtype: str | None, settings: Mapping[str, Any]
@@ -227,7 +227,7 @@ class PruningPlan:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    if in_shards(a) and in_shards(b):
+    if is_dtensor(a) and is_dtensor(b):
         return equal_shards(a, b)
     a, b = a.detach().reshape(-1), b.detach().reshape(-1)
     if not torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)):  # most tensors differ at once: the rest is not read

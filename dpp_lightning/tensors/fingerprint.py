@@ -17,14 +17,14 @@ def hash_tensor(name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def combined(digests: Mapping[str, str]) -> str:
+def combine_hashes(digests: Mapping[str, str]) -> str:
     """One fingerprint from those of the tensors, whatever their order."""
     return xxhash.xxh3_128_hexdigest("".join(digests[name] for name in sorted(digests)).encode())
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """The fingerprint of several tensors, moved to the CPU one at a time: 32 hexadecimal digits."""
-    return combined({name: hash_tensor(name, tensor) for name, tensor in tensors.items()})
+    return combine_hashes({name: hash_tensor(name, tensor) for name, tensor in tensors.items()})
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ import xxhash
 from torch import Tensor
 
 from dpp_lightning.tensors.fingerprint import raw_bytes
-from dpp_lightning.tensors.shards import gather_from_shards, in_shards, scatter_to_shards
+from dpp_lightning.tensors.shards import gather_from_shards, is_dtensor, scatter_to_shards
 
 
 def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
 
     Of a tensor in shards all ranks get all of them; a collective.
     """
-    if in_shards(tensor):
+    if is_dtensor(tensor):
         return gather_from_shards(tensor, indices)
     tensor = tensor.detach()
     if tensor.is_contiguous():
@@ -27,7 +27,7 @@ def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
 
 def scatter_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Overwrite the entries at distinct flat positions; of a tensor in shards those that this rank holds."""
-    if in_shards(tensor):
+    if is_dtensor(tensor):
         scatter_to_shards(tensor, indices, values)
         return
     tensor, flat = tensor.detach(), indices.to(tensor.device, torch.int64)
@@ -61,13 +61,13 @@ class EntriesHash:
         return self._digest.hexdigest()
 
 
-def summed(base: Tensor, values: Tensor, q: float) -> Tensor:
+def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
     """theta_0 + value / q in float32 (float64 for a float64 base), cast to the base's dtype; shapes (kept,)."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     return (base.to(wide) + values.to(base.device, wide) / q).to(base.dtype)
 
 
-def alike(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def group_by_device_and_dtype(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     """Names in groups of one device and dtype, so that arithmetic on many small tensors can be done at once."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.tensors.shards import flattened, wrapped_otherwise
+from dpp_lightning.tensors.shards import has_unsupported_placements, is_fsdp1_shard
 
 TensorSource = nn.Module | Mapping[str, Tensor]
 
@@ -100,13 +100,13 @@ def saved_names(source: TensorSource, *, exact: bool) -> tuple[str, dict[str, st
     return usual, {canonical: own for canonical, own in names.items() if own != usual + canonical}
 
 
-def source_name(source: TensorSource) -> str:
+def describe_source(source: TensorSource) -> str:
     """What to call a module or state dict in a message: its folder or hub id where it has one."""
     configured = getattr(getattr(source, "config", None), "name_or_path", "")
     return f"{configured} ({type(source).__name__})" if configured else f"the target ({type(source).__name__})"
 
 
-def align(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
+def match_names(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
     """Match two sets of canonical names that may still differ by one leading part (``bert.``), by the most matches.
 
     Args:
@@ -188,9 +188,9 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
             faults.append(f"{name}: dtype {tensor.dtype}; quantised, integer or complex weights have no delta here")
         elif tensor.layout != torch.strided:
             faults.append(f"{name}: layout {tensor.layout}; expected a dense tensor")
-        elif wrapped_otherwise(tensor):
+        elif has_unsupported_placements(tensor):
             faults.append(f"{name}: placements {tensor.placements}; expected shards and replicas")  # type: ignore[attr-defined]
-        elif flattened(tensor):
+        elif is_fsdp1_shard(tensor):
             faults.append(f"{name}: flattened by FSDP1; take FSDP2Strategy (--config fsdp.yaml), DDP or one device")
     if faults:
         raise ValueError("these tensors cannot be pruned:\n  " + "\n  ".join(faults[:20]))

@@ -13,42 +13,43 @@ if TYPE_CHECKING:  # importing it takes longer than pruning does
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-FLAT = "flat"  # how FSDP1 shares out: parts are plain tensors of one dimension, and nothing tells replicas from shards
+# How FSDP1 shares out: its shards are plain tensors of one dimension, and nothing tells replicas from shards.
+FSDP1_LAYOUT = "fsdp1"
 
 
-def in_shards(x: Tensor) -> TypeGuard[DTensor]:
+def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is one part of a whole that several ranks share (a ``DTensor``)."""
     return hasattr(x, "placements")
 
 
-def flattened(p: Tensor) -> bool:
+def is_fsdp1_shard(p: Tensor) -> bool:
     """Whether a parameter is one of FSDP1's, a part that nothing else marks."""
     return bool(getattr(p, "_fsdp_flattened", False))
 
 
-def local_part(x: Tensor) -> Tensor:
+def local_tensor(x: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory; a plain tensor is its own part."""
-    return x.to_local() if in_shards(x) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
-def whole_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+def full_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over all entries, each once, as a plain tensor; a collective where the tensor is in shards."""
     total = x.sum(dtype=dtype)
-    return total.full_tensor() if in_shards(total) else total
+    return total.full_tensor() if is_dtensor(total) else total
 
 
-def sharing(p: Tensor) -> Hashable:
+def shard_layout(p: Tensor) -> Hashable:
     """How a parameter is shared out: parameters of equal values can be summed up by one reduction. None if whole.
 
     Raises:
         ValueError: parts that are yet to be added up.
     """
-    if in_shards(p):
+    if is_dtensor(p):
         if any(placement.is_partial() for placement in p.placements):
             raise ValueError(f"a parameter has the placements {p.placements}: expected shards or replicas")
         dims = tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
         return (p.device_mesh, dims) if dims else None
-    return FLAT if flattened(p) else None
+    return FSDP1_LAYOUT if is_fsdp1_shard(p) else None
 
 
 def reduce_shards(parts: Sequence[Tensor], shared: Sequence[Hashable]) -> list[Tensor]:
@@ -62,7 +63,7 @@ def reduce_shards(parts: Sequence[Tensor], shared: Sequence[Hashable]) -> list[T
         shared: how the parameters of each vector are shared out, as :func:`sharing` says.
     """
     summed = list(parts)
-    for key in dict.fromkeys(key for key in shared if key not in (None, FLAT)):
+    for key in dict.fromkeys(key for key in shared if key not in (None, FSDP1_LAYOUT)):
         places = [i for i, other in enumerate(shared) if other == key]
         together = torch.cat([summed[i] for i in places])
         mesh, dims = cast("tuple[DeviceMesh, tuple[int, ...]]", key)
@@ -86,10 +87,10 @@ def sum_over_ranks(pairs: Sequence[tuple[Tensor, int]], like: Tensor) -> tuple[T
     return both[0], both[1]
 
 
-def wrapped_otherwise(x: Tensor) -> bool:
+def has_unsupported_placements(x: Tensor) -> bool:
     """Whether a tensor is in shards of a kind whose entries cannot be addressed: strided ones, of FSDP over tensor
     parallel, or sums yet to be made."""
-    if not in_shards(x):
+    if not is_dtensor(x):
         return False
     from torch.distributed.tensor import Replicate, Shard
 
@@ -98,12 +99,12 @@ def wrapped_otherwise(x: Tensor) -> bool:
 
 def full_tensor(x: Tensor) -> Tensor:
     """The whole tensor on every rank; a collective where it is in shards."""
-    return x.full_tensor() if in_shards(x) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor shared out as another is; nothing is sent, as every rank takes its part of its own copy."""
-    if not in_shards(like) or in_shards(x):
+    if not is_dtensor(like) or is_dtensor(x):
         return x
     from torch.distributed.tensor import distribute_tensor
 
@@ -113,7 +114,7 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
 def gather_from_shards(x: DTensor, indices: Tensor) -> Tensor:
     """The entries at flat positions of the whole tensor, (kept,), on every rank; a collective of that many entries."""
     local = x.to_local().detach()
-    here, at = _own_places(x, indices)
+    here, at = _local_indices(x, indices)
     values = torch.zeros(len(indices), dtype=local.dtype, device=local.device)
     values[here] = local.reshape(-1)[at]
     bits = values.view(torch.uint8)  # of all ranks one has more than zeros; a sum of numbers would lose the sign of 0
@@ -125,7 +126,7 @@ def gather_from_shards(x: DTensor, indices: Tensor) -> Tensor:
 def scatter_to_shards(x: DTensor, indices: Tensor, values: Tensor) -> None:
     """Overwrite this rank's part of the entries at distinct flat positions."""
     local = x.to_local().detach()
-    here, at = _own_places(x, indices)
+    here, at = _local_indices(x, indices)
     local.view(-1).index_copy_(0, at, values.to(local.device)[here])
 
 
@@ -141,7 +142,7 @@ def _sharded_dims(x: DTensor) -> list[int]:
     return [dim for dim, placement in enumerate(x.placements) if placement.is_shard()]
 
 
-def _own_places(x: DTensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _local_indices(x: DTensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the positions this rank holds, and where in its part."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -18,7 +18,7 @@ from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
 from dpp_lightning.tensors.names import without_wrappers
-from dpp_lightning.tensors.shards import full_tensor, local_part, reshard
+from dpp_lightning.tensors.shards import full_tensor, local_tensor, reshard
 from dpp_lightning.trainer.strategies import FSDP2Strategy
 
 MONITOR = "acc/dataloader_idx_0"
@@ -111,12 +111,12 @@ class Watch(pl.Callback):
 
 
 def parts(module):
-    return {name: local_part(t).detach().clone() for name, t in module.state_dict().items()}
+    return {name: local_tensor(t).detach().clone() for name, t in module.state_dict().items()}
 
 
 def states(trainer):
     return [
-        {name: local_part(entry).clone() for name, entry in state.items()}
+        {name: local_tensor(entry).clone() for name, entry in state.items()}
         for optimizer in trainer.optimizers
         for state in optimizer.state.values()
     ]

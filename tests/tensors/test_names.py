@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 from dpp_lightning import prune
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
-from dpp_lightning.tensors.names import align, buffer_names, canonical_names, canonical_tensors
+from dpp_lightning.tensors.names import buffer_names, canonical_names, canonical_tensors, match_names
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -53,10 +53,10 @@ def test_names_that_would_become_one_keep_theirs():
 
 
 def test_align_bridges_one_unknown_prefix():
-    assert align(["a.w", "b.w"], ["net.a.w", "net.b.w", "net.c"]) == {"a.w": "net.a.w", "b.w": "net.b.w"}
-    assert align(["net.a.w", "head.w"], ["a.w"]) == {"net.a.w": "a.w"}
-    assert align(["a.w"], ["a.w", "net.a.w"]) == {"a.w": "a.w"}
-    assert align(["a"], ["b"]) == {}
+    assert match_names(["a.w", "b.w"], ["net.a.w", "net.b.w", "net.c"]) == {"a.w": "net.a.w", "b.w": "net.b.w"}
+    assert match_names(["net.a.w", "head.w"], ["a.w"]) == {"net.a.w": "a.w"}
+    assert match_names(["a.w"], ["a.w", "net.a.w"]) == {"a.w": "a.w"}
+    assert match_names(["a"], ["b"]) == {}
 
 
 def test_buffers_are_told_from_parameters():

@@ -24,7 +24,7 @@ from dpp_lightning.merging.trained_weights import Blends
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.tasks.glue.scores import GLUEScores
 from dpp_lightning.tasks.glue.task_table import TASKS
-from dpp_lightning.tensors.names import align, source_names
+from dpp_lightning.tensors.names import match_names, source_names
 
 COEFFICIENTS_FILE, DELTA_FOLDER = "coefficients.json", "delta"
 
@@ -91,7 +91,7 @@ class AdaMergingModule(LightningModule):
         for source in sources:
             if source.new_rows:
                 raise ValueError(f"{source.task} grew {sorted(source.new_rows)}: prune it again with that carried")
-            names = align(source.carried, own)
+            names = match_names(source.carried, own)
             self._heads[source.task] = {own[names[n]]: t.clone() for n, t in source.carried.items() if n in names}
             if lacking := sorted(missing - set(self._heads[source.task])):
                 raise ValueError(f"neither the base nor the delta of {source.task} holds {', '.join(lacking)}")

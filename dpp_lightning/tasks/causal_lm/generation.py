@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dpp_lightning.tensors.shards import in_shards
+from dpp_lightning.tensors.shards import is_dtensor
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def generate_texts(
         attention_mask=prompt_mask,
         generation_config=config,
         tokenizer=tokenizer,
-        synced_gpus=in_shards(next(model.parameters())),  # in shards every rank takes part in each forward
+        synced_gpus=is_dtensor(next(model.parameters())),  # in shards every rank takes part in each forward
     )
     texts = tokenizer.batch_decode(tokens[:, prompt_ids.shape[1] :], skip_special_tokens=True)
     return [_before(text, stop_strings) for text in texts]
