@@ -1,22 +1,45 @@
-"""Dtypes of kept values: the floats and integers that a file may hold, and values cast to them."""
+"""Dtypes of kept values: the floats and integers that a delta file may hold, and values cast to them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTEGERS = {"int8": (127, 128), "int4": (7, 32)}  # largest magnitude, entries that share a scale
+DTYPES = (*FLOATS, *INTEGERS)  # a delta file stores a dtype by its index in this tuple: append, never reorder
 
-def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tensor:
-    """Kept values as the file can hold them: a float of at most 32 bits; those of int8 and int4 are float32.
+
+def check_dtype(dtype: str | None) -> None:
+    """Check the name of a dtype for kept values; None stands for the dtype that the values have.
 
     Raises:
-        ValueError: values that are not finite then.
+        ValueError: the name is none of ``DTYPES``; the message lists them.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tensor:
+    """Kept values cast to what a delta file can hold.
+
+    Args:
+        values: shape (kept,), any float dtype.
+        dtype: one of ``DTYPES``; None for the dtype of ``like``, or float32 where that is wider than 32 bits.
+        like: the fine-tuned tensor that the values belong to.
+        name: the tensor's name, for the message.
+
+    Returns:
+        Values of shape (kept,) in the float dtype; for int8 and int4 the nearest values on their grid, in float32.
+
+    Raises:
+        ValueError: a value is not finite after the cast, for example 1e5 in float16.
     """
     if dtype in INTEGERS:
-        cast = quantised(values, dtype)
+        cast = fake_quantize(values, dtype)
     else:
-        own = like.dtype if like.dtype in FLOATS.values() else torch.float32
-        cast = values.to(FLOATS[dtype] if dtype else own)
+        default = like.dtype if like.dtype in FLOATS.values() else torch.float32
+        cast = values.to(FLOATS[dtype] if dtype else default)
     if not bool(torch.isfinite(cast).all()):
         raise ValueError(
             f"{name}: kept values are not finite in {dtype or cast.dtype}; check the weights or choose a wider dtype"
@@ -24,40 +47,32 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
     return cast
 
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def fake_quantize(values: Tensor, dtype: str) -> Tensor:
+    """The nearest values on the grid of ``int8`` or ``int4``, as float32 of the same shape (kept,)."""
+    integers, scales = quantize(values, dtype)
+    return dequantize(integers, scales, dtype)
 
 
-INTEGERS = {"int8": (127, 128), "int4": (7, 32)}  # largest magnitude, entries a scale
+def quantize(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """One tensor's values as integers with a scale for each group of consecutive values.
 
+    Quantizing dequantized values again gives the same integers and scales.
 
-DTYPES = (*FLOATS, *INTEGERS)  # their numbers in the file are their places here: append, never reorder
+    Args:
+        values: shape (kept,), any float dtype.
+        dtype: ``int8`` or ``int4``.
 
-
-def check_dtype(dtype: str | None) -> None:
-    """Refuse a dtype that values cannot be held in; None stands for their own.
-
-    Raises:
-        ValueError: with those that are known.
+    Returns:
+        Integers of shape (kept,) in int8, for ``int4`` in [-7, 7]; scales of shape (groups,) in bfloat16.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype of the kept values must be one of {', '.join(DTYPES)}, got {dtype!r}")
-
-
-def quantised(values: Tensor, dtype: str) -> Tensor:
-    """The values that ``int8`` or ``int4`` can hold nearest to the given ones, float32 (shape (kept,))."""
-    integers, scales = _integers(values.float(), dtype)
-    return _dequantised(integers, scales, dtype)
-
-
-def _integers(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """One tensor's values as int8 numbers and a bfloat16 scale per group; coding the decoded again changes nothing."""
-    top, group = INTEGERS[dtype]
-    rows = torch.nn.functional.pad(values.float(), (0, -values.numel() % group)).view(-1, group)
-    scales = (rows.abs().amax(1) / top).bfloat16() if rows.numel() else values.new_empty(0, dtype=torch.bfloat16)
+    largest, group_size = INTEGERS[dtype]
+    rows = torch.nn.functional.pad(values.float(), (0, -values.numel() % group_size)).view(-1, group_size)
+    scales = (rows.abs().amax(1) / largest).bfloat16() if rows.numel() else values.new_empty(0, dtype=torch.bfloat16)
     divisor = torch.where(scales == 0, 1, scales.float())
-    integers = torch.round(rows / divisor[:, None]).clamp(-top, top).to(torch.int8)
+    integers = torch.round(rows / divisor[:, None]).clamp(-largest, largest).to(torch.int8)
     return integers.view(-1)[: values.numel()], scales
 
 
-def _dequantised(integers: Tensor, scales: Tensor, dtype: str) -> Tensor:
+def dequantize(integers: Tensor, scales: Tensor, dtype: str) -> Tensor:
+    """The float32 values, shape (kept,), that :func:`quantize` made these integers and scales of."""
     return integers.float() * scales.float().repeat_interleave(INTEGERS[dtype][1])[: integers.numel()]

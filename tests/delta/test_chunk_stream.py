@@ -24,7 +24,7 @@ from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import kept_positions
-from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, quantised
+from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, fake_quantize
 from dpp_lightning.tensors.fingerprint import raw_bytes
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -139,7 +139,7 @@ def test_a_tensor_of_more_than_2_31_entries_has_wide_positions():
 def test_integers_come_back_as_they_were_rounded(dtype):
     rng = np.random.default_rng(0)
     exact = {f"w{i}": kept_entries((n,), 0.5, torch.float32, rng) for i, n in enumerate((0, 1, 60, 700))}
-    rounded = {name: replace(part, values=quantised(part.values, dtype)) for name, part in exact.items()}
+    rounded = {name: replace(part, values=fake_quantize(part.values, dtype)) for name, part in exact.items()}
     table, blob = written(rounded, dtype=dtype)
     assert all_same(read(table, blob, info=replace(INFO, dtype=dtype)), rounded)
     again, same = written(read(table, blob, info=replace(INFO, dtype=dtype)), dtype=dtype)

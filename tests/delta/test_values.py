@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from dpp_lightning.delta.coding.chunk import decode_chunk, encode_chunk, read_head
 from dpp_lightning.delta.coding.values import PLANES, SIGNS, decode_values, encode_values, stream_count
-from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, quantised
+from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, fake_quantize
 
 FLOAT_NAMES = list(FLOATS)
 EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
@@ -130,13 +130,13 @@ number_lists = st.lists(
 @given(number_lists, st.sampled_from(list(INTEGERS)))
 def test_integers_err_by_half_a_step_at_most_and_are_stable(lists, dtype):
     values = tensors(lists)
-    near = [quantised(v, dtype) for v in values]
+    near = [fake_quantize(v, dtype) for v in values]
     for value, rounded in zip(values, near, strict=True):
         top, group = INTEGERS[dtype]
         for part, held in zip(value.split(group), rounded.split(group), strict=True):
             step = float((part.abs().max() / top).bfloat16())
             assert float((part - held).abs().max()) <= 0.5001 * step + top * TINY
-        assert bits_of(quantised(rounded, dtype)) == bits_of(rounded)
+        assert bits_of(fake_quantize(rounded, dtype)) == bits_of(rounded)
     _, read = back(values, dtype)
     assert bits_of(read) == bits_of(torch.cat(near))
     first, again = encode_values(values, dtype), encode_values(near, dtype)
@@ -145,7 +145,7 @@ def test_integers_err_by_half_a_step_at_most_and_are_stable(lists, dtype):
 
 def test_a_scale_reaches_no_further_than_its_group_and_tensor():
     small, large = torch.full((32,), 1e-3), torch.full((32,), 1e3)
-    assert torch.allclose(quantised(torch.cat([small, large]), "int4")[:32], small, rtol=0.01)
+    assert torch.allclose(fake_quantize(torch.cat([small, large]), "int4")[:32], small, rtol=0.01)
     _, read = back([small[:5], large[:5]], "int4")
     assert torch.allclose(read, torch.cat([small[:5], large[:5]]), rtol=0.01)
 
@@ -154,12 +154,12 @@ def test_a_scale_reaches_no_further_than_its_group_and_tensor():
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_integers_of_extreme_numbers_are_finite_and_stable(scale, dtype):
     values = scale * torch.linspace(-1, 1, 301)
-    near = quantised(values, dtype)
+    near = fake_quantize(values, dtype)
     assert bool(torch.isfinite(near).all())
     assert (
         float((near - values).abs().max()) <= float(values.abs().max()) / INTEGERS[dtype][0] + INTEGERS[dtype][0] * TINY
     )
-    assert bits_of(quantised(near, dtype)) == bits_of(near)
+    assert bits_of(fake_quantize(near, dtype)) == bits_of(near)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.delta.coding.positions import ByteArray
-from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, _dequantised, _integers
+from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, dequantize, quantize
 
 UnsignedArray = npt.NDArray[Any]  # of unsigned integers as wide as the floats
 
@@ -30,7 +30,7 @@ def encode_values(values: list[Tensor], dtype: str) -> tuple[int, list[ByteArray
     """The kept values of consecutive tensors as (form, streams of bytes); each is of shape (kept >= 1,), all of one
     dtype."""
     if dtype in INTEGERS:
-        parts = [_integers(v, dtype) for v in values]
+        parts = [quantize(v, dtype) for v in values]
         integers = torch.cat([i for i, _ in parts])
         return PLANES, [integers.numpy().view(np.uint8), *_planes(_bits(torch.cat([s for _, s in parts])))]
     together = _bits(torch.cat(values))
@@ -71,7 +71,7 @@ def decode_values(dtype: str, form: int, streams: list[ByteArray], counts: list[
         scales = _floats(_joined(streams[1:], "bfloat16"), "bfloat16")
         groups = [-(-c // INTEGERS[dtype][1]) for c in counts]
         pairs = zip(integers.split(counts), scales.split(groups), strict=True)
-        values = torch.cat([_dequantised(i, s, dtype) for i, s in pairs])
+        values = torch.cat([dequantize(i, s, dtype) for i, s in pairs])
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"values of {dtype} that are not finite")
         return values
