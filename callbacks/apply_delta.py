@@ -9,25 +9,25 @@ from dpp_lightning.delta.task_heads import task_names
 
 
 class ApplyDelta(pl.Callback):
-    """Put a delta onto the base that the module holds while it is validated, tested or predicted with.
+    """Apply a delta to the base weights that the module holds, for the time of a validate, test or predict run.
 
-    The base's weights are back afterwards, bit for bit. ``dpp test --delta DIR`` is this callback.
+    Afterwards the module holds the base weights again, bit for bit. ``dpp test --delta DIR`` uses this callback.
 
     Args:
         delta: delta folder or hub id.
-        task: of a merged delta, the one whose head is taken; default the module's attribute ``task``, where the delta
-            merges one of that name.
+        task: for a delta merged from several tasks, the task whose head is used; default the module's attribute
+            ``task``, if the delta has a task of that name.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: in ``setup``: used in a fit, a damaged delta, a task it has not or that is not the module's; at the
-            start of the pass: the module does not hold the delta's base.
-        FileNotFoundError: in ``setup``: no such delta.
+        ValueError: in ``setup``, if the callback is used in a fit, the delta is damaged, or the delta has no such task
+            or the module has another one; at the start of the run, if the module does not hold the delta's base.
+        FileNotFoundError: in ``setup``, if there is no such delta.
     """
 
     def __init__(self, delta: str, task: str | None = None, revision: str | None = None) -> None:
         self.folder, self.task, self.revision = delta, task, revision
-        self._delta: SparseDelta | None = None
+        self._delta: SparseDelta | None = None  # read in setup
         self._applied = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -35,10 +35,10 @@ class ApplyDelta(pl.Callback):
         if stage == "fit":
             raise ValueError("a delta is applied to a base that is scored, not trained: use validate, test or predict")
         delta = SparseDelta.from_pretrained(self.folder, revision=self.revision)
-        tasks, own = task_names(delta.info), getattr(pl_module, "task", None)
-        task = self.task or (own if own in tasks else None)
-        if task is not None and own is not None and task != own:
-            raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {own!r}")
+        delta_tasks, module_task = task_names(delta.info), getattr(pl_module, "task", None)
+        task = self.task or (module_task if module_task in delta_tasks else None)
+        if task is not None and module_task is not None and task != module_task:
+            raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {module_task!r}")
         self._delta = delta if task is None else delta.for_task(task)
 
     def _apply(self, pl_module: pl.LightningModule) -> None:
@@ -59,11 +59,11 @@ class ApplyDelta(pl.Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the delta off."""
+        """Put the base weights back."""
         self._revert(pl_module)
 
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the delta off."""
+        """Put the base weights back."""
         self._revert(pl_module)

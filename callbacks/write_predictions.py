@@ -1,4 +1,4 @@
-"""WritePredictions: what a model predicts as readable lines of one file."""
+"""WritePredictions: a model's predictions as readable lines of one file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write one JSON object a sample, in the data's order: its number, and what is readable of sample and prediction.
+    """Write one JSON object per sample, in the order of the data: the sample's index and a readable prediction.
 
-    What is readable the DataModule says: ``describe_prediction(index, prediction, dataloader_idx) -> dict`` (the
-    sentence, the label's name, a generated text with its reference); without it a line holds the prediction alone. The
-    file appears whole, when all ranks are done. ``dpp predict`` has this callback by itself.
+    A DataModule may describe a prediction with ``describe_prediction(index, prediction, dataloader_idx) -> dict``, such
+    as the sentence with its label's name, or a generated text with its reference. Without that method a line holds the
+    prediction alone. With several dataloaders each line also holds ``dataloader``, the loader's index. Rank 0 writes
+    the file when all ranks are done, so it is never half written. ``dpp predict`` adds this callback by itself.
 
     Args:
-        path: file; default ``predictions.jsonl`` in the trainer's log folder.
+        path: the file; default ``predictions.jsonl`` in the trainer's log folder.
 
     Raises:
-        OSError: in ``setup``: the file cannot be written.
-        ValueError: a prediction step that returns something else than a tensor (samples, ...) or a list.
+        OSError: in ``setup``, if the file cannot be written.
+        ValueError: if ``predict_step`` returns anything but a tensor of shape (samples, ...) or a list of samples.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -38,10 +39,10 @@ class WritePredictions(BasePredictionWriter):
         self.path = path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before the first prediction."""
+        """Check that the file can be written before the first prediction is made."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict" and trainer.is_global_zero:
-            check_writable(self._file(trainer).parent)
+            check_writable(self._path(trainer).parent)
 
     def write_on_epoch_end(
         self,
@@ -50,46 +51,55 @@ class WritePredictions(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Bring the ranks' lines together and write them."""
-        several = len(batch_indices) > 1  # one entry a loader, unlike the predictions of a single one
-        by_loader = predictions if several else [predictions]
+        """Gather the lines of all ranks and write them on rank 0."""
+        several = len(batch_indices) > 1
+        # with several loaders Lightning gives one list of batches per loader, with a single one just the batches
+        batches_by_loader = predictions if several else [predictions]
         lines = [
-            {**({"dataloader": number} if several else {}), "index": index, **_described(trainer, index, value, number)}
-            for number, (batches, places) in enumerate(zip(by_loader, batch_indices, strict=True))
-            for batch, indices in zip(batches, places, strict=True)
-            for index, value in zip(indices, _samples(batch), strict=True)
+            {
+                **({"dataloader": loader_index} if several else {}),
+                "index": index,
+                **_described(trainer, index, prediction, loader_index),
+            }
+            for loader_index, (batches, indices_by_batch) in enumerate(
+                zip(batches_by_loader, batch_indices, strict=True)
+            )
+            for batch, indices in zip(batches, indices_by_batch, strict=True)
+            for index, prediction in zip(indices, _samples(batch), strict=True)
         ]
-        lines = sorted(_from_all_ranks(lines), key=lambda line: (line.get("dataloader", 0), line["index"]))
+        lines = sorted(_gathered(lines), key=lambda line: (line.get("dataloader", 0), line["index"]))
         if not trainer.is_global_zero:
             return
-        file = self._file(trainer)
-        with atomic_file(file) as temporary:
+        path = self._path(trainer)
+        with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-        rank_zero_info(f"{len(lines)} predictions are in {file}")
+        rank_zero_info(f"{len(lines)} predictions are in {path}")
 
-    def _file(self, trainer: pl.Trainer) -> Path:
+    def _path(self, trainer: pl.Trainer) -> Path:
         return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / PREDICTIONS_FILE)
 
 
-def _described(trainer: pl.Trainer, index: int, value: Any, dataloader_idx: int) -> dict[str, Any]:
+def _described(trainer: pl.Trainer, index: int, prediction: Any, dataloader_idx: int) -> dict[str, Any]:
+    """A prediction as the DataModule describes it, else as it is."""
     describe = getattr(trainer.datamodule, "describe_prediction", None)  # type: ignore[attr-defined]
-    return {"prediction": value} if describe is None else describe(index, value, dataloader_idx)
+    return {"prediction": prediction} if describe is None else describe(index, prediction, dataloader_idx)
 
 
 def _samples(batch: Any) -> list[Any]:
-    """The predictions of a batch as plain values, one a sample."""
+    """The predictions of a batch as plain values, one per sample."""
     if isinstance(batch, Tensor):
         return batch.tolist()  # type: ignore[no-any-return]
     if isinstance(batch, list | tuple):
         return [value.tolist() if isinstance(value, Tensor) else value for value in batch]
     raise ValueError(
-        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...) or a list, one value a sample"
+        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...) or a list, one value per sample"
     )
 
 
-def _from_all_ranks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _gathered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all ranks, on every rank."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return lines
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, lines)
-    return [line for of_rank in gathered for line in of_rank]
+    return [line for rank_lines in gathered for line in rank_lines]
