@@ -1,4 +1,4 @@
-"""Kept entries of many tensors: taken, overwritten and hashed. The work is per kept entry, never per entry."""
+"""Kept entries of tensors: gathered, overwritten and hashed. The work is per kept entry, never per entry."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from dpp_lightning.tensors.shards import gather_from_shards, is_dtensor, scatter
 
 
 def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions (int32 or int64, any device), as a copy of shape (kept,).
+    """A copy of the entries at flat positions, shape (kept,), on the tensor's device.
 
-    Of a tensor in shards all ranks get all of them; a collective.
+    Of a tensor in shards every rank gets all of them; a collective.
+
+    Args:
+        tensor: any shape, dtype and device.
+        indices: flat positions in C order, int32 or int64, shape (kept,), on any device.
     """
     if is_dtensor(tensor):
         return gather_from_shards(tensor, indices)
@@ -26,7 +30,13 @@ def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Overwrite the entries at distinct flat positions; of a tensor in shards those that this rank holds."""
+    """Overwrite the entries at flat positions, in place; of a tensor in shards those that this rank holds.
+
+    Args:
+        tensor: any shape, dtype and device.
+        indices: distinct flat positions in C order, int32 or int64, shape (kept,), on any device.
+        values: of the tensor's dtype, shape (kept,).
+    """
     if is_dtensor(tensor):
         scatter_to_shards(tensor, indices, values)
         return
@@ -38,12 +48,13 @@ def scatter_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 class EntriesHash:
-    """xxh3-128 over values at kept positions, as float32 in the order of the delta's tensors.
+    """xxh3-128 over a base's values at the kept positions, tensor by tensor in the delta's order.
 
-    In float32, so that a base in bfloat16 is the same base when it is loaded in float32.
+    The values are hashed as float32, so that a base in bfloat16 has the same hash when it is loaded in float32.
 
     Attributes:
-        first: the hash after the first tensor that has kept entries, by which a wrong base is known early.
+        first: the hash after the first tensor that has kept entries, by which a wrong base is recognised early; empty
+            before that tensor.
     """
 
     def __init__(self) -> None:
@@ -51,7 +62,7 @@ class EntriesHash:
         self.first = ""
 
     def update(self, values: Tensor) -> None:
-        """The next tensor's values, shape (kept,), any float dtype."""
+        """Add the next tensor's values, shape (kept,), any float dtype."""
         self._digest.update(raw_bytes(values.float()))
         if not self.first and values.numel():
             self.first = self._digest.hexdigest()
@@ -62,13 +73,22 @@ class EntriesHash:
 
 
 def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
-    """theta_0 + value / q in float32 (float64 for a float64 base), cast to the base's dtype; shapes (kept,)."""
+    """θ0 + value / q, the rescaled delta added to the base, computed in float32 (float64 for a float64 base).
+
+    Args:
+        base: θ0 at the kept positions, shape (kept,), any float dtype.
+        values: the delta at the kept positions, shape (kept,).
+        q: the rescaling factor that the delta is divided by.
+
+    Returns:
+        The sums, shape (kept,), cast to the base's dtype.
+    """
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     return (base.to(wide) + values.to(base.device, wide) / q).to(base.dtype)
 
 
 def group_by_device_and_dtype(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names in groups of one device and dtype, so that arithmetic on many small tensors can be done at once."""
+    """Names in groups of one device and dtype, whose tensors can be concatenated for arithmetic on all of them."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(name)

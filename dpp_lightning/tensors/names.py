@@ -1,8 +1,9 @@
-"""One name per tensor: from what a module, wrapper or file calls a tensor to its canonical name.
+"""One name per tensor: the canonical name of what a module, a wrapper or a file calls differently.
 
 The hub's folder of a bare encoder says ``embeddings.word…``, a classifier built on it ``bert.embeddings.word…``, a
-LightningModule ``model.bert.embeddings.word…``, a compiled one adds ``_orig_mod.``. Names decide mask, matching and
-head, so the sampler, the file, the callback and the command line all take them from here.
+LightningModule ``model.bert.embeddings.word…``, and a compiled module adds ``_orig_mod.``. The name decides which
+entries a random selection keeps, which tensors of two models belong together, and what is a new head, so the sampler,
+the delta file, the callback and the command line all take it from here.
 """
 
 import re
@@ -15,51 +16,51 @@ from dpp_lightning.tensors.shards import has_unsupported_placements, is_fsdp1_sh
 
 TensorSource = nn.Module | Mapping[str, Tensor]
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"})
-# what transformers calls a base model inside a task model, for state dicts, which have no module to ask
+_WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"})
+# What transformers calls the base model inside a task model. A state dict has no module that could be asked for it.
 _BASE_MODEL_PREFIXES = frozenset(
     {"albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "model", "roberta", "transformer", "vit"}
 )
-_ADAPTER_PARTS = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 _RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of a module, or every tensor of a state dict, under its canonical name.
 
-    Wrapper parts (``_orig_mod``, ``_fsdp_wrapped_module``, ...) are dropped, then the leading parts that all names
-    share (a LightningModule's ``model.``), then the base model's prefix (``bert.``), unless two names would then be
-    one. A tied tensor appears once, under its first name.
+    The names of wrappers (``_orig_mod``, ``_fsdp_wrapped_module``, ...) are dropped, then the leading parts that all
+    names share (a LightningModule's ``model.``), then the base model's prefix (``bert.``), unless two tensors would
+    then have one name. A tied tensor appears once, under its first name.
 
     Args:
-        source: ``nn.Module`` or mapping of names to tensors (entries that are no tensors are ignored).
+        source: ``nn.Module``, or a mapping of names to tensors (values that are not tensors are ignored).
 
     Returns:
-        Canonical name to the very tensor of the source (a ``Parameter`` for a module), in the source's order.
+        Canonical name to the tensor itself, not a copy (a ``Parameter`` for a module), in the source's order.
 
     Raises:
         ValueError: the source holds no tensor.
     """
-    own = _module_tensors(source) if isinstance(source, nn.Module) else _mapping_tensors(source)
-    if not own:
+    tensors = _source_tensors(source)
+    if not tensors:
         raise ValueError(f"found no tensor in {type(source).__name__}: expected a module or state dict with weights")
-    short = _strip_shared({name: without_wrappers(name) for name in own})
+    names = _strip_shared({name: without_wrappers(name) for name in tensors})
     prefixes = _module_prefixes(source) if isinstance(source, nn.Module) else _BASE_MODEL_PREFIXES
-    return {canonical: own[name] for name, canonical in _strip_prefix(short, prefixes).items()}
+    return {canonical: tensors[name] for name, canonical in _strip_prefix(names, prefixes).items()}
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name without the parts that ``torch.compile``, FSDP and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """A tensor's name without what ``torch.compile``, FSDP and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
 
 
 def without_adapters(name: str) -> str:
-    """A tensor's name without what peft puts into it: ``query.base_layer.weight`` to ``query.weight``."""
-    return _ADAPTER_PARTS.sub("", name).removeprefix(".")
+    """A tensor's name without what peft puts into it: ``query.base_layer.weight`` becomes ``query.weight``."""
+    return _ADAPTER_NAMES.sub("", name).removeprefix(".")
 
 
 def buffer_names(source: TensorSource) -> set[str]:
-    """Canonical names of what is no parameter: a module's buffers, or a state dict's running statistics."""
+    """Canonical names of the tensors that are not parameters: a module's buffers, a state dict's running statistics."""
     tensors = canonical_tensors(source)
     if isinstance(source, nn.Module):
         return {name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
@@ -67,66 +68,79 @@ def buffer_names(source: TensorSource) -> set[str]:
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
-    """The module's own name of each of its tensors to the canonical one: ``model.bert.pooler.x`` to ``pooler.x``."""
+    """The module's name of each of its tensors to the canonical one, ``model.bert.pooler.x`` to ``pooler.x``.
+
+    A tied tensor appears under each of its names in the module.
+    """
     by_tensor = {id(tensor): canonical for canonical, tensor in canonical_tensors(module).items()}
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    return {name: by_tensor[id(tensor)] for name, tensor in own.items() if id(tensor) in by_tensor}
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    return {name: by_tensor[id(tensor)] for name, tensor in tensors.items() if id(tensor) in by_tensor}
 
 
 def source_names(source: TensorSource) -> dict[str, str]:
-    """Canonical name to the source's own name, wrappers' parts and all."""
-    own = _module_tensors(source) if isinstance(source, nn.Module) else _mapping_tensors(source)
-    by_tensor = {id(tensor): name for name, tensor in own.items()}
+    """Canonical name to the name in the source, with everything that wrappers put into it."""
+    by_tensor = {id(tensor): name for name, tensor in _source_tensors(source).items()}
     return {canonical: by_tensor[id(tensor)] for canonical, tensor in canonical_tensors(source).items()}
 
 
 def saved_names(source: TensorSource, *, exact: bool) -> tuple[str, dict[str, str]]:
-    """How the names in a model's own files follow from canonical ones: the usual prefix, and the names that differ.
+    """How a model's files name its tensors: the prefix that most canonical names get, and the names that differ.
 
     Args:
         source: module or state dict.
-        exact: the source is a file of the model itself, so that its names are right to the letter; otherwise wrappers'
-            parts and what all names share (a LightningModule's ``model.``) are no part of them.
+        exact: the names in the source are those of the model's files to the letter. Otherwise what wrappers put into
+            them, and the leading parts that all names share (a LightningModule's ``model.``), are dropped first.
+
+    Returns:
+        The prefix, possibly empty, and canonical name to name in the files where that is not prefix + canonical name.
     """
     names = source_names(source)
     if not exact:
-        names = _strip_shared({canonical: without_wrappers(own) for canonical, own in names.items()})
+        names = _strip_shared({canonical: without_wrappers(name) for canonical, name in names.items()})
     counts: dict[str, int] = {}
-    for canonical, own in names.items():
-        if own.endswith(canonical):
-            prefix = own[: len(own) - len(canonical)]
+    for canonical, name in names.items():
+        if name.endswith(canonical):
+            prefix = name[: len(name) - len(canonical)]
             counts[prefix] = counts.get(prefix, 0) + 1
     usual = max(counts, key=lambda prefix: counts[prefix], default="")
-    return usual, {canonical: own for canonical, own in names.items() if own != usual + canonical}
+    return usual, {canonical: name for canonical, name in names.items() if name != usual + canonical}
 
 
 def describe_source(source: TensorSource) -> str:
-    """What to call a module or state dict in a message: its folder or hub id where it has one."""
+    """What a message calls a module or state dict: its folder or hub id where it has one, and its class."""
     configured = getattr(getattr(source, "config", None), "name_or_path", "")
     return f"{configured} ({type(source).__name__})" if configured else f"the target ({type(source).__name__})"
 
 
 def match_names(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
-    """Match two sets of canonical names that may still differ by one leading part (``bert.``), by the most matches.
+    """Match two sets of canonical names that may still differ by one leading part (``bert.``).
+
+    Of all leading parts that could be added to or removed from the wanted names, the one with the most matches is
+    taken; equal names win over any leading part that matches no more.
 
     Args:
-        wanted: names to be found.
-        offered: names at hand.
+        wanted: names to look for.
+        offered: names to look among.
 
     Returns:
-        Each wanted name that was found to the offered one; exact names win over any prefix at equal counts.
+        Wanted name to offered name; wanted names without a match are left out.
     """
     wanted, offered = list(wanted), set(offered)
     best = {name: name for name in wanted if name in offered}
     for prefix in sorted({name.split(".")[0] for name in (*wanted, *offered) if "." in name}):
         dot = prefix + "."
-        added = {n: dot + n for n in wanted if dot + n in offered}
-        removed = {n: n[len(dot) :] for n in wanted if n.startswith(dot) and n[len(dot) :] in offered}
-        for candidate in (added, removed):
-            candidate = {**{n: n for n in wanted if n in offered}, **candidate}
+        added = {name: dot + name for name in wanted if dot + name in offered}
+        removed = {name: name[len(dot) :] for name in wanted if name.startswith(dot) and name[len(dot) :] in offered}
+        for renamed in (added, removed):
+            candidate = {**{name: name for name in wanted if name in offered}, **renamed}
             if len(candidate) > len(best) and len(set(candidate.values())) == len(candidate):
                 best = candidate
     return best
+
+
+def _source_tensors(source: TensorSource) -> dict[str, Tensor]:
+    """Every tensor once, under its first name in the source."""
+    return _module_tensors(source) if isinstance(source, nn.Module) else _mapping_tensors(source)
 
 
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -141,10 +155,10 @@ def _mapping_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and tensor.device.type != "meta" and place in seen:
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and tensor.device.type != "meta" and memory in seen:
             continue  # a tied tensor under its second name
-        seen.add(place)
+        seen.add(memory)
         tensors[name] = tensor
     return tensors
 
@@ -158,12 +172,12 @@ def _strip_shared(names: dict[str, str]) -> dict[str, str]:
 
 
 def _module_prefixes(module: nn.Module) -> frozenset[str]:
-    found = (getattr(m, "base_model_prefix", "") for m in module.modules())
-    return frozenset(p for p in found if isinstance(p, str) and p)
+    prefixes = (getattr(submodule, "base_model_prefix", "") for submodule in module.modules())
+    return frozenset(prefix for prefix in prefixes if isinstance(prefix, str) and prefix)
 
 
 def _strip_prefix(names: dict[str, str], prefixes: frozenset[str]) -> dict[str, str]:
-    """Drop one known base-model prefix per name; where two names would become one, both keep theirs."""
+    """Drop one known base-model prefix per name; where two tensors would then have one name, both keep theirs."""
     stripped = {}
     for name, canonical in names.items():
         head, _, rest = canonical.partition(".")
@@ -175,10 +189,11 @@ def _strip_prefix(names: dict[str, str], prefixes: frozenset[str]) -> dict[str, 
 
 
 def check_prunable(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that have no delta in floating point: meta, quantised, complex, sparse ones, or shards of FSDP1.
+    """Check that every tensor has a delta in floating point.
 
     Raises:
-        ValueError: with the names and what was found.
+        ValueError: a parameter is quantised, integer or complex, or a tensor is on the meta device, sparse or a shard
+            of FSDP1; the message gives the names, at most 20, and the reason for each.
     """
     faults = []
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Work on many tensors shared out over threads, where it waits for memory and not for Python."""
+"""Work on many tensors, shared among threads: it waits for memory, during which Python runs the other threads."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
-_WORTH = 1 << 18  # below that much work starting a thread costs more than it saves
+_MIN_WORK = 1 << 18  # entries; below that, starting a thread costs more than it saves
 
 
 def over_threads(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dict[str, Result]:
-    """``work(name)`` for every name, as a dict in their order; in torch's number of threads if there is enough to do.
+    """``work(name)`` for every name, in as many threads as torch uses; in the calling thread if there is little to do.
 
     Args:
-        work: reads and writes nothing that the others write.
-        sizes: name to the amount of work, such as kept entries.
+        work: called once a name; calls must not read or write what another call writes.
+        sizes: name to the amount of work in entries, by which the names are divided into consecutive equal shares.
+
+    Returns:
+        Name to result, in the order of ``sizes``.
     """
     workers = min(torch.get_num_threads(), len(sizes))
-    total, done = sum(sizes.values()), 0
-    if workers < 2 or total < _WORTH:
+    total, assigned = sum(sizes.values()), 0
+    if workers < 2 or total < _MIN_WORK:
         return in_order(work, sizes)
     shares: list[list[str]] = [[] for _ in range(workers)]
     for name, size in sizes.items():
-        shares[min(done * workers // total, workers - 1)].append(name)
-        done += size
+        shares[min(assigned * workers // total, workers - 1)].append(name)
+        assigned += size
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda names: [(name, work(name)) for name in names], shares))
-    return {name: result for part in parts for name, result in part}
+        results = list(pool.map(lambda names: [(name, work(name)) for name in names], shares))
+    return {name: result for share in results for name, result in share}
 
 
 def in_order(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dict[str, Result]:
-    """``work(name)`` for every name, one after the other."""
+    """``work(name)`` for every name, one after another in the calling thread, as collectives need it."""
     return {name: work(name) for name in sizes}
