@@ -184,7 +184,7 @@ class DeltaPruneCallback(pl.Callback):
         check_shared(self, pl_module)
         known = self._restored is not None
         self._base.adopt_optimizer_copies(pl_module, trainer.optimizers, verified=known)
-        self._base.settle(pl_module)
+        self._base.convert_like(pl_module)
         with self._seen(pl_module) as base:
             self._check_base(trainer, pl_module, base)
         if not self._monitor_seen:
@@ -238,7 +238,7 @@ class DeltaPruneCallback(pl.Callback):
             return
         reshard(pl_module)
         check_shared(self, pl_module)
-        self._base.settle(pl_module)
+        self._base.convert_like(pl_module)
         declared = getattr(pl_module, "pretrained", None) is not None or self._restored is not None
         if not self._base.explicit and not (declared and trainer.ckpt_path is not None):
             rank_zero_warn(

@@ -1,4 +1,4 @@
-"""The base of a fine-tuning run, where it is found, and how it is exchanged with the fine-tuned weights in place."""
+"""The base weights of a fine-tuning run: where they come from, and how they change places with the fine-tuned ones."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ from dpp_lightning.tensors.names import (
 )
 from dpp_lightning.tensors.shards import shard_like
 
+ASK_FOR_PRETRAINED = "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
+
 
 class BaseWeights:
-    """theta_0 of one LightningModule, under canonical names.
+    """theta_0 of one LightningModule, by canonical name.
 
-    It comes from a checkpoint (``pretrained``), else from the module's values before training; where an optimizer holds
-    theta_0 as AdamR does (``state[p]["pretrained"]``) in the parameter's dtype, that very tensor is used and no second
-    copy kept.
+    It comes from the checkpoint that the user named (``pretrained``), else from the values that the module has before
+    training. Where an optimizer holds theta_0 in the parameter's dtype, as AdamR does in ``state[p]["pretrained"]``,
+    that tensor itself is used, so that no second copy takes memory.
 
     Args:
         tensors: canonical name to theta_0.
-        explicit: they come from a checkpoint the user named, so nothing else may replace them.
+        explicit: they come from a checkpoint that the user named, so nothing else may replace them.
     """
 
     def __init__(self, tensors: dict[str, Tensor], *, explicit: bool) -> None:
@@ -42,34 +44,34 @@ class BaseWeights:
 
     @classmethod
     def take(cls, module: pl.LightningModule, pretrained: str | None, revision: str | None) -> BaseWeights:
-        """The base from the checkpoint the user named, else the module's present values.
+        """The base from the checkpoint that the user named, else the module's present values.
 
         Raises:
-            ValueError: parameters that cannot be pruned (meta, quantised, integer, shards of FSDP1), or a checkpoint
-                without a tensor in common.
-            FileNotFoundError: no such checkpoint.
+            ValueError: if the module has parameters that cannot be pruned (meta, quantised, integer, shards of FSDP1),
+                or the checkpoint no tensor in common with it.
+            FileNotFoundError: if there is no such checkpoint.
         """
         check_prunable(canonical_tensors(module))
         return cls.from_module(module) if pretrained is None else cls.from_checkpoint(module, pretrained, revision)
 
     @classmethod
     def from_checkpoint(cls, module: pl.LightningModule, pretrained: str, revision: str | None) -> BaseWeights:
-        """Load a local folder, file or hub id and match it with the module's tensors.
+        """Load a local folder, file or hub id and match its tensors with the module's.
 
         Raises:
-            ValueError: nothing matches by name and shape.
-            FileNotFoundError: no such checkpoint.
+            ValueError: if no tensor matches by name and shape.
+            FileNotFoundError: if there is no such checkpoint.
         """
         loaded = canonical_tensors(load_tensors(pretrained, revision))
-        own = canonical_tensors(module)
-        plain = {name: without_adapters(name) for name in own}
-        found = match_names(set(plain.values()), loaded)
-        matched = {name: loaded[found[other]] for name, other in plain.items() if other in found}
-        matched = {name: t.clone() for name, t in matched.items() if t.shape == own[name].shape}
+        module_tensors = canonical_tensors(module)
+        plain_names = {name: without_adapters(name) for name in module_tensors}
+        loaded_names = match_names(set(plain_names.values()), loaded)
+        matched = {name: loaded[loaded_names[plain]] for name, plain in plain_names.items() if plain in loaded_names}
+        matched = {name: t.clone() for name, t in matched.items() if t.shape == module_tensors[name].shape}
         if not matched:
             raise ValueError(
                 f"pretrained={pretrained!r} has no tensor in common with {type(module).__name__}: its names begin with "
-                f"{sorted(loaded)[:3]}, the module's with {sorted(own)[:3]}"
+                f"{sorted(loaded)[:3]}, the module's with {sorted(module_tensors)[:3]}"
             )
         return cls(matched, explicit=True)
 
@@ -81,16 +83,16 @@ class BaseWeights:
     def adopt_optimizer_copies(
         self, module: pl.LightningModule, optimizers: Iterable[Optimizer], *, verified: bool = False
     ) -> None:
-        """Use theta_0 out of the optimizers' state in place of own copies.
+        """Take theta_0 from the optimizers' state where they hold it, and let go of the copies made here.
 
-        A copy narrower than its parameter (AdamR's in bfloat16) may be rounded, so it replaces no own one. Nor would an
-        exact one save memory: what is exchanged with the weights needs their dtype. A tensor that nothing else knows
-        stays unknown, to be refused, unless the caller is going to verify it.
+        A copy in a narrower dtype than its parameter's (AdamR's in bfloat16) may be rounded, so it does not replace a
+        copy made here. Nor would it save memory if it were exact, since what changes places with the weights must have
+        their dtype. A rounded copy is used only where nothing else is known of the tensor and ``verified`` is true.
 
         Args:
-            module: whose parameters they are.
+            module: has the parameters.
             optimizers: of any kind.
-            verified: the fingerprint will be compared with that of the base which training started from.
+            verified: the caller will compare the fingerprint with that of the base which the training started from.
         """
         if self.explicit:
             return
@@ -105,52 +107,73 @@ class BaseWeights:
                 if exact or (verified and name not in self.tensors):
                     self.tensors[name] = copy
 
-    def settle(self, module: pl.LightningModule) -> None:
-        """Bring every tensor to the dtype of the module's and share it out alike, as either may have changed since."""
-        own = canonical_tensors(module)
-        self.tensors = {n: shard_like(t.to(own[n].dtype), own[n]) for n, t in self.tensors.items() if n in own}
+    def convert_like(self, module: pl.LightningModule) -> None:
+        """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken."""
+        like = canonical_tensors(module)
+        self.tensors = {n: shard_like(t.to(like[n].dtype), like[n]) for n, t in self.tensors.items() if n in like}
+
+    def check_complete(self, module: pl.LightningModule, new: set[str]) -> None:
+        """Refuse a base that lacks tensors which are trained and not new.
+
+        A checkpoint that the user named may lack tensors: they are the new ones then.
+
+        Args:
+            module: holds the parameters.
+            new: canonical names of the parameters that were new in this training.
+
+        Raises:
+            ValueError: if the checkpoint's weights were restored before the base could be copied.
+        """
+        trained = {name for name, tensor in canonical_tensors(module).items() if tensor.requires_grad}
+        missing = sorted(trained - new - set(self.tensors))
+        if missing and not self.explicit:
+            raise ValueError(
+                f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
+                f"weights were restored before they could be seen. Pass {ASK_FOR_PRETRAINED}"
+            )
 
     def fingerprint(self, module: pl.LightningModule, new: set[str], carry: Iterable[str]) -> str:
         """xxh3-128 over theta_0 of the module's parameters.
 
-        Left out are heads, new or carried by a glob pattern of ``carry``: their first values mean nothing.
+        Heads are left out, since their first values mean nothing: the parameters in ``new``, and those that a glob
+        pattern of ``carry`` names.
         """
         names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n in self.tensors}
         patterns = tuple(carry)
-        skipped = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
-        return hash_tensors({name: self.tensors[name] for name in sorted(names - skipped)})  # in one order on all ranks
+        heads = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
+        return hash_tensors({name: self.tensors[name] for name in sorted(names - heads)})  # in one order on all ranks
 
     @contextmanager
     def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:
-        """Inside the block the module holds theta_0 and this object the fine-tuned values, tensor by tensor.
+        """Inside the block the module holds theta_0 and this object the fine-tuned values.
 
-        No third copy of the model is made, and the exchange back restores both sides bit for bit, also after an
-        exception.
+        They change places tensor by tensor, so no third copy of the model is made. After the block, and after an
+        exception too, both are as before, bit for bit.
         """
-        own, done = canonical_tensors(module), []
+        module_tensors, exchanged = canonical_tensors(module), []
         try:
             for name in names:
-                _swap(own[name], self.tensors[name])
-                done.append(name)
+                _swap(module_tensors[name], self.tensors[name])
+                exchanged.append(name)
             yield
         finally:
-            for name in done:
-                _swap(own[name], self.tensors[name])
+            for name in exchanged:
+                _swap(module_tensors[name], self.tensors[name])
 
 
 def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
     """Canonical names of the parameters that were new in this training, such as a fresh head.
 
-    They are told by the module (``new_parameter_names``) and by optimizer groups with ``new=True``; never guessed.
+    The module names them in ``new_parameter_names``, an optimizer by a group with ``new=True``. Nothing is guessed.
     """
-    own = canonical_names(module)
-    told = [n for name in getattr(module, "new_parameter_names", ()) for n in (name, without_adapters(name))]
-    names = {own[name] for name in told if name in own}
-    by_tensor = {id(t): name for name, t in canonical_tensors(module).items()}
+    canonical = canonical_names(module)
+    declared = [n for name in getattr(module, "new_parameter_names", ()) for n in (name, without_adapters(name))]
+    names = {canonical[name] for name in declared if name in canonical}
+    names_by_id = {id(t): name for name, t in canonical_tensors(module).items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if group.get("new"):
-                names |= {by_tensor[id(p)] for p in group["params"] if id(p) in by_tensor}
+                names |= {names_by_id[id(p)] for p in group["params"] if id(p) in names_by_id}
     return names
 
 
@@ -162,6 +185,6 @@ def has_weights(module: pl.LightningModule) -> bool:
 
 @torch.no_grad()
 def _swap(a: Tensor, b: Tensor) -> None:
-    kept = a.detach().clone()
+    values = a.detach().clone()
     a.detach().copy_(b)
-    b.detach().copy_(kept)
+    b.detach().copy_(values)

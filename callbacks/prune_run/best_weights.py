@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,27 +19,27 @@ from dpp_lightning.tensors.shards import is_dtensor, reshard, shard_like
 
 @contextmanager
 def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool) -> Iterator[None]:
-    """Inside the block the module holds ModelCheckpoint's best weights; then its own again, bit for bit.
+    """Inside the block the module holds ModelCheckpoint's best weights, afterwards its own again, bit for bit.
 
-    Optimizers are left alone. All ranks must call.
+    The optimizers' state stays as it is. All ranks must call.
 
     Args:
         trainer: at the end of a fit.
-        module: its parameters whole, or (by now) in shards of FSDP2.
-        keep: what the block leaves in the module stays.
+        module: its parameters are whole, or in shards of FSDP2.
+        keep: after the block the module keeps the weights that the block leaves in it.
 
     Raises:
-        ValueError: no ModelCheckpoint kept one, or it is of another model.
-        FileNotFoundError: not every rank sees it.
+        ValueError: if no ModelCheckpoint kept a best checkpoint, or it is one of another model.
+        FileNotFoundError: if the parameters are in shards and a rank cannot see the checkpoint.
     """
     last = {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()}
-    kept = False
+    restore = True
     try:
         _load_best(trainer, module)
         yield
-        kept = keep
+        restore = not keep
     finally:
-        if not kept:
+        if restore:
             reshard(module)
             module.load_state_dict(last)
 
@@ -49,7 +48,7 @@ def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     path = trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     if not path:
         raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
-    trainer.strategy.barrier("best checkpoint")  # the first rank, or each of them, has written it
+    trainer.strategy.barrier("best checkpoint")  # rank 0, or with sharded checkpoints every rank, has written it
     if not any(is_dtensor(p) for p in module.parameters()):
         module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
         return
@@ -63,30 +62,30 @@ def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 @torch.no_grad()
 def load_into_shards(module: pl.LightningModule, path: Path) -> None:
-    """Put a checkpoint's weights into a module, each rank its own part, with one tensor at a time whole.
+    """Load a checkpoint into a module whose tensors may be in shards; one tensor at a time is whole in memory.
 
     Args:
-        module: any tensor of it whole or in shards.
-        path: one file, or a folder of shards.
+        module: each of its tensors is whole, or in shards of which every rank loads its own.
+        path: a checkpoint in one file, or the folder of a sharded checkpoint.
 
     Raises:
-        ValueError: names or shapes that are not the module's, or a damaged checkpoint.
+        ValueError: if names or shapes are not the module's, or the checkpoint is damaged.
     """
-    stored = read_sharded(path) if is_sharded(path) else {n: StoredTensor.of(t) for n, t in load_tensors(path).items()}
-    found = {without_wrappers(name): tensor for name, tensor in stored.items()}
-    own = {without_wrappers(name): t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
-    _check_fits(path, found, own)
-    for name, tensor in own.items():
-        tensor.copy_(shard_like(found[name].whole().to(tensor.dtype), tensor))
+    tensors = read_sharded(path) if is_sharded(path) else {n: StoredTensor.of(t) for n, t in load_tensors(path).items()}
+    stored = {without_wrappers(name): tensor for name, tensor in tensors.items()}
+    wanted = {without_wrappers(name): t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    _check_fits(path, stored, wanted)
+    for name, tensor in wanted.items():
+        tensor.copy_(shard_like(stored[name].whole().to(tensor.dtype), tensor))
 
 
-def _check_fits(path: Path, found: Mapping[str, StoredTensor], own: Mapping[str, Any]) -> None:
-    faults = [f"{name} is missing" for name in own if name not in found]
-    faults += [f"{name} is not of this model" for name in found if name not in own]
+def _check_fits(path: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> None:
+    faults = [f"{name} is missing" for name in wanted if name not in stored]
+    faults += [f"{name} is not of this model" for name in stored if name not in wanted]
     faults += [
-        f"{name} is {found[name].shape}, expected {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in found and found[name].shape != tuple(tensor.shape)
+        f"{name} is {stored[name].shape}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""

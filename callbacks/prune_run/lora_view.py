@@ -1,4 +1,4 @@
-"""A LoRA adapter as pruning sees it: its own parameters, whose base is zero, or merged into the layers it adapts."""
+"""Two ways to prune a LoRA adapter: its parameters A and B, whose base is zero, or the delta it adds to the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 AdapterView = Literal["adapter", "merged"]
 ADAPTER_FOLDER, ADAPTER_FILE, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
-_OWN = "lora_"  # what names of an adapter's own parameters begin with
+_LORA_PREFIX = "lora_"  # peft: lora_A, lora_B, lora_embedding_A, ...
 
 
 def find_adapter(module: nn.Module, kind: AdapterView | None = None) -> PeftModel | None:
@@ -30,70 +30,75 @@ def find_adapter(module: nn.Module, kind: AdapterView | None = None) -> PeftMode
 
     Args:
         module: any module.
-        kind: how its adapter is to be pruned, if that was asked for.
+        kind: how the user asked to prune its adapter; None where the user did not ask.
 
     Raises:
-        ValueError: more than one, one whose adapter is not plain LoRA or not active alone, or none though a kind was
-            asked for.
+        ValueError: if there are several, if its active adapter is not a single one of plain LoRA, or if there is none
+            although ``kind`` asks for one.
     """
-    found = []
-    if "peft" in sys.modules:  # else nothing can hold one
+    peft_models = []
+    if "peft" in sys.modules:  # where peft was never imported no module holds a PeftModel
         from peft import PeftModel
 
-        found = [part for part in module.modules() if isinstance(part, PeftModel)]
-    if not found and kind is not None:
+        peft_models = [child for child in module.modules() if isinstance(child, PeftModel)]
+    if not peft_models and kind is not None:
         raise ValueError(
             f"DeltaPruneCallback(lora={kind!r}), but {type(module).__name__} holds no PeftModel; leave lora= out, or "
             "train adapters: GLUEModule(lora=LoRA(r=8)), or peft.get_peft_model"
         )
-    if len(found) > 1:
-        raise ValueError(f"{type(module).__name__} holds {len(found)} PeftModels, expected one adapter to prune")
-    for adapter in found:
-        _check_plain(adapter)
-    return found[0] if found else None
+    if len(peft_models) > 1:
+        raise ValueError(f"{type(module).__name__} holds {len(peft_models)} PeftModels, expected one adapter to prune")
+    for adapter in peft_models:
+        _check_plain_lora(adapter)
+    return peft_models[0] if peft_models else None
 
 
 @contextmanager
 def adapter_view(
     module: nn.Module, base: BaseWeights, kind: AdapterView | None, *, keep: bool = False
 ) -> Iterator[BaseWeights]:
-    """Inside the block the module and the base are those that pruning works on; without an adapter, as they are.
+    """Show the module and its base as pruning needs them, for the time of the block.
 
-    ``adapter``: the base of the adapter's own parameters is zero. ``merged``: the module is the plain model, without
-    adapter layers, each adapted weight W + scaling B A against W. Afterwards the module is as before, bit for bit.
+    With ``adapter`` the base of the adapter's parameters is zero. With ``merged`` the module is the plain model, without
+    adapter layers: each adapted weight is W + scaling B A, its base W. A module without an adapter is left as it is.
+    After the block the module is as before, bit for bit.
 
     Args:
         module: the LightningModule.
         base: theta_0 of its tensors.
-        kind: default ``adapter``.
-        keep: what the merged weights are at the end of the block stays, with B = 0.
+        kind: ``adapter`` or ``merged``; None means ``adapter``.
+        keep: with ``merged``, the weights that the block leaves stay in the module, and B becomes zero.
+
+    Yields:
+        The base of what is pruned.
 
     Raises:
-        ValueError: as :func:`find_adapter`.
+        ValueError: if the module's adapter cannot be pruned, see :func:`find_adapter`.
     """
     adapter = find_adapter(module, kind)
     if adapter is None:
         yield base
     elif kind == "merged":
-        own = canonical_tensors(module)
-        known = {id(own[name]): tensor for name, tensor in base.tensors.items() if name in own}
-        with _merged(_layers(adapter), keep=keep), _unwrapped(adapter):
-            plain = {n: known[id(t)] for n, t in canonical_tensors(module).items() if id(t) in known}
+        # inside the block the tensors have other names, so they are recognised by their identity
+        wrapped = canonical_tensors(module)
+        base_by_id = {id(wrapped[name]): tensor for name, tensor in base.tensors.items() if name in wrapped}
+        with _merged(_lora_layers(adapter), keep=keep), _unwrapped(adapter):
+            plain = {n: base_by_id[id(t)] for n, t in canonical_tensors(module).items() if id(t) in base_by_id}
             yield BaseWeights(plain, explicit=base.explicit)
     else:
-        zeros = {n: torch.zeros_like(t) for n, t in canonical_tensors(module).items() if _is_own(n)}
+        zeros = {n: torch.zeros_like(t) for n, t in canonical_tensors(module).items() if _is_lora_parameter(n)}
         yield BaseWeights({**base.tensors, **zeros}, explicit=base.explicit)
 
 
 def save_adapter(adapter: PeftModel, folder: Path) -> None:
-    """Write the active adapter as it stands, with its ``modules_to_save``, as ``PeftModel.from_pretrained`` reads it.
+    """Write the active adapter and its ``modules_to_save`` into a folder for ``PeftModel.from_pretrained``.
 
     Args:
         adapter: the model with its adapter.
-        folder: made whole or not at all.
+        folder: appears when all files are written, or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     from peft import get_peft_model_state_dict
 
@@ -107,22 +112,22 @@ def save_adapter(adapter: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(temporary))
 
 
-def _is_own(name: str) -> bool:
-    return any(part.startswith(_OWN) for part in name.split("."))
+def _is_lora_parameter(name: str) -> bool:
+    return any(component.startswith(_LORA_PREFIX) for component in name.split("."))
 
 
-def _layers(adapter: nn.Module) -> list[Any]:
-    """The wrappers that hold A and B: each a ``LoraLayer`` and a module, which is no type of peft's."""
+def _lora_layers(adapter: nn.Module) -> list[Any]:
+    """The layers that hold A and B around an adapted layer (peft has no type for "LoraLayer and Module")."""
     from peft.tuners.lora import LoraLayer
 
-    return [part for part in adapter.modules() if isinstance(part, LoraLayer)]
+    return [child for child in adapter.modules() if isinstance(child, LoraLayer)]
 
 
-def _check_plain(adapter: PeftModel) -> None:
+def _check_plain_lora(adapter: PeftModel) -> None:
     active = list(adapter.active_adapters)
     config = adapter.peft_config[active[0]] if active else None
     kind = str(getattr(config, "peft_type", "none"))
-    if len(active) != 1 or not kind.endswith("LORA") or any(layer.lora_variant for layer in _layers(adapter)):
+    if len(active) != 1 or not kind.endswith("LORA") or any(layer.lora_variant for layer in _lora_layers(adapter)):
         dora = " with DoRA" if getattr(config, "use_dora", False) else ""
         raise ValueError(
             f"found the active adapters {active} of type {kind}{dora}; expected a single one of plain LoRA, "
@@ -133,47 +138,50 @@ def _check_plain(adapter: PeftModel) -> None:
 @contextmanager
 @torch.no_grad()
 def _merged(layers: list[Any], *, keep: bool) -> Iterator[None]:
-    """Inside the block the adapted layers' own weights are W + scaling B A."""
+    """Inside the block the adapted layers' weights are W + scaling B A.
+
+    peft's ``unmerge`` would subtract, which leaves rounding behind; so W is copied before and put back after.
+    """
     weights = [p for layer in layers for p in layer.get_base_layer().parameters()]
     before = [p.detach().clone() for p in weights]
-    kept = False
+    restore = True
     try:
         for layer in layers:
             layer.merge()
         yield
-        kept = keep
+        restore = not keep
     finally:
         for layer in layers:
             layer.merged_adapters.clear()
             for name, parameter in layer.named_parameters():
-                if kept and name.startswith(("lora_B.", "lora_embedding_B.")):
+                if not restore and name.startswith(("lora_B.", "lora_embedding_B.")):
                     parameter.zero_()
         for parameter, original in zip(weights, before, strict=True):
-            if not kept:
+            if restore:
                 parameter.copy_(original)
 
 
 @contextmanager
 def _unwrapped(adapter: nn.Module) -> Iterator[None]:
-    """Inside the block the plain layers stand where the adapter's wrappers do."""
+    """Inside the block the plain layers take the places of the layers that peft wrapped around them."""
     from peft.utils import ModulesToSaveWrapper
 
     wrappers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        inner = {id(layer): layer.get_base_layer() for layer in _layers(adapter)}
-        inner |= {id(p): _trained(p) for p in adapter.modules() if isinstance(p, ModulesToSaveWrapper)}
-        for name, part in list(adapter.named_modules()):
-            if id(part) in inner:
-                parent, _, child = name.rpartition(".")
-                holder = adapter.get_submodule(parent)
-                setattr(holder, child, inner[id(part)])
-                wrappers.append((holder, child, part))
+        plain = {id(layer): layer.get_base_layer() for layer in _lora_layers(adapter)}
+        plain |= {id(m): _trained_copy(m) for m in adapter.modules() if isinstance(m, ModulesToSaveWrapper)}
+        for name, child in list(adapter.named_modules()):
+            if id(child) in plain:
+                parent_name, _, attribute = name.rpartition(".")
+                parent = adapter.get_submodule(parent_name)
+                setattr(parent, attribute, plain[id(child)])
+                wrappers.append((parent, attribute, child))
         yield
     finally:
-        for holder, child, part in wrappers:
-            setattr(holder, child, part)
+        for parent, attribute, wrapper in wrappers:
+            setattr(parent, attribute, wrapper)
 
 
-def _trained(wrapper: Any) -> nn.Module:
-    """The copy of a module that is trained whole beside the active adapter."""
+def _trained_copy(wrapper: Any) -> nn.Module:
+    """The copy of a module that is trained in full beside the active adapter."""
     return wrapper.modules_to_save[wrapper.active_adapters[0]]

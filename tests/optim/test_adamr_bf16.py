@@ -301,6 +301,6 @@ def test_a_verified_copy_gives_the_fingerprint_if_and_only_if_it_is_exact(holds)
     known.adopt_optimizer_copies(module, [optimizer], verified=True)
     assert all(known.tensors[name] is tensor for name, tensor in own.items())
     unknown.adopt_optimizer_copies(module, [optimizer], verified=True)
-    unknown.settle(module)
+    unknown.convert_like(module)
     assert {t.dtype for t in unknown.tensors.values()} == {torch.float32}
     assert (unknown.fingerprint(module, set(), ()) == original) == holds
