@@ -92,7 +92,7 @@ def _samples(batch: Any) -> list[Any]:
     if isinstance(batch, list | tuple):
         return [value.tolist() if isinstance(value, Tensor) else value for value in batch]
     raise ValueError(
-        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...) or a list, one value per sample"
+        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...) or a list of samples"
     )
 
 

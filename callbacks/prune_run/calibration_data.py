@@ -1,4 +1,4 @@
-"""Where the data that q is searched on comes from: never the split that is scored."""
+"""Where the data that q is searched on comes from. It is never the split that is scored."""
 
 from __future__ import annotations
 
@@ -9,53 +9,62 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 
-def labelled_loader(trainer: pl.Trainer, given: Iterable[Any] | None) -> tuple[Any, str]:
-    """Labelled data for the objective ``metric``: the loader, and what it is for the table.
+def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
+    """Labelled data for the objective ``metric``: a loader, and the name of its data for the results.
+
+    Args:
+        trainer: with its DataModule, if it has one.
+        dataloader: the one that the user gave; default the DataModule's ``calibration_dataloader()``.
 
     Raises:
-        ValueError: there is none: q would have to be chosen on the split that is scored, or on data trained on.
+        ValueError: if there is neither: q would have to be chosen on the split that is scored or on training data.
     """
-    if given is not None:
-        return given, "calibration_dataloader="
-    make = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-    if make is None:
+    if dataloader is not None:
+        return dataloader, "calibration_dataloader="
+    make_loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+    if make_loader is None:
         raise ValueError(
             "objective='metric' needs labelled data that was neither trained on nor is scored: give the DataModule a "
             "calibration_dataloader(), or pass calibration_dataloader=; or take objective='output_change' (no labels)"
         )
-    return make(), "calibration split"
+    return make_loader(), "calibration split"
 
 
-def calibration_batch(trainer: pl.Trainer, given: Iterable[Any] | None, samples: int) -> tuple[Any, str]:
-    """One fixed batch for the output change, and what it is for the table.
+def calibration_batch(trainer: pl.Trainer, dataloader: Iterable[Any] | None, samples: int) -> tuple[Any, str]:
+    """One fixed batch for the output change, and the name of its data for the results.
 
-    The same items whatever the world size: by index from the dataset, not through a sharded or shuffled loader.
-    Without a calibration loader they come from the training data, spread evenly over it; labels play no part.
+    Its samples are taken by index from the dataset, not through a sharded or shuffled loader, so they are the same for
+    every number of ranks. Labels play no part.
 
     Args:
         trainer: with its loaders attached.
-        given: the user's loader, if any.
-        samples: how many items; fewer if the data has fewer.
+        dataloader: the one that the user gave; default the DataModule's ``calibration_dataloader()``, else the training
+            data, of which samples at equal distances are taken.
+        samples: how many; fewer if the data has fewer.
 
     Raises:
-        ValueError: no calibration and no training data.
+        ValueError: if there is neither calibration data nor a single training DataLoader.
     """
-    make = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-    if given is not None:
-        return _take(given, samples, "calibration_dataloader=")
-    if make is not None:
-        return _take(make(), samples, "the calibration split")
+    if dataloader is not None:
+        return _collate_first(dataloader, samples, "calibration_dataloader=")
+    make_loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+    if make_loader is not None:
+        return _collate_first(make_loader(), samples, "the calibration split")
     source = trainer.fit_loop._data_source
-    loader = trainer.train_dataloader or (source.dataloader() if source.instance is not None else None)
-    if not isinstance(loader, DataLoader):
+    training = trainer.train_dataloader or (source.dataloader() if source.instance is not None else None)
+    if not isinstance(training, DataLoader):
         raise ValueError(
             "the output change needs one batch of data: pass calibration_dataloader=, give the DataModule a "
-            f"calibration_dataloader(), or use a single training DataLoader (found {type(loader).__name__})"
+            f"calibration_dataloader(), or use a single training DataLoader (found {type(training).__name__})"
         )
-    return _take(loader, samples, "train", spread=True)
+    return _collate_first(training, samples, "train", spread=True)
 
 
-def _take(loader: Iterable[Any], samples: int, source: str, *, spread: bool = False) -> tuple[Any, str]:
+def _collate_first(loader: Iterable[Any], samples: int, source: str, *, spread: bool = False) -> tuple[Any, str]:
+    """The first samples of the loader's dataset, or samples spread over it, as one batch; with a description of them.
+
+    A loader without an indexable dataset gives its first batch, whatever its size.
+    """
     dataset = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or collate is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
-from dpp_lightning.calibration.output_gradients import BatchLearner
+from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, metrics_kept, quiet, reading
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.tensors.shards import reshard
@@ -99,7 +99,7 @@ class Passes:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
         return kept
 
-    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchLearner:
+    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:
         """Gradients on one batch: of ``forward_fn``, or of the module called with the batch (or the first of a pair).
 
         Raises:
@@ -111,7 +111,7 @@ class Passes:
             with trainer.precision_plugin.forward_context():
                 return forward_fn(module, piece) if forward_fn else _logits(module, piece)
 
-        return BatchLearner(module, trainer.strategy.batch_to_device(batch), forward)
+        return BatchGradients(module, trainer.strategy.batch_to_device(batch), forward)
 
     def _steps(self, batch: Any) -> Iterator[Tensor | None]:
         """One batch through the module: its ``calibration_steps`` where it has them, else its evaluation step.

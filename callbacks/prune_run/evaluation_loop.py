@@ -1,4 +1,4 @@
-"""An evaluation loop run inside another job of its trainer: all that the trainer knows is put back after it."""
+"""A trainer's evaluation loop, run once more in the middle of another job; the trainer's state is restored after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 
 class OneBatch(Sized):
-    """A loader of one ready batch: an iterable that is no DataLoader, so no sampler is put into it."""
+    """A loader of one batch that is ready. It is no DataLoader, so Lightning does not give it another sampler."""
 
     def __init__(self, batch: Any) -> None:
         self.batch = batch
@@ -23,27 +23,49 @@ class OneBatch(Sized):
         return iter([self.batch])
 
 
+def run_evaluation_loop(trainer: pl.Trainer, *, testing: bool, loader: Any = None) -> dict[str, Any]:
+    """One pass of the validation or test loop over the weights as they stand.
+
+    Nothing is logged, printed or shown in a progress bar, and afterwards the trainer's state, metrics and limits are as
+    before. Callbacks are called as in any evaluation.
+
+    Args:
+        trainer: inside a fit, a validate or a test.
+        testing: take the test loop.
+        loader: data to evaluate on, all of it; default the loop's own loaders under the trainer's limits.
+
+    Returns:
+        The metrics that callbacks see, by name.
+    """
+    loop = trainer.test_loop if testing else trainer.validate_loop
+    with _metrics_restored(trainer), _silently_evaluating(trainer, loop, testing), _loader_replaced(trainer, loop, loader):
+        loop.run()
+        metrics = dict(trainer.callback_metrics)
+        loop.teardown()
+    return metrics
+
+
 @contextmanager
-def metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
-    """Empty the trainer's metrics for one pass and give them back after it."""
+def _metrics_restored(trainer: pl.Trainer) -> Iterator[None]:
+    """Empty the trainer's metrics for one pass and put them back after it."""
     live: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
-    kept = [(metrics, dict(metrics)) for metrics in live]
-    for metrics, _ in kept:
+    saved = [(metrics, dict(metrics)) for metrics in live]
+    for metrics in live:
         metrics.clear()
     try:
         yield
     finally:
-        for metrics, before in kept:
+        for metrics, before in saved:
             metrics.clear()
             metrics.update(before)
 
 
 @contextmanager
-def quiet(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
+def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
     """Put the trainer into its evaluating state, with loggers, printing and progress bar off, and back.
 
-    The loop may be inside a pass of the user's own (``Trainer.validate``): it gets results and a record of the modules'
-    training mode of its own, so that those of the outer pass survive.
+    The loop may be in the middle of a pass of the user's (``Trainer.validate``). So that the results of that pass and
+    its record of which modules were training survive, the loop gets fresh ones for the extra pass.
     """
     saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
     bar = trainer.progress_bar_callback
@@ -63,8 +85,8 @@ def quiet(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
 
 
 @contextmanager
-def reading(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[None]:
-    """Let the loop read another loader, whole, in place of its own."""
+def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[None]:
+    """Let the loop read another loader to its end, if one is given, in place of its own."""
     if loader is None:
         yield
         return

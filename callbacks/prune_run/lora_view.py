@@ -59,7 +59,7 @@ def adapter_view(
 ) -> Iterator[BaseWeights]:
     """Show the module and its base as pruning needs them, for the time of the block.
 
-    With ``adapter`` the base of the adapter's parameters is zero. With ``merged`` the module is the plain model, without
+    With ``adapter`` the base of the adapter's parameters is zero. With ``merged`` the module is the plain model without
     adapter layers: each adapted weight is W + scaling B A, its base W. A module without an adapter is left as it is.
     After the block the module is as before, bit for bit.
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpp_lightning.calibration.output_change import OutputChange
-from dpp_lightning.calibration.output_gradients import BatchLearner
+from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.calibration_data import calibration_batch, labelled_loader
 from dpp_lightning.callbacks.prune_run.evaluation import Passes, read_monitor
@@ -62,9 +62,9 @@ class PruneRun:
         self.scope, self.folder = scope, folder
         self.passes = Passes(trainer, settings.monitor)
         rows = {name: get_method(name) for name in settings.methods}
-        searches = any(row.fitted for row in rows.values())
+        searches = any(row.fit is not None for row in rows.values())
         self.needs_inputs = any(row.needs_inputs(settings.method_settings.get(n, {})) for n, row in rows.items())
-        self.learns = any(row.fitted == "learned" for row in rows.values())
+        self.learns = any(row.fit is not None and row.fit.needs_gradients for row in rows.values())
         self.labelled, self.source = None, ""
         self.batch = None
         compares = settings.plot or (searches and settings.objective == "output_change")
@@ -79,7 +79,7 @@ class PruneRun:
         if searches and settings.objective == "metric":
             self.labelled, self.source = labelled_loader(trainer, settings.calibration_dataloader)
         self.inputs: dict[str, InputStatistics] = {}
-        self.learner: BatchLearner | None = None
+        self.learner: BatchGradients | None = None
         own = {name: settings.method_settings.get(name, {}) for name in settings.methods}
         identity = run_identity(settings, module, base, self.passes)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, own)
@@ -160,7 +160,7 @@ class PruneRun:
             score=self.passes.score,
             change=self._change if self.change is not None else None,
             metric=(lambda: self.passes.score(labelled)) if labelled is not None else None,
-            learner=self.learner,
+            gradients=self.learner,
             objective=self.settings.objective,
             higher_is_better=self.settings.mode == "max",
             folder=self.folder if self.trainer.is_global_zero and self.settings.save_deltas else None,
@@ -218,7 +218,7 @@ class PruneRun:
             rows = [r for r in self.results if r.pruning_rate == rate]
             if isinstance(self.settings.plot, str):
                 rows = [r for r in rows if r.method == self.settings.plot]
-            chosen = next((r.q for r in rows if get_method(r.method).fitted == "q"), None)
+            chosen = next((r.q for r in rows if (fit := get_method(r.method).fit) is not None and fit.one_q), None)
             curves.append(experiment.curve(rows[0].method, rate, self.settings.seeds[0], PLOT_POINTS, chosen))
         return curves
 

@@ -79,7 +79,7 @@ def check_shared(settings: DeltaPruneCallback, module: nn.Module) -> None:
     if not any(is_dtensor(p) for p in module.parameters()):
         return
     for name in settings.methods:
-        if get_method(name).fitted == "learned":
+        if (fit := get_method(name).fit) is not None and fit.needs_gradients:
             raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
 
 
@@ -105,7 +105,9 @@ def check_trainer(settings: DeltaPruneCallback, trainer: pl.Trainer, module: pl.
         )
     if stage == "fit" and settings.ckpt == "best" and trainer.checkpoint_callback is None:
         raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
-    if settings.forward_fn is None and any(get_method(name).fitted == "learned" for name in settings.methods):
+    if settings.forward_fn is None and any(
+        (fit := get_method(name).fit) is not None and fit.needs_gradients for name in settings.methods
+    ):
         check_callable(module)
     if settings.objective == "metric":
         labelled_loader(trainer, settings.calibration_dataloader)
@@ -149,7 +151,7 @@ def _plot_faults(settings: DeltaPruneCallback) -> list[str]:
         return []
     if method not in settings.methods:
         return [f"plot names {method!r}, which is not among the methods {settings.methods}"]
-    if method in METHODS and METHODS[method].fitted not in (None, "q"):
+    if method in METHODS and (fit := METHODS[method].fit) is not None and not fit.one_q:
         return [f"plot={method!r}: that method has more than one q, so there is no curve over q"]
     return []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dpp_lightning.analysis.theory import bound, kearns_saul
-from dpp_lightning.calibration.layer_sums import OutputSums
+from dpp_lightning.calibration.layer_q import OutputSums
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.tensor_pair import TensorPair
 

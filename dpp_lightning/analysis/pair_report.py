@@ -242,6 +242,6 @@ def _inputs(source: str, revision: str | None, data: str, samples: int) -> dict[
             "with its config.json"
         )
     try:
-        return FileCalibration(source, data, samples=samples, revision=revision).inputs()
+        return FileCalibration(source, data, samples=samples, revision=revision).layer_inputs()
     except (TypeError, IndexError, RuntimeError) as error:  # from inside the model
         raise ValueError(f"{data} does not hold the inputs of {source}: {error}") from None

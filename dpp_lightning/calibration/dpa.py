@@ -1,12 +1,23 @@
-"""Partitions of kept entries (DPA): what the strictest rate keeps, what the next one adds, down to the target rate."""
+"""DPA: kept entries in partitions, one for each of several rates, and the search for a factor for each of them.
 
-from collections.abc import Callable, Sequence
+Partition 1 is what the strictest rate keeps, partition 2 what the next one adds, and so on down to the target rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, weighted
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.layerwise_rates import dp_counts
+from dpp_lightning.methods.registry import get_method
 from dpp_lightning.sampling.sampler import exact_rate, uniform_words
+
+_MOST_STEPS = 100  # of the search for one partition's factor
 
 
 def partition_rates(pruning_rate: float) -> list[float]:
@@ -65,9 +76,6 @@ def random_partitions(name: str, positions: Tensor, numel: int, rates: Sequence[
     return torch.from_numpy(np.searchsorted(np.array(edges, dtype=np.uint64), words.astype(np.uint64), side="right"))
 
 
-_MOST_STEPS = 100  # of one partition
-
-
 def search_factors(
     cost: Callable[[Sequence[float]], float], partitions: int, step: float
 ) -> tuple[list[float], tuple[tuple[float, float], ...]]:
@@ -87,30 +95,66 @@ def search_factors(
     tried: dict[tuple[float, ...], float] = {}
     trail: list[tuple[float, float]] = []
 
-    def at(factors: list[float], moved: float) -> float:
+    def cached_cost(factors: list[float], moved: float) -> float:
         key = tuple(factors)
         if key not in tried:
             tried[key] = float(cost(key))
             trail.append((moved, tried[key]))
         return tried[key]
 
-    one = _climb(at, [0.0] * partitions, step)
-    all_present = _climb(at, [1.0] * partitions, step)
-    best = min((one, all_present), key=lambda factors: tried[tuple(factors)])
+    one_by_one = _climb(cached_cost, [0.0] * partitions, step)
+    from_all = _climb(cached_cost, [1.0] * partitions, step)
+    best = min((one_by_one, from_all), key=lambda factors: tried[tuple(factors)])
     return best, tuple(trail)
 
 
-def _climb(at: Callable[[list[float], float], float], factors: list[float], step: float) -> list[float]:
-    for place in range(len(factors)):
-        factors[place] = 1.0
-        best = at(factors, 1.0)
+def _climb(cost: Callable[[list[float], float], float], factors: list[float], step: float) -> list[float]:
+    """Move one factor after the other from 1 by ``step`` while the cost falls."""
+    for index in range(len(factors)):
+        factors[index] = 1.0
+        best = cost(factors, 1.0)
         for count in range(1, _MOST_STEPS + 1):
             candidate = round(1.0 + count * step, 10)
             if candidate <= 0:
                 break
-            trial = [*factors[:place], candidate, *factors[place + 1 :]]
-            value = at(trial, candidate)
+            trial = [*factors[:index], candidate, *factors[index + 1 :]]
+            value = cost(trial, candidate)
             if not value < best:
                 break
             factors, best = trial, value
     return factors
+
+
+def fit_partitions(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
+    """A factor for each partition, upward from 1, or downward from DARE's on a random selection.
+
+    Args:
+        calibrator: pairs and objective.
+        delta: kept entries with undivided float32 values, q = 1 or 1 - p.
+    """
+    rates = partition_rates(delta.pruning_rate)
+    step = 0.1 if delta.q == 1 else -0.1
+
+    def amplify(other: SparseDelta, partitions: Mapping[str, Tensor], factors: Sequence[float]) -> SparseDelta:
+        weights = {name: amplified(torch.ones(len(number)), number, factors) for name, number in partitions.items()}
+        return weighted(other, weights, factors=list(factors), partitions=rates)
+
+    fitted_on = _partitions(calibrator, delta, rates)  # once for all candidates
+    factors, tried = search_factors(
+        lambda candidate: calibrator.cost(amplify(delta, fitted_on, candidate)), len(rates), step
+    )
+    return FoundRescaling(lambda other: amplify(other, _partitions(calibrator, other, rates), factors), tried)
+
+
+def _partitions(calibrator: Calibrator, delta: SparseDelta, rates: Sequence[float]) -> dict[str, Tensor]:
+    """Number of the partition of every kept entry, by tensor."""
+    info, pairs = delta.info, {pair.name: pair for pair in calibrator.pairs}
+    if info.seeded:
+        return {
+            name: random_partitions(name, kept.indices, pairs[name].numel, rates, info.seed)
+            for name, kept in delta.tensors.items()
+        }
+    settings = get_method(info.method).selection_settings(info.settings)
+    counts = dp_counts(calibrator.pairs, rates, **settings)
+    by_name = {name: [of_rate[i] for of_rate in counts] for i, name in enumerate(pairs)}
+    return {name: ranked_partitions(kept.values, by_name[name]) for name, kept in delta.tensors.items()}

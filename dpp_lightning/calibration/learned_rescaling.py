@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import cos, pi
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from dpp_lightning.calibration.calibration_data import OutputGradients
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, weighted
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.methods.rescaling import keep_rate
+from dpp_lightning.methods.rescaling import keep_rate, learned_q
 
 LEARNING_RATE, EPOCHS, PATIENCE = 1e-2, 20, 4
 
 
-class Learner(Protocol):
-    """The model on calibration batches, of which the last is held out.
-
-    Attributes:
-        batches: how many there are, at least 2.
-    """
-
-    batches: int
-
-    def loss(self, delta: SparseDelta, batch: int) -> float:
-        """The top-5-logit squared error of base plus delta against the fine-tuned model on one batch."""
-        ...
-
-    def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
-        """Its gradient at the kept entries, by tensor: shape (kept,); tensors that play no part may be left out."""
-        ...
-
-
 def train_coefficients(
-    learner: Learner, delta: SparseDelta, at: Callable[[Mapping[str, float]], SparseDelta]
+    output: OutputGradients, delta: SparseDelta, with_coefficients: Callable[[Mapping[str, float]], SparseDelta]
 ) -> tuple[dict[str, float], tuple[tuple[float, float], ...]]:
     """Train one coefficient c >= 0 for every pruned tensor, from 0 (DARE), with early stopping on the held-out batch.
 
@@ -42,9 +24,9 @@ def train_coefficients(
     best coefficients are returned.
 
     Args:
-        learner: the model on calibration batches.
+        output: the model on calibration batches.
         delta: kept entries with undivided values, q = 1 - p.
-        at: coefficients by name to that delta.
+        with_coefficients: coefficients by name to that delta.
 
     Returns:
         Coefficients by name, and (epoch, held-out loss) of every epoch.
@@ -52,13 +34,13 @@ def train_coefficients(
     keep, names = keep_rate(delta.pruning_rate), list(delta.tensors)
     c = torch.zeros(len(names), dtype=torch.float64)
     optimizer = torch.optim.AdamW([c], lr=LEARNING_RATE, weight_decay=0.0)
-    held_out, training = learner.batches - 1, range(learner.batches - 1)
-    best, best_c = learner.loss(delta, held_out), c.clone()
+    held_out, training = output.batches - 1, range(output.batches - 1)
+    best, best_c = output.loss(delta, held_out), c.clone()
     tried, waited = [(0.0, best)], 0
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + cos(pi * epoch / EPOCHS)) / 2
         for batch in training:
-            gradients = learner.gradients(at(dict(zip(names, c.tolist(), strict=True))), batch)
+            gradients = output.gradients(with_coefficients(dict(zip(names, c.tolist(), strict=True))), batch)
             c.grad = torch.zeros_like(c)
             for i, name in enumerate(names):
                 if name in gradients:  # d/dc of D / (c + 1 - p)
@@ -66,7 +48,7 @@ def train_coefficients(
                     c.grad[i] = -slope / (c[i] + keep) ** 2
             optimizer.step()
             c.clamp_(min=0.0)
-        value = learner.loss(at(dict(zip(names, c.tolist(), strict=True))), held_out)
+        value = output.loss(with_coefficients(dict(zip(names, c.tolist(), strict=True))), held_out)
         tried.append((epoch + 1.0, value))
         waited += 1
         if value < best:
@@ -74,3 +56,22 @@ def train_coefficients(
         elif waited >= PATIENCE:
             break
     return dict(zip(names, best_c.tolist(), strict=True)), tuple(tried)
+
+
+def fit_coefficients(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
+    """One trained coefficient a tensor (released code of DAREx): the fit of ``darex-learned``.
+
+    Args:
+        calibrator: its objective has gradients.
+        delta: kept entries with undivided float32 values, q = 1 - p.
+    """
+    rate = delta.pruning_rate
+    assert calibrator.objective.gradients is not None
+
+    def weights(coefficients: Mapping[str, float]) -> dict[str, float]:
+        return {name: keep_rate(rate) / learned_q(c, rate) for name, c in coefficients.items()}
+
+    coefficients, tried = train_coefficients(
+        calibrator.objective.gradients, delta, lambda candidate: weighted(delta, weights(candidate))
+    )
+    return FoundRescaling(lambda other: weighted(other, weights(coefficients)), tried)

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_map
 from dpp_lightning.calibration.output_change import top_logits_error
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import gather_entries
-from dpp_lightning.tensors.names import align, canonical_tensors
+from dpp_lightning.tensors.names import canonical_tensors, match_names
 
 PIECES = 4  # of the calibration batch; the last is held out for early stopping
 
 
-class BatchLearner:
+class BatchGradients:
     """A module on pieces of one batch, against the outputs that it gave with the fine-tuned weights.
 
     Args:
@@ -36,14 +36,14 @@ class BatchLearner:
             self.reference = [self._forward(piece).detach().clone() for piece in self.pieces]
 
     def loss(self, delta: SparseDelta, batch: int) -> float:
-        """See :class:`dpp_lightning.calibration.learned_rescaling.Learner`."""
+        """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
         with delta.applied(self.module, force=True), torch.no_grad():
             return float(top_logits_error(self.reference[batch], self._forward(self.pieces[batch])))
 
     def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
-        """See :class:`dpp_lightning.calibration.learned_rescaling.Learner`."""
+        """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
         own = canonical_tensors(self.module)
-        names = align(delta.tensors, own)
+        names = match_names(delta.tensors, own)
         targets = {name: own[other] for name, other in names.items()}
         frozen = [tensor for tensor in targets.values() if not tensor.requires_grad]
         with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Calibration: the scalar search for the rescaling factor q, and for eta of the q of each layer."""
+"""The scalar search for the rescaling factor q (DAREx-q), and for eta of the q of each layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from math import exp, isfinite, log
 
 from scipy.optimize import minimize_scalar
 
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling
+from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.rescaling import keep_rate
 
 MAX_FORWARDS = 15  # of one search: the reference, q = 1 - p, and the minimiser's
@@ -116,3 +118,16 @@ def q_grid(pruning_rate: float, points: int) -> list[float]:
     lowest = keep_rate(pruning_rate)
     inner = [exp(log(lowest) * (1 - i / (points - 1))) for i in range(1, points - 1)]
     return [lowest, *inner, 1.0] if lowest < 1 else [1.0]
+
+
+def fit_one_q(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
+    """One q for the whole model (DAREx-q, global q): the fit of ``darex-q``, ``struct-darex-q`` and ``importance``."""
+
+    def cost(q: float) -> float:
+        return calibrator.cost(delta.rescaled(q))
+
+    if calibrator.objective.smooth:
+        result = search_q(cost, delta.pruning_rate)
+    else:
+        result = search_q_by_score(cost, delta.pruning_rate, higher_is_better=False)
+    return FoundRescaling(lambda other: other.rescaled(result.q), result.tried)

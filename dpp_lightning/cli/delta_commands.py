@@ -15,12 +15,14 @@ from rich.table import Table
 
 from dpp_lightning.analysis import pair_report
 from dpp_lightning.analysis.delta_cost import DeltaCost, TensorCost, inspect_delta
+from dpp_lightning.calibration.calibration_data import CalibrationSource
 from dpp_lightning.cli.command import MODEL, parser_of, progress_bar, run_command, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.delta.folder import delta_bytes, further_bytes
 from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS, get_method
-from dpp_lightning.pruning.prune_checkpoints import Calibration, prune_checkpoint
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import DTYPES
@@ -96,21 +98,16 @@ def _prune_parser() -> argparse.ArgumentParser:
 def _prune(options: argparse.Namespace) -> None:
     scope = Scope(options.scope, tuple(options.include), tuple(options.exclude), options.outside, tuple(options.carry))
     settings = method_settings(options.settings)
-    get_method(options.method).check(options.pruning_rate, settings)
+    spec = PruningSpec(options.method, options.pruning_rate, options.seed, options.dtype, options.q, settings)
     calibration = _calibration(options, settings)
     with progress_bar("pruning") as told:
         output = prune_checkpoint(
             options.base,
             options.finetuned,
             options.output,
-            options.method,
-            options.pruning_rate,
-            options.seed,
+            spec,
             scope=scope,
-            dtype=options.dtype,
-            q=options.q,
             calibration=calibration,
-            settings=settings,
             base_revision=options.base_revision,
             finetuned_revision=options.finetuned_revision,
             weights_only=options.weights_only,
@@ -154,14 +151,14 @@ def method_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _calibration(options: argparse.Namespace, settings: Mapping[str, Any]) -> Calibration | None:
+def _calibration(options: argparse.Namespace, settings: Mapping[str, Any]) -> CalibrationSource | None:
     row = get_method(options.method)
     if options.calibration is None:
         if row.needs_inputs(settings):
             raise ValueError(f"{options.method} needs the layers' inputs on calibration data: give --calibration FILE")
         return None
-    if not row.fitted and not row.needs_inputs(settings):
-        others = ", ".join(name for name, other in METHODS.items() if other.fitted or other.inputs)
+    if row.fit is None and not row.needs_inputs(settings):
+        others = ", ".join(name for name, other in METHODS.items() if other.fit or other.inputs)
         raise ValueError(f"{options.method} has nothing to calibrate; methods that do: {others}")
     from dpp_lightning.pruning.file_calibration import FileCalibration
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dpp_lightning.cli.command import parser_of, progress_bar, run_command, say
 from dpp_lightning.delta.folder import delta_bytes
-from dpp_lightning.methods.registry import METHODS, get_method
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.dtypes import DTYPES, FLOATS
 
@@ -68,9 +69,10 @@ def _export(options: argparse.Namespace) -> None:
     )
     with progress_bar("exporting") as told:
         if options.base:
-            named = {name: getattr(options, name) for name in _DELTA_OPTIONS}
-            beside = {"dtype": options.dtype, "base_revision": options.base_revision, "progress": told}
-            output = export_delta(plan, options.base, options.output, **named, **beside)
+            spec = PruningSpec(options.method, options.pruning_rate, options.seed, options.dtype)
+            output = export_delta(
+                plan, options.base, options.output, spec, base_revision=options.base_revision, progress=told
+            )
         else:
             output = export_checkpoint(plan, options.output, max_shard_bytes=options.max_shard_bytes, progress=told)
     for note in plan.notes:
@@ -98,13 +100,11 @@ def _check(options: argparse.Namespace) -> None:
     for name, default in _DELTA_OPTIONS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-    method = get_method(options.method)
-    method.check(options.pruning_rate, {})
-    method.check_dtype(options.method, options.dtype)
-    method.check_q(options.method, options.pruning_rate, None, searched=False)
-    if method.needs_inputs({}):
+    spec = PruningSpec(options.method, options.pruning_rate, options.seed, options.dtype)
+    if spec.needs_inputs:
         raise ValueError(
             f"{options.method} needs calibration data: export without --base, then dpp prune {options.base} "
             f"{options.output} --method {options.method} --calibration FILE"
         )
+    spec.check_calibration(objective=False, inputs=False)
     load_tensors(options.base, options.base_revision)  # that it is there and whole

@@ -12,12 +12,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from dpp_lightning.calibration.fit_rescaling import Bench, Fit, cast, fitting_dtype
-from dpp_lightning.calibration.learned_rescaling import Learner
+from dpp_lightning.calibration.calibration_data import Calibration, OutputGradients
+from dpp_lightning.calibration.fit_rescaling import FoundRescaling, cast
 from dpp_lightning.calibration.q_search import q_grid
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import get_method
+from dpp_lightning.pruning.draw import draw_and_fit
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.tensors.names import TensorSource
 
@@ -80,7 +82,7 @@ class Experiment:
         change: of the outputs on the fixed calibration batch, of the target as it stands against the fine-tuned model;
             None if no method needs it.
         metric: scores the target on the calibration split; only for the objective ``metric``.
-        learner: gives gradients on the calibration batch; only for ``darex-learned``.
+        gradients: of the output's error on the calibration batch; only for ``darex-learned``.
         objective: what q is searched by.
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).
@@ -107,7 +109,7 @@ class Experiment:
     q_split: str = "calibration"
     side_files: dict[str, bytes] = field(default_factory=dict)
     card: dict[str, float] = field(default_factory=dict)
-    learner: Learner | None = None
+    gradients: OutputGradients | None = None
     done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
 
@@ -116,27 +118,30 @@ class Experiment:
         method and rate, on the first seed's mask."""
         for method in methods:
             for rate in rates:
-                fit: Fit | None = None
-                own = seeds if get_method(method).random else seeds[:1]
-                for seed in own:
+                found: FoundRescaling | None = None
+                drawn_seeds = seeds if get_method(method).random else seeds[:1]
+                for seed in drawn_seeds:
                     if (method, float(rate), seed) in self.done:
                         continue
-                    start, forwards = time.perf_counter(), 0
-                    delta = self._draw(method, rate, seed)
-                    if get_method(method).fitted and rate > 0:
-                        if fit is None:
-                            fit = self.fit(delta if seed == own[0] else self._draw(method, rate, own[0]))
-                            forwards = len(fit.tried)
-                        delta = fit.apply(delta)
-                    delta = cast(delta, self.plan, self.dtype)
+                    start, known, spec = time.perf_counter(), found, self._spec(method, rate, seed)
+                    if found is None and spec.fit is not None and seed != drawn_seeds[0]:
+                        first = self._spec(method, rate, drawn_seeds[0])
+                        found = draw_and_fit(self.plan, first, self.calibration)[1]
+                    delta, found = draw_and_fit(self.plan, spec, self.calibration, found)
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta
+                    forwards = len(found.tried) if found is not None and known is None else 0
                     yield self._result(delta, score, start, forwards)
 
-    def fit(self, delta: SparseDelta) -> Fit:
-        """What the delta's method finds on calibration data, by the chosen objective."""
-        return Bench(self.plan, self._cost, smooth=self._smooth, learner=self.learner).fit(delta)
+    @property
+    def calibration(self) -> Calibration:
+        """What fits go by: the chosen objective on the calibration data."""
+        return Calibration(self._cost, smooth=self._smooth, gradients=self.gradients)
+
+    def _spec(self, method: str, rate: float, seed: int) -> PruningSpec:
+        settings = self.method_settings.get(method, {})
+        return PruningSpec(method, rate, seed, self.dtype, method_settings=settings)
 
     @property
     def _smooth(self) -> bool:
@@ -151,13 +156,10 @@ class Experiment:
             score = self.metric()
         return -score if self.higher_is_better else score
 
-    def _draw(self, method: str, rate: float, seed: int) -> SparseDelta:
-        settings = self.method_settings.get(method)
-        return self.plan.draw(method, rate, seed, fitting_dtype(method, self.dtype), settings)
-
     def curve(self, method: str, rate: float, seed: int, points: int, chosen: float | None) -> QCurve:
         """Score and output change over q, both on one mask."""
-        delta = self.plan.draw(method, rate, seed, self.dtype, self.method_settings.get(method))
+        spec = self._spec(method, rate, seed)
+        delta = cast(self.plan.draw(spec), self.plan.pairs, spec)
         curve = QCurve(rate, q_grid(rate, points), [], [], chosen)
         for q in curve.q:
             candidate = delta.rescaled(q)
@@ -194,7 +196,7 @@ class Experiment:
             seconds=time.perf_counter() - start,
             forwards=forwards,
             split=self.split,
-            q_split=self.q_split if row.fitted or row.needs_inputs(info.settings) else "",
+            q_split=self.q_split if row.fit or row.needs_inputs(info.settings) else "",
             folder=name,
         )
 

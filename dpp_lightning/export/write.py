@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from dpp_lightning.export.hf_architecture import Architecture
 from dpp_lightning.export.hf_file_names import Form, saved_parts
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress
@@ -122,11 +122,8 @@ def export_delta(
     export: Export,
     base: str | Path,
     output: str | Path,
-    method: str = "dare",
-    pruning_rate: float = 0.9,
-    seed: int = 0,
+    spec: PruningSpec,
     *,
-    dtype: str | None = None,
     base_revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -137,9 +134,8 @@ def export_delta(
     Args:
         export: of :func:`dpp_lightning.export.plan.plan_export`.
         output: a folder that is new or empty.
-        base, method, pruning_rate, seed, dtype, base_revision: as
-        :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
-        progress: told the bytes of both models that are pruned.
+        base, spec, base_revision: as :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
+        progress: called with the bytes of both models that are pruned, and all of them.
 
     Raises:
         FileExistsError: the output folder is not empty.
@@ -149,6 +145,5 @@ def export_delta(
     output = Path(output)
     with atomic_folder(output, empty=True) as folder, TemporaryDirectory(prefix=".dense.", dir=output.parent) as dense:
         export.write(Path(dense), 1 << 62)
-        settings: dict[str, Any] = {"dtype": dtype, "base_revision": base_revision, "progress": progress}
-        prune_checkpoint(base, dense, folder, method, pruning_rate, seed, **settings)
+        prune_checkpoint(base, dense, folder, spec, base_revision=base_revision, progress=progress)
     return output

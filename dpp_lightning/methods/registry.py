@@ -1,10 +1,17 @@
-"""METHODS: the papers' names, one row each: a selection times a rescaling."""
+"""METHODS: the papers' names, one row each: a selection, a rescaling, and what is fitted on calibration data."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
+from importlib.metadata import entry_points
 from inspect import signature
-from typing import Any, Literal, get_args, get_type_hints
+from pkgutil import resolve_name
+from typing import Any, get_args, get_type_hints
 
 from dpp_lightning.methods import layerwise_rates, rescaling, selections, structured, wanda
 from dpp_lightning.sampling.sampler import exact_rate
@@ -23,7 +30,36 @@ _HORVITZ = (
     "https://doi.org/10.1080/01621459.1952.10483446",
 )
 
-Fitted = Literal["q", "layer", "learned", "partitions"]
+PLUGINS = "dpp_lightning.methods"  # the entry-point group of methods in other packages
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method finds on calibration data once the kept entries are chosen.
+
+    Attributes:
+        find: ``(Calibrator, SparseDelta) -> FoundRescaling``, see :mod:`dpp_lightning.calibration.fit_rescaling`. It is
+            the function or an object reference ``"package.module:function"``, imported when it is first needed.
+        one_q: it finds one q for the whole model, which leaves the kept values as they were drawn. Otherwise it gives
+            the kept values weights, so that they are drawn in float32 and cast once the weights are known.
+        needs_inputs: it needs what the layers see as input on calibration data.
+        needs_gradients: it needs gradients of the output on calibration data.
+        required: without it the method would be another one, so that pruning without calibration data is an error.
+        options: a function whose keyword-only parameters are the fit's settings.
+    """
+
+    find: str | Callable[..., Any]
+    one_q: bool = False
+    needs_inputs: bool = False
+    needs_gradients: bool = False
+    required: bool = True
+    options: Callable[..., Any] | None = None
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """``find``, imported."""
+        return resolve_name(self.find) if isinstance(self.find, str) else self.find
 
 
 @dataclass(frozen=True)
@@ -31,18 +67,13 @@ class Method:
     """One pruning method.
 
     Attributes:
-        select: which entries stay.
-        rescale: q from the pruning rate alone; for a method that searches q this is its first candidate.
+        select: which entries are kept.
+        rescale: q from the pruning rate alone; for a method that fits one q this is its first candidate.
         paper, url: where it comes from.
-        fitted: what is found on calibration data, see :mod:`dpp_lightning.calibration.fit_rescaling`: one ``q`` for the
-        model, one q a
-            ``layer`` from a formula, one trained coefficient a layer (``learned``), a factor for each of the
-            ``partitions``; None where nothing is.
-        needs_search: without that search it is no longer this method.
-        options: a function whose keyword-only parameters are further settings, those of the fit.
-        inputs: the selection needs the inputs of the layers on calibration data.
-        seeded: the kept positions follow from (seed, name, position), so that a file need not store them.
-        random: the mask depends on the seed.
+        fit: what is found on calibration data; None where nothing is.
+        inputs: the selection needs what the layers see as input on calibration data.
+        seeded: the kept positions follow from (seed, tensor name, position), so that a file need not store them.
+        random: the kept positions depend on the seed.
         weighs: the selection itself gives the kept values their weights.
     """
 
@@ -50,9 +81,7 @@ class Method:
     rescale: Callable[[float], float]
     paper: str
     url: str
-    fitted: Fitted | None = None
-    needs_search: bool = False
-    options: Callable[..., Any] | None = None
+    fit: Fit | None = None
     inputs: bool = False
     seeded: bool = False
     random: bool = True
@@ -77,22 +106,22 @@ class Method:
 
     def needs_inputs(self, settings: Mapping[str, Any]) -> bool:
         """Whether selection or fit need the layers' inputs on calibration data, under these settings."""
-        return self.inputs or self.fitted == "layer" or settings.get("score") == "activation"
+        return self.inputs or (self.fit is not None and self.fit.needs_inputs) or settings.get("score") == "activation"
 
     def selection_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the settings that the selection takes; the others are the fit's."""
-        own = _keyword_only(self.select)
-        return {name: value for name, value in settings.items() if name in own}
+        selects_by = _keyword_only(self.select)
+        return {name: value for name, value in settings.items() if name in selects_by}
 
     def check_dtype(self, name: str, dtype: str | None) -> None:
         """Refuse a dtype of the kept values that is not known, or that this method's values would be lost in.
 
         Args:
             name: the method's.
-            dtype: one of ``value_code.DTYPES``, or None for the values' own.
+            dtype: one of :data:`dpp_lightning.tensors.dtypes.DTYPES`, or None for the values' own.
 
         Raises:
-            ValueError: as said.
+            ValueError: an unknown dtype, or an integer dtype for a method that weighs the values itself.
         """
         check_dtype(dtype)
         if self.weighs and dtype in INTEGERS:
@@ -101,34 +130,10 @@ class Method:
                 f"lose it: take one of {', '.join(FLOATS)}"
             )
 
-    def check_q(self, name: str, pruning_rate: float, q: float | None, *, searched: bool) -> None:
-        """Refuse a q that cannot be, and a method that searches q without anything to search it by.
-
-        Args:
-            name: the method's.
-            pruning_rate: p in [0, 1).
-            q: given by hand, or None.
-            searched: an objective is at hand.
-
-        Raises:
-            ValueError: as said.
-        """
-        if q is not None:
-            rescaling.check_q(q, pruning_rate)
-            if self.fitted not in (None, "q"):
-                raise ValueError(f"{name} has more than one q; leave q= out, or take method 'darex-q' to give one")
-        elif self.needs_search and not searched and pruning_rate > 0:
-            raise ValueError(
-                f"{name} searches q: give calibration data (calibration=, --calibration), or q by hand (q=, --q), or "
-                "take method 'dare' for q = 1 - pruning_rate"
-                if self.fitted == "q"
-                else f"{name} fits its rescaling: give calibration data (calibration=, --calibration)"
-            )
-
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
         """The method's own settings and their choices; none where a number is wanted."""
-        functions = [self.select] if self.options is None else [self.select, self.options]
+        functions = [self.select, *([self.fit.options] if self.fit and self.fit.options else [])]
         return {name: choices for function in functions for name, choices in _keyword_only(function).items()}
 
 
@@ -138,33 +143,88 @@ def _keyword_only(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(c for c in get_args(hints[name]) if isinstance(c, str)) for name in keyword}
 
 
-_Q: dict[str, Any] = {"fitted": "q", "needs_search": True}
+# Fits belong to a higher room than methods, so the rows name them by object reference and import nothing of theirs.
+_ONE_Q = Fit("dpp_lightning.calibration.q_search:fit_one_q", one_q=True)
+_LAYER_Q = Fit("dpp_lightning.calibration.layer_q:fit_layer_q", needs_inputs=True, options=rescaling.layer_q)
+_LEARNED = Fit("dpp_lightning.calibration.learned_rescaling:fit_coefficients", needs_gradients=True)
+_PARTITIONS = Fit("dpp_lightning.calibration.dpa:fit_partitions")
 
-METHODS: dict[str, Method] = {
+
+class MethodTable(Mapping[str, Method]):
+    """Method names to rows: those of this package, of :func:`register_method`, and of installed packages.
+
+    Entry points of the group ``dpp_lightning.methods`` are loaded when the table is first looked at. One that cannot be
+    loaded is left out with a warning that names it.
+    """
+
+    def __init__(self, rows: dict[str, Method]) -> None:
+        self._rows, self._plugins_loaded = rows, False
+
+    def register(self, name: str, method: Method) -> None:
+        """See :func:`register_method`."""
+        if not isinstance(method, Method):
+            raise TypeError(f"method {name!r} must be a dpp_lightning.methods.Method, got {type(method).__name__}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"a method is named in lower-case words with hyphens, such as 'top-rows'; got {name!r}")
+        if name in self._rows and self._rows[name] != method:
+            raise ValueError(f"there is a method {name!r} already; choose another name")
+        self._rows[name] = method
+
+    def __getitem__(self, name: str) -> Method:
+        return self._with_plugins()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._with_plugins())
+
+    def __len__(self) -> int:
+        return len(self._with_plugins())
+
+    def _with_plugins(self) -> dict[str, Method]:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for point in entry_points(group=PLUGINS):
+                try:
+                    self.register(point.name, point.load())
+                except Exception as error:  # whatever another package raises, the methods of this one still work
+                    warnings.warn(f"method {point.name!r} of {point.value} is left out: {error}", stacklevel=3)
+        return self._rows
+
+
+METHODS = MethodTable({
     "random-drop": Method(selections.random, rescaling.no_rescaling, *_DARE, seeded=True),
     "dare": Method(selections.random, rescaling.keep_rate, *_DARE, seeded=True),
-    "darex-q": Method(selections.random, rescaling.keep_rate, *_DAREX, seeded=True, **_Q),
-    "darex-q-layer": Method(
-        selections.random, rescaling.keep_rate, *_DAREX,
-        fitted="layer", needs_search=True, options=rescaling.layer_q, seeded=True,
-    ),
-    "darex-learned": Method(
-        selections.random, rescaling.keep_rate, *_DAREX, fitted="learned", needs_search=True, seeded=True
-    ),
+    "darex-q": Method(selections.random, rescaling.keep_rate, *_DAREX, fit=_ONE_Q, seeded=True),
+    "darex-q-layer": Method(selections.random, rescaling.keep_rate, *_DAREX, fit=_LAYER_Q, seeded=True),
+    "darex-learned": Method(selections.random, rescaling.keep_rate, *_DAREX, fit=_LEARNED, seeded=True),
     "magnitude": Method(selections.magnitude, rescaling.no_rescaling, *_DAREX, random=False),
     "wanda": Method(wanda.wanda, rescaling.no_rescaling, *_WANDA, inputs=True, random=False),
     "owl": Method(layerwise_rates.owl, rescaling.no_rescaling, *_OWL, random=False),
     "dp": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, random=False),
-    "dppa": Method(
-        layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fitted="partitions", needs_search=True, random=False
-    ),
-    "dare-dpa": Method(
-        selections.random, rescaling.keep_rate, *_DPPA, fitted="partitions", needs_search=True, seeded=True
-    ),
+    "dppa": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fit=_PARTITIONS, random=False),
+    "dare-dpa": Method(selections.random, rescaling.keep_rate, *_DPPA, fit=_PARTITIONS, seeded=True),
     "struct-dare": Method(structured.structured, rescaling.keep_rate, *_DAREX),
-    "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, **_Q),
-    "importance": Method(selections.importance, rescaling.keep_rate, *_HORVITZ, fitted="q", weighs=True),
-}  # fmt: skip
+    "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q),
+    "importance": Method(
+        selections.importance, rescaling.keep_rate, *_HORVITZ, fit=replace(_ONE_Q, required=False), weighs=True
+    ),
+})  # fmt: skip
+
+
+def register_method(name: str, method: Method) -> None:
+    """Add a method, for this process, to what every front door takes: ``prune``, the callback, ``dpp`` and sweeps.
+
+    A package that ships a method declares it instead as an entry point of the group ``dpp_lightning.methods``, with the
+    method's name and an object reference to its :class:`Method`.
+
+    Args:
+        name: lower-case words with hyphens, not taken yet.
+        method: its row.
+
+    Raises:
+        TypeError: not a :class:`Method`.
+        ValueError: a name that is taken or not of that form.
+    """
+    METHODS.register(name, method)
 
 
 def get_method(name: str) -> Method:

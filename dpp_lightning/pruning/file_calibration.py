@@ -1,4 +1,4 @@
-"""Searching q from the command line: a model folder, and a text or batch file to feed it."""
+"""Calibration data from files: a model folder, and a text or batch file to feed it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.calibration.fit_rescaling import Bench
+from dpp_lightning.calibration.calibration_data import Objective
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import output_change
-from dpp_lightning.calibration.output_gradients import BatchLearner
+from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.methods.registry import get_method
-from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.tensors.names import canonical_tensors, match_names
 
 _TEXT = (".txt", ".text", ".md")
@@ -56,26 +54,33 @@ class FileCalibration:
         self.source, self.revision = str(finetuned), revision
         self.batch = read_batch(self.source, Path(data), samples, max_length, revision)
 
-    def inputs(self) -> dict[str, InputStatistics]:
+    def layer_inputs(self) -> dict[str, InputStatistics]:
         """What every weight of the fine-tuned model sees as input; loads the whole model."""
         model = load_model(self.source, self.revision)
         with collected_inputs(model) as collector:
             self._outputs(model)
         return collector.statistics
 
-    def fit(self, plan: PruningPlan, delta: SparseDelta) -> SparseDelta:
-        """The delta with what its method fits; loads the whole model."""
+    def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective:
+        """The change of the fine-tuned model's output; loads the whole model.
+
+        Args:
+            base: canonical name to the base's value of every tensor that is pruned or reverted.
+            gradients: the fit needs gradients.
+
+        Raises:
+            ValueError: the model that ``config.json`` names lacks such a tensor.
+        """
         model = load_model(self.source, self.revision)
         reference = self._outputs(model)
-        learns = get_method(delta.info.method).fitted == "learned"
-        learner = BatchLearner(model, self.batch, partial(_logits, model)) if learns else None
-        _put_base(model, plan)
+        output = BatchGradients(model, self.batch, partial(_logits, model)) if gradients else None
+        _load_base(model, base)
 
         def change(candidate: SparseDelta) -> float:
             with candidate.applied(model, force=True):
                 return output_change(reference, self._outputs(model))
 
-        return Bench(plan, change, learner=learner).fit(delta).apply(delta)
+        return Objective(change, gradients=output)
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Tensor]:
@@ -128,17 +133,16 @@ def load_model(source: str, revision: str | None) -> nn.Module:
 
 
 @torch.no_grad()
-def _put_base(model: nn.Module, plan: PruningPlan) -> None:
-    """Give the model the base's values wherever the delta does not carry a tensor."""
-    own: Mapping[str, Tensor] = canonical_tensors(model)
-    moved = [name for name, fate in plan.fates.items() if fate != "carry" and name not in plan.unchanged]
-    names = match_names(moved, own)
-    missing = [name for name in moved if name not in names]
+def _load_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Give the model the base's values; of vocabularies of two sizes the rows in common."""
+    tensors: Mapping[str, Tensor] = canonical_tensors(model)
+    names = match_names(base, tensors)
+    missing = [name for name in base if name not in names]
     if missing:
         raise ValueError(f"the model that config.json names lacks tensors of the fine-tuned weights: {missing[:5]}")
-    for name, other in names.items():
-        target, base = own[other], plan.base[name]
-        if target.shape != base.shape:  # vocabularies: the rows in common
-            rows = min(len(target), len(base))
-            target, base = target[:rows], base[:rows]
-        target.copy_(base)
+    for name, name_in_model in names.items():
+        target, values = tensors[name_in_model], base[name]
+        if target.shape != values.shape:
+            rows = min(len(target), len(values))
+            target, values = target[:rows], values[:rows]
+        target.copy_(values)

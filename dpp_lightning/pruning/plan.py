@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.methods.registry import get_method
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.storage.checkpoints import total_bytes
@@ -144,69 +143,50 @@ class PruningPlan:
         """xxh3-128 of the base's tensors that are not carried; each is read once in the life of the plan."""
         return combine_hashes({name: self.digest(name) for name, fate in self.fates.items() if fate != "carry"})
 
-    def stream(
-        self, method: str, pruning_rate: float, seed: int, dtype: str | None, settings: Mapping[str, Any]
-    ) -> Iterator[tuple[str, SparseTensor, Tensor]]:
+    @property
+    def replaced_base(self) -> dict[str, Tensor]:
+        """The base's value of every tensor that a pruned model does not carry: those that are pruned or reverted."""
+        return {n: self.base[n] for n, fate in self.fates.items() if fate != "carry" and n not in self.unchanged}
+
+    def stream(self, spec: PruningSpec) -> Iterator[tuple[str, SparseTensor, Tensor]]:
         """The kept entries of one pruned tensor after the other, with the base's values there.
 
         Args:
-            method, pruning_rate, seed, dtype, settings: as in :func:`dpp_lightning.pruning.in_memory.prune`.
+            spec: what is drawn; values are in its ``drawn_dtype``.
 
         Raises:
-            ValueError: an unknown method, setting or dtype, a rate outside [0, 1), or values that overflow the dtype.
+            ValueError: the method needs the layers' inputs and the plan has none, or values that overflow the dtype.
         """
-        row = get_method(method)
-        row.check(pruning_rate, settings)
-        row.check_dtype(method, dtype)
-        own = row.selection_settings(settings)
-        if row.needs_inputs(settings) and not self.inputs:
-            raise ValueError(
-                f"{method} needs the layers' inputs on calibration data, and there is none: give it (calibration=, "
-                "--calibration), or take a method without data such as 'magnitude' or 'importance' with score=magnitude"
-            )
-        for pair, kept in zip(self.pairs, row.select(self.pairs, pruning_rate, seed, **own), strict=True):
+        spec.check_calibration(objective=True, inputs=bool(self.inputs))
+        settings = spec.row.selection_settings(spec.method_settings)
+        selected = spec.row.select(self.pairs, spec.pruning_rate, spec.seed, **settings)
+        for pair, kept in zip(self.pairs, selected, strict=True):
             base = gather_entries(pair.base, kept.positions)
             values = kept.values
             if values is None:
                 values = gather_entries(pair.finetuned, kept.positions).float() - base.to(pair.finetuned.device).float()
-            short = kept.positions.to(torch.int32) if pair.numel < 2**31 else kept.positions
-            yield pair.name, SparseTensor(pair.shape, short, to_dtype(values, dtype, pair.finetuned, pair.name)), base
+            indices = kept.positions.to(torch.int32) if pair.numel < 2**31 else kept.positions
+            values = to_dtype(values, spec.drawn_dtype, pair.finetuned, pair.name)
+            yield pair.name, SparseTensor(pair.shape, indices, values), base
 
-    def draw(
-        self,
-        method: str,
-        pruning_rate: float,
-        seed: int,
-        dtype: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> SparseDelta:
-        """One pruned delta in memory; q is the method's first candidate. Arguments and errors as :meth:`stream`."""
+    def draw(self, spec: PruningSpec) -> SparseDelta:
+        """One pruned delta in memory; q is the method's first candidate. Errors as :meth:`stream`."""
         tensors, check = {}, EntriesHash()
-        for name, part, base in self.stream(method, pruning_rate, seed, dtype, settings or {}):
-            tensors[name] = part
+        for name, kept, base in self.stream(spec):
+            tensors[name] = kept
             check.update(base)
         carried = {name: full_tensor(tensor.detach()).clone() for name, tensor in self.carried.items()}
         rows = {name: tensor.detach().clone() for name, tensor in self.new_rows.items()}
-        info = self.info(method, pruning_rate, seed, dtype, settings or {}, check)
-        return SparseDelta(tensors, carried, info, rows)
+        return SparseDelta(tensors, carried, self.info(spec, check), rows)
 
-    def info(
-        self,
-        method: str,
-        pruning_rate: float,
-        seed: int,
-        dtype: str | None,
-        settings: Mapping[str, Any],
-        check: EntriesHash,
-    ) -> DeltaInfo:
+    def info(self, spec: PruningSpec, check: EntriesHash) -> DeltaInfo:
         """What the delta says of itself, given the hash of the base's values at the kept positions."""
-        row = get_method(method)
         return DeltaInfo(
-            method=method,
-            pruning_rate=float(pruning_rate),
-            seed=seed,
-            q=row.rescale(pruning_rate),
-            seeded=row.seeded,
+            method=spec.method,
+            pruning_rate=float(spec.pruning_rate),
+            seed=spec.seed,
+            q=spec.row.rescale(spec.pruning_rate),
+            seeded=spec.row.seeded,
             base_name=self.base_name,
             base_revision=self.base_revision,
             base_fingerprint=self.fingerprint,
@@ -214,9 +194,9 @@ class PruningPlan:
             base_first=check.first,
             entries=sum(t.numel() for t in self.finetuned.values()),
             dense_bytes=total_bytes(self.finetuned),
-            dtype=dtype,
+            dtype=spec.drawn_dtype,
             scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
-            settings=dict(settings),
+            settings=dict(spec.method_settings),
             reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),
             unchanged=tuple(n for n in self.finetuned if n in self.unchanged),
             prefix=self.prefix,

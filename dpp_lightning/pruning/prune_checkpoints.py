@@ -6,18 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
 
 from torch import Tensor
 
-from dpp_lightning.calibration.fit_rescaling import cast, fitting_dtype
+from dpp_lightning.calibration.calibration_data import CalibrationSource
 from dpp_lightning.delta.config_file import CONFIG_FILE, read_config, with_q
 from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.folder import write_card, write_files
 from dpp_lightning.delta.reader import DeltaReader
-from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.methods.registry import get_method
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.draw import draw_and_fit, find_rescaling, with_layer_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder
@@ -26,31 +24,14 @@ from dpp_lightning.storage.mapped_file import will_need
 from dpp_lightning.tensors.flat_entries import EntriesHash
 
 
-class Calibration(Protocol):
-    """What pruning may ask of calibration data."""
-
-    def inputs(self) -> Mapping[str, InputStatistics]:
-        """What every weight of the fine-tuned model sees as input, by canonical name."""
-        ...
-
-    def fit(self, plan: PruningPlan, delta: SparseDelta) -> SparseDelta:
-        """The delta with what its method finds."""
-        ...
-
-
 def prune_checkpoint(
     base: str | Path,
     finetuned: str | Path,
     output: str | Path,
-    method: str = "dare",
-    pruning_rate: float = 0.9,
-    seed: int = 0,
+    spec: PruningSpec,
     *,
     scope: Scope | None = None,
-    dtype: str | None = None,
-    q: float | None = None,
-    calibration: Calibration | None = None,
-    settings: Mapping[str, Any] | None = None,
+    calibration: CalibrationSource | None = None,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
     weights_only: bool = False,
@@ -65,21 +46,19 @@ def prune_checkpoint(
         base, finetuned: folders in Hugging Face's layout, files, or hub ids, see
             :func:`dpp_lightning.storage.checkpoints.load_tensors`.
         output: folder of the delta; made, or an older delta replaced.
-        method, pruning_rate, seed, dtype, q, settings: as in :func:`dpp_lightning.pruning.in_memory.prune`.
+        spec: what is drawn.
         scope: which tensors are pruned; default all.
         calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
         base_revision, finetuned_revision: of hub ids.
         weights_only: put no configuration, tokenizer and generation files beside the delta.
-        progress: told the bytes of both models that are done, and all of them.
+        progress: called with the bytes of both models that are done, and all of them.
 
     Raises:
         ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`.
         FileExistsError: the output folder holds something other than a delta.
         OSError: it cannot be written.
     """
-    row, settings = get_method(method), dict(settings or {})
-    row.check(pruning_rate, settings)
-    row.check_q(method, pruning_rate, q, searched=calibration is not None)
+    spec.check_calibration(objective=calibration is not None, inputs=calibration is not None)
     with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
         plan = PruningPlan.of(
             load_tensors(base, base_revision),
@@ -89,38 +68,34 @@ def prune_checkpoint(
             base_revision=base_revision,
             files=has_own_names(finetuned),
         )
-        if row.needs_inputs(settings) and calibration is not None:
-            plan = plan.with_inputs(calibration.inputs())
+        plan = with_layer_inputs(plan, spec, calibration)
         beside = {} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision)
-        if row.fitted in (None, "q") or calibration is None or pruning_rate == 0:
-            _stream(folder, plan, (method, pruning_rate, seed, dtype, settings), beside, progress)
-            if q is None and calibration is not None and row.fitted == "q":
-                q = calibration.fit(plan, DeltaReader.open(folder).delta()).q
+        if spec.drawn_dtype == spec.dtype:
+            _stream(folder, plan, spec, beside, progress)
+            q = spec.q
+            if q is None and spec.fit is not None and calibration is not None:
+                found = find_rescaling(plan, spec, drawn := DeltaReader.open(folder).delta(), calibration)
+                q = found.apply(drawn).q if found is not None else None
             if q is not None:
                 _set_q(folder, plan, q)
         else:  # the kept values get weights, which are known only when all entries are
-            drawn = plan.draw(method, pruning_rate, seed, fitting_dtype(method, dtype), settings)
-            cast(calibration.fit(plan, drawn), plan, dtype).save_pretrained(folder, side_files=beside)
+            draw_and_fit(plan, spec, calibration)[0].save_pretrained(folder, side_files=beside)
     return Path(output)
 
 
 def _stream(
-    folder: Path,
-    plan: PruningPlan,
-    drawn: tuple[str, float, int, str | None, Mapping[str, Any]],
-    beside: Mapping[str, Path],
-    progress: Progress | None,
+    folder: Path, plan: PruningPlan, spec: PruningSpec, beside: Mapping[str, Path], progress: Progress | None
 ) -> None:
-    """Draw and write one pair of tensors at a time; ``drawn`` is method, rate, seed, dtype and settings."""
+    """Draw and write one pair of tensors at a time."""
     check = EntriesHash()
     write_files(
         folder,
-        _told(plan, plan.stream(*drawn), check, progress),
+        _with_hashes(plan, plan.stream(spec), check, progress),
         plan.carried,
         plan.new_rows,
-        lambda: plan.info(*drawn, check),
-        seeded=get_method(drawn[0]).seeded,
-        dtype=drawn[3],
+        lambda: plan.info(spec, check),
+        seeded=spec.row.seeded,
+        dtype=spec.dtype,
         scores={},
         side_files=beside,
     )
@@ -133,29 +108,29 @@ def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:
     write_card(folder, read_config(config)[0], {}, {**plan.carried, **plan.new_rows})
 
 
-def _told(
+def _with_hashes(
     plan: PruningPlan,
-    parts: Iterator[tuple[str, SparseTensor, Tensor]],
+    stream: Iterator[tuple[str, SparseTensor, Tensor]],
     check: EntriesHash,
     progress: Progress | None,
 ) -> Iterator[tuple[str, SparseTensor]]:
-    """The parts, while the base's hashes are taken (so that its pages are read once) and progress is told."""
+    """The stream, while the base's hashes are taken (so that its pages are read once) and progress is reported."""
     sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
     sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
     done, total, names = 0, sum(sizes.values()), list(sizes)
 
-    def ahead(place: int) -> None:
+    def hash_and_read_ahead(index: int) -> None:
         """Hash one tensor while another thread draws from it, and have the next one read."""
-        for tensor in sides[names[place + 1]] if place + 1 < len(names) else ():
+        for tensor in sides[names[index + 1]] if index + 1 < len(names) else ():
             will_need(tensor)
-        plan.digest(names[place])
+        plan.digest(names[index])
 
     with ThreadPoolExecutor(1) as hashing:
-        for place in range(len(names)):
-            pending = hashing.submit(ahead, place)
-            name, part, base = next(parts)
+        for index in range(len(names)):
+            pending = hashing.submit(hash_and_read_ahead, index)
+            name, kept, base = next(stream)
             check.update(base)
-            yield name, part
+            yield name, kept
             pending.result()
             done += sizes[name]
             if progress:

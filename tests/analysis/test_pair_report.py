@@ -10,6 +10,7 @@ from tiny_glue import bert_config, make_model, make_tokenizer
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from dpp_lightning.cli import main
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 
 LINEAR = "encoder.layer.0.attention.self.query.weight"
@@ -114,8 +115,8 @@ def test_the_advice(place, capsys, model, options, method, optimizer):
 
 
 def test_one_argument_is_still_a_delta(place, capsys, tmp_path):
-    prune_checkpoint(place / "base", place / "small", tmp_path / "delta")
-    assert main(["inspect", str(tmp_path / "delta"), "--json"]) == 0
+    prune_checkpoint(place / "base", place / "small", tmp_path / "delta", PruningSpec())
+    assert main(["inspect", str(tmp_path / "delta", PruningSpec()), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "dare"
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpp_lightning.calibration.fit_rescaling import Bench
+from dpp_lightning.calibration.calibration_data import Objective
+from dpp_lightning.calibration.fit_rescaling import Calibrator
 from dpp_lightning.calibration.input_collector import collected_inputs
-from dpp_lightning.calibration.layer_sums import layer_sums
+from dpp_lightning.calibration.layer_q import layer_sums
 from dpp_lightning.calibration.output_change import output_change
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.rescaling import layer_q, phi
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
@@ -129,14 +131,14 @@ def main() -> None:
     with collected_inputs(tuned) as collector:
         reference = outputs(tuned, batch)
     plan = PruningPlan.of(base, tuned, scope).with_inputs(collector.statistics)
-    delta = plan.draw("darex-q", rate, 0)
+    delta = plan.draw(PruningSpec("darex-q", rate))
 
     def change(candidate) -> float:
         with candidate.applied(base, force=True):
             return output_change(reference, outputs(base, batch))
 
     start = time.perf_counter()
-    fit = Bench(plan, change).fit(delta)
+    fit = Calibrator(plan.pairs, Objective(change)).fit(delta)
     ours, q = time.perf_counter() - start, fit.apply(delta).q
     grid = ReleasedGrid(base, tuned, batch, rate, scope)
     start = time.perf_counter()
@@ -146,7 +148,7 @@ def main() -> None:
     for name, value in (("scalar search", q), ("released grid", theirs_q)):
         scores = []
         for seed in range(MASKS):
-            with plan.draw("darex-q", rate, seed).rescaled(value).applied(base, force=True):
+            with plan.draw(PruningSpec("darex-q", rate, seed)).rescaled(value).applied(base, force=True):
                 scores.append(score(base, data))
         rows.append((name, value, change(delta.rescaled(value)), mean(scores)))
     for (name, value, cost, got), seconds, forwards in zip(
@@ -157,7 +159,7 @@ def main() -> None:
         )
     print(f"the grid takes {theirs / ours:.1f} times as long")
 
-    name = max((n for n in layer_sums(plan).of_weight), key=lambda n: plan.finetuned[n].numel())
+    name = max((n for n in layer_sums(plan.pairs).of_weight), key=lambda n: plan.finetuned[n].numel())
     c = (plan.finetuned[name].detach() - plan.base[name].detach()).double() * plan.inputs[name].mean
     rows_used = 64  # of the scan; its time is that of these rows times all rows
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.analysis.delta_cost import inspect_delta
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 
@@ -88,7 +89,7 @@ def sizes(plan: PruningPlan, folder: Path) -> None:
     cases += [("magnitude", p, "bfloat16") for p in (0.9, 0.99, 0.999)]
     cases += [("importance", p, "bfloat16") for p in (0.99, 0.999)]
     for method, rate, dtype in cases:
-        delta = plan.draw(method, rate, 0, dtype)
+        delta = plan.draw(PruningSpec(method, rate, 0, dtype))
         start = time.perf_counter()
         delta.save_pretrained(folder / "d")
         middle = time.perf_counter()
@@ -122,7 +123,7 @@ def pruning(plan: PruningPlan, rate: float, repeats: int) -> None:
 def loading(plan: PruningPlan, rate: float, folder: Path, repeats: int) -> None:
     """Into a model in memory, from files in the page cache; the base is put back between two runs."""
     for seed in (0, 1):
-        plan.draw("dare", rate, seed, "bfloat16").save_pretrained(folder / f"d{seed}")
+        plan.draw(PruningSpec("dare", rate, seed, "bfloat16")).save_pretrained(folder / f"d{seed}")
     model = torch.nn.ParameterDict({n.replace(".", "/"): torch.nn.Parameter(t.clone()) for n, t in plan.base.items()})
     state = {name: model[name.replace(".", "/")] for name in plan.base}
 

@@ -23,6 +23,7 @@ from bench_stream import blocks, shapes
 from transformers import LlamaConfig
 
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
@@ -111,7 +112,7 @@ def measure(folder: Path, billions: float, rate: float, repeats: int) -> None:
     for side in "ab":
         for made in (folder / f"{side}-delta", folder / f"{side}-dense"):
             shutil.rmtree(made, ignore_errors=True)
-        prune_checkpoint(folder / "base", folder / side, folder / f"{side}-delta", "dare", rate, seed=ord(side))
+        prune_checkpoint(folder / "base", folder / side, folder / f"{side}-delta", PruningSpec("dare", rate, ord(side)))
         apply_checkpoint(folder / "base", folder / f"{side}-delta", folder / f"{side}-dense")
     deltas = [folder / "a-delta", folder / "b-delta"]
     for method in _MERGEKIT:

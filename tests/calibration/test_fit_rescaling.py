@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from tiny import Net, pair
 
 from dpp_lightning import METHODS, prune
+from dpp_lightning.calibration import Calibration
+from dpp_lightning.calibration.calibration_data import Objective
 from dpp_lightning.calibration.dpa import (
     amplified,
     partition_rates,
@@ -16,12 +18,13 @@ from dpp_lightning.calibration.dpa import (
     ranked_partitions,
     search_factors,
 )
-from dpp_lightning.calibration.fit_rescaling import Bench, cast, fitting_dtype
+from dpp_lightning.calibration.fit_rescaling import Calibrator, cast
 from dpp_lightning.calibration.input_collector import collected_inputs
-from dpp_lightning.calibration.layer_sums import layer_sums
+from dpp_lightning.calibration.layer_q import layer_sums
 from dpp_lightning.calibration.output_change import top_logits_error
-from dpp_lightning.calibration.output_gradients import BatchLearner
+from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.q_search import search_eta
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.rescaling import layer_q, phi
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
@@ -64,7 +67,8 @@ def test_phi_has_its_limits():
     assert phi(0.99) == pytest.approx(0.98 / np.log(99))
 
 
-def bench_of(base, finetuned, cost=None):
+def calibrated(base, finetuned, cost=None):
+    """The plan that knows its layers' inputs, a calibrator by the output change, and the module that deltas go onto."""
     with collected_inputs(finetuned) as collector:
         reference = finetuned(IDS).detach()
     plan = PruningPlan.of(base, finetuned, Scope()).with_inputs(collector.statistics)
@@ -75,18 +79,18 @@ def bench_of(base, finetuned, cost=None):
         with delta.applied(target, force=True), torch.no_grad():
             return float((target(IDS) - reference).abs().mean())
 
-    return Bench(plan, cost or change, learner=None), target, reference
+    return plan, Calibrator(plan.pairs, Objective(cost or change)), target
 
 
 def test_layer_sums_equal_a_dense_twin():
     base, finetuned = pair()
-    bench, _, _ = bench_of(base, finetuned)
-    sums = layer_sums(bench.plan)
+    plan, _, _ = calibrated(base, finetuned)
+    sums = layer_sums(plan.pairs)
     for b in range(2):
         for i in (0, 2):
             name = f"layers.{b}.{i}"
             layer, old = finetuned.layers[b][i], base.layers[b][i]
-            c = (layer.weight - old.weight).double() * bench.plan.inputs[f"{name}.weight"].mean
+            c = (layer.weight - old.weight).double() * plan.inputs[f"{name}.weight"].mean
             c = torch.cat([c, (layer.bias - old.bias).double().unsqueeze(1)], 1).detach()
             s1, s2 = sums.of_weight[f"{name}.weight"]
             assert torch.allclose(s1, c.sum(1), atol=1e-9)
@@ -95,29 +99,29 @@ def test_layer_sums_equal_a_dense_twin():
 
 def test_darex_q_layer_is_never_worse_than_dare_and_biases_share_their_layers_q():
     base, finetuned = pair(scale=0.3)
-    bench, _, _ = bench_of(base, finetuned)
-    delta = bench.plan.draw("darex-q-layer", 0.9, 0, "float32")
-    fit = bench.fit(delta)
+    plan, calibrator, _ = calibrated(base, finetuned)
+    delta = plan.draw(PruningSpec("darex-q-layer", 0.9, 0))
+    fit = calibrator.fit(delta)
     best = fit.apply(delta)
-    assert bench.cost(best) <= bench.cost(delta)
+    assert calibrator.cost(best) <= calibrator.cost(delta)
     factor = {n: (best.tensors[n].values / delta.tensors[n].values).unique() for n in delta.tensors}
     weight, bias = factor["layers.0.0.weight"], factor["layers.0.0.bias"]
     assert torch.allclose(weight.mean(), bias.mean(), rtol=1e-5)
     assert all(float(f.max() - f.min()) < 1e-5 for f in factor.values() if len(f))
     assert fit.tried[0][0] == 0.0, "eta = 0 is DARE and is tried first"
-    other = bench.plan.draw("darex-q-layer", 0.9, 1, "float32")
+    other = plan.draw(PruningSpec("darex-q-layer", 0.9, 1))
     assert fit.apply(other).info.settings["eta"] == best.info.settings["eta"]
 
 
 def test_dare_dpa_and_dppa_minimise_their_cost():
     base, finetuned = pair(scale=0.3)
-    bench, _, _ = bench_of(base, finetuned)
+    plan, calibrator, _ = calibrated(base, finetuned)
     for method, rate in (("dppa", 0.9), ("dppa", 0.7), ("dare-dpa", 0.7)):
-        delta = bench.plan.draw(method, rate, 0, "float32")
-        fit = bench.fit(delta)
+        delta = plan.draw(PruningSpec(method, rate, 0))
+        fit = calibrator.fit(delta)
         found = fit.apply(delta)
-        assert bench.cost(found) <= bench.cost(delta) + 1e-9
-        assert bench.cost(found) == pytest.approx(min(cost for _, cost in fit.tried), rel=1e-5)
+        assert calibrator.cost(found) <= calibrator.cost(delta) + 1e-9
+        assert calibrator.cost(found) == pytest.approx(min(cost for _, cost in fit.tried), rel=1e-5)
         assert found.info.settings["partitions"] == partition_rates(rate)
         if method == "dare-dpa":
             assert all(0 <= f <= 1 for f in found.info.settings["factors"])
@@ -177,31 +181,33 @@ def test_top_logits_error_equals_the_published_objective():
 
 def test_learned_coefficients_lower_the_error_and_have_the_right_gradient():
     base, finetuned = pair(scale=0.3)
-    bench, target, _ = bench_of(base, finetuned)
+    plan, calibrator, target = calibrated(base, finetuned)
     held = {n: t.detach().clone() for n, t in target.state_dict().items()}
     target.load_state_dict(finetuned.state_dict())
-    learner = BatchLearner(target, {"ids": IDS}, lambda piece: target(piece["ids"]))
+    output = BatchGradients(target, {"ids": IDS}, lambda piece: target(piece["ids"]))
     target.load_state_dict(held)
-    delta = bench.plan.draw("darex-learned", 0.9, 0, "float32")
-    gradients = learner.gradients(delta, 0)
+    delta = plan.draw(PruningSpec("darex-learned", 0.9, 0))
+    gradients = output.gradients(delta, 0)
     name, step = "layers.0.0.weight", 1e-3
     moved = delta.tensors[name].values.clone()
     moved[0] += step * delta.q  # the entry itself moves by step
-    other = bench.plan.draw("darex-learned", 0.9, 0, "float32")
+    other = plan.draw(PruningSpec("darex-learned", 0.9, 0))
     other.tensors[name].values.copy_(moved)
-    slope = (learner.loss(other, 0) - learner.loss(delta, 0)) / step
+    slope = (output.loss(other, 0) - output.loss(delta, 0)) / step
     assert slope == pytest.approx(float(gradients[name][0]), rel=0.05, abs=1e-3)
-    fit = Bench(bench.plan, bench.cost, learner=learner).fit(delta)
-    assert learner.loss(fit.apply(delta), learner.batches - 1) <= learner.loss(delta, learner.batches - 1)
+    fit = Calibrator(plan.pairs, Objective(calibrator.cost, gradients=output)).fit(delta)
+    assert output.loss(fit.apply(delta), output.batches - 1) <= output.loss(delta, output.batches - 1)
     assert len(fit.tried) > 2
     assert all(torch.equal(t, held[n]) for n, t in target.state_dict().items()), "the target is as before"
 
 
 def test_weights_are_cast_once_and_survive_the_file(tmp_path):
     base, finetuned = pair(scale=0.3)
-    bench, _, _ = bench_of(base, finetuned)
-    delta = bench.plan.draw("darex-q-layer", 0.9, 0, fitting_dtype("darex-q-layer", "bfloat16"))
-    done = cast(bench.fit(delta).apply(delta), bench.plan, "bfloat16")
+    plan, calibrator, _ = calibrated(base, finetuned)
+    spec = PruningSpec("darex-q-layer", 0.9, dtype="bfloat16")
+    delta = plan.draw(spec)
+    assert {t.values.dtype for t in delta.tensors.values()} == {torch.float32}
+    done = cast(calibrator.fit(delta).apply(delta), plan.pairs, spec)
     assert {t.values.dtype for t in done.tensors.values()} == {torch.bfloat16}
     done.save_pretrained(tmp_path / "d")
     back = type(done).from_pretrained(tmp_path / "d")
@@ -215,12 +221,13 @@ def test_weights_are_cast_once_and_survive_the_file(tmp_path):
 @pytest.mark.parametrize("rate", [0.0, 0.9, 0.999])
 def test_every_method_prunes_reverts_and_survives_its_file(method, rate, tmp_path):
     base, finetuned = pair(scale=0.3)
-    bench, target, _ = bench_of(base, finetuned)
-    if METHODS[method].fitted == "learned":
+    plan, calibrator, target = calibrated(base, finetuned)
+    data = Calibration(calibrator.cost, plan.inputs)
+    if METHODS[method].fit is not None and METHODS[method].fit.needs_gradients:
         with pytest.raises(ValueError, match="DeltaPruneCallback"):
-            prune(base, finetuned, method, 0.9, calibration=bench.cost, inputs=bench.plan.inputs)
+            prune(base, finetuned, method, 0.9, calibration=data)
         return
-    delta = prune(base, finetuned, method, rate, calibration=bench.cost, inputs=bench.plan.inputs)
+    delta = prune(base, finetuned, method, rate, calibration=data)
     if rate == 0:
         with delta.applied(target), torch.no_grad():
             assert torch.allclose(target(IDS), finetuned(IDS), atol=1e-5), "p = 0 keeps everything in every method"
@@ -235,7 +242,7 @@ def test_every_method_prunes_reverts_and_survives_its_file(method, rate, tmp_pat
 def test_missing_inputs_are_told_with_the_cure(method):
     base, finetuned = pair()
     with pytest.raises(ValueError, match="inputs"):
-        prune(base, finetuned, method, 0.9, calibration=lambda delta: 0.0)
+        prune(base, finetuned, method, 0.9, calibration=Calibration(lambda delta: 0.0))
 
 
 def test_methods_that_fit_refuse_one_q_and_no_data():

@@ -47,7 +47,7 @@ def test_all_methods_in_one_run(tmp_path):
         delta = SparseDelta.from_pretrained(tmp_path / row.folder)
         with delta.applied(module):
             assert accuracy(module) == pytest.approx(row.score, abs=1e-6), row.method
-        if METHODS[row.method].fitted or row.method == "wanda":
+        if METHODS[row.method].fit or row.method == "wanda":
             assert "train" in row.q_split
     one, two = rows["dare", 0.8, 0], rows["darex-learned", 0.8, 0]
     assert two.score != one.score or two.num_bytes != one.num_bytes

@@ -21,6 +21,7 @@ from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
 from dpp_lightning.delta.folder import encode
 from dpp_lightning.delta.reader import decode
 from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import kept_positions
@@ -168,8 +169,8 @@ def drawn(method, rate, dtype=None, weights=torch.float32, **more):
     plan = PruningPlan.of(*pair(dtype=weights), Scope(carry=("head.*",)))
     matrices = {p.name: torch.ones(p.shape[1], dtype=torch.float64) for p in plan.pairs if len(p.shape) == 2}
     plan = plan.with_inputs({name: InputStatistics(ones, ones, 1, 1) for name, ones in matrices.items()})
-    delta = plan.draw(method, rate, 5, dtype, more)
-    return delta.rescaled(0.5) if METHODS[method].needs_search else delta
+    delta = plan.draw(PruningSpec(method, rate, 5, dtype, method_settings=more))
+    return delta.rescaled(0.5) if METHODS[method].fit and METHODS[method].fit.required else delta
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,7 @@ from tiny import Net, pair
 from torch import nn
 
 from dpp_lightning import METHODS, SparseDelta, prune
+from dpp_lightning.calibration import Calibration
 from dpp_lightning.delta.config_file import _checksum
 from dpp_lightning.delta.folder import encode
 from dpp_lightning.delta.reader import decode
@@ -88,7 +89,7 @@ def test_folder_round_trip_and_bit_exact_revert(tmp_path_factory, rate, seed, dt
 
 def test_rate_zero_gives_the_finetuned_model():
     base, finetuned = pair()
-    with prune(base, finetuned, "darex-q", 0, calibration=lambda d: 0.0).applied(base):
+    with prune(base, finetuned, "darex-q", 0, calibration=Calibration(lambda d: 0.0)).applied(base):
         for a, b in zip(base.parameters(), finetuned.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 

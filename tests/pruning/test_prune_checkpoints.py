@@ -25,8 +25,10 @@ from transformers import (
 
 from dpp_lightning import SparseDelta, prune
 from dpp_lightning.analysis.delta_cost import inspect_delta, position_entropy
+from dpp_lightning.calibration import Calibration
 from dpp_lightning.cli import main
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 
 
@@ -73,7 +75,9 @@ def llama(vocabulary=97, dtype=torch.bfloat16, tied=True):
 )
 def test_streaming_gives_the_delta_and_the_dense_model_of_memory(bert, method, settings):
     base, tuned, place = bert
-    prune_checkpoint(place / "base", place / "tuned", place / "delta", method, 0.9, 3, settings=settings)
+    prune_checkpoint(
+        place / "base", place / "tuned", place / "delta", PruningSpec(method, 0.9, 3, method_settings=settings)
+    )
     streamed = SparseDelta.from_pretrained(place / "delta")
     memory = prune(base, tuned, method, 0.9, seed=3, **settings)
     assert streamed.info.base_check == memory.info.base_check
@@ -94,7 +98,7 @@ def test_streaming_gives_the_delta_and_the_dense_model_of_memory(bert, method, s
 
 def test_side_files_are_copied_once(bert):
     _, _, place = bert
-    prune_checkpoint(place / "base", place / "tuned", place / "delta")
+    prune_checkpoint(place / "base", place / "tuned", place / "delta", PruningSpec())
     assert sorted(os.listdir(place / "delta")) == [
         "README.md",
         "config.json",
@@ -103,7 +107,7 @@ def test_side_files_are_copied_once(bert):
     ]  # fmt: skip  - tokenizer.json says the same as the base's
     apply_checkpoint(place / "base", place / "delta", place / "dense")
     assert sorted(os.listdir(place / "dense")) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
-    prune_checkpoint(place / "base", place / "tuned", place / "bare", weights_only=True)
+    prune_checkpoint(place / "base", place / "tuned", place / "bare", PruningSpec(), weights_only=True)
     assert sorted(os.listdir(place / "bare")) == ["README.md", "delta_config.json", "delta_model.safetensors"]
     assert json.loads((place / "dense" / "config.json").read_text())["architectures"] == [
         "BertForSequenceClassification"
@@ -114,7 +118,7 @@ def test_a_trainers_checkpoint_and_its_base_folder(bert):
     base, tuned, place = bert
     state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 1, "hyper_parameters": {"lr": 1e-4}}, place / "last.ckpt")
-    prune_checkpoint(place / "base", place / "last.ckpt", place / "delta", "dare", 0.5)
+    prune_checkpoint(place / "base", place / "last.ckpt", place / "delta", PruningSpec("dare", 0.5))
     apply_checkpoint(place / "base", place / "delta", place / "dense")
     assert set(load_file(place / "dense" / "model.safetensors")) == set(tuned.state_dict())
     same = prune(base, tuned, "dare", 0.5)
@@ -127,7 +131,7 @@ def test_decoder_in_bfloat16_with_tied_and_grown_vocabulary(tmp_path, tied):
     base.save_pretrained(tmp_path / "base")
     tuned.resize_token_embeddings(103)
     tuned.save_pretrained(tmp_path / "tuned")
-    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", "dare", 0.9)
+    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", PruningSpec("dare", 0.9))
     delta = SparseDelta.from_pretrained(tmp_path / "delta")
     grown = {"embed_tokens.weight"} if tied else {"embed_tokens.weight", "lm_head.weight"}
     assert {name: tuple(rows.shape) for name, rows in delta.new_rows.items()} == dict.fromkeys(grown, (6, 16))
@@ -155,7 +159,7 @@ def test_a_vocabulary_that_became_shorter(tmp_path):
     base = llama(103)
     base.resize_token_embeddings(97)
     perturb(base).save_pretrained(tmp_path / "tuned")
-    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", "dare", 0.5)
+    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", PruningSpec("dare", 0.5))
     apply_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert dense.get_input_embeddings().weight.shape == (97, 16)
@@ -165,7 +169,7 @@ def test_mixed_dtypes_are_computed_in_float32(tmp_path):
     base, tuned = llama(dtype=torch.bfloat16), perturb(llama(dtype=torch.float32), 1e-4)
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", "dare", 0.9)
+    prune_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", PruningSpec("dare", 0.9))
     delta = SparseDelta.from_pretrained(tmp_path / "delta")
     ours = dict(base.model.named_parameters())
     for name, part in delta.tensors.items():
@@ -185,7 +189,7 @@ def test_a_bfloat16_base_loaded_in_float32_is_the_same_base(tmp_path):
 def test_another_base_is_refused_with_both_names_and_nothing_is_left(bert):
     base, _, place = bert
     perturb(base, seed=5).save_pretrained(place / "other")
-    prune_checkpoint(place / "base", place / "tuned", place / "delta", "dare", 0.9)
+    prune_checkpoint(place / "base", place / "tuned", place / "delta", PruningSpec("dare", 0.9))
     with pytest.raises(ValueError, match=r"other is not the base of this delta.*base(?s:.*)force"):
         apply_checkpoint(place / "other", place / "delta", place / "dense")
     assert not (place / "dense").exists()
@@ -195,7 +199,7 @@ def test_another_base_is_refused_with_both_names_and_nothing_is_left(bert):
 
 def test_all_missing_and_extra_tensors_are_listed_at_once(bert):
     base, _tuned, place = bert
-    prune_checkpoint(place / "base", place / "tuned", place / "delta", "dare", 0.9)
+    prune_checkpoint(place / "base", place / "tuned", place / "delta", PruningSpec("dare", 0.9))
     state = dict(base.state_dict())
     del state["encoder.layer.0.output.dense.weight"]
     state["encoder.layer.1.output.dense.weight"] = torch.zeros(3, 3)
@@ -210,7 +214,7 @@ def test_all_missing_and_extra_tensors_are_listed_at_once(bert):
     ):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="do not have the same layers") as error:
-        prune_checkpoint(place / "broken.safetensors", place / "tuned", place / "delta2", "dare", 0.9)
+        prune_checkpoint(place / "broken.safetensors", place / "tuned", place / "delta2", PruningSpec("dare", 0.9))
     for part in ("layer.0.output.dense.weight: only in the fine", "layer.1.output.dense.weight: shape"):
         assert part in str(error.value)
     assert not (place / "dense").exists()
@@ -234,7 +238,7 @@ def test_outputs_are_never_overwritten(bert, capsys):
 def test_a_full_disk_leaves_nothing(bert):
     """A limit on the file size stands for the full disk: the write fails in the middle of the weights."""
     _, _, place = bert
-    prune_checkpoint(place / "base", place / "tuned", place / "delta", "dare", 0.9)
+    prune_checkpoint(place / "base", place / "tuned", place / "delta", PruningSpec("dare", 0.9))
     program = textwrap.dedent(
         """
         import resource, signal, sys
@@ -255,7 +259,7 @@ def test_a_full_disk_leaves_nothing(bert):
 
 def test_a_killed_apply_leaves_no_output_under_its_name(bert):
     _, _, place = bert
-    prune_checkpoint(place / "base", place / "tuned", place / "delta", "dare", 0.9)
+    prune_checkpoint(place / "base", place / "tuned", place / "delta", PruningSpec("dare", 0.9))
     program = textwrap.dedent(
         """
         import sys, time
@@ -292,7 +296,7 @@ def test_q_is_searched_on_a_text_or_a_batch(tmp_path, capsys):
         with candidate.applied(target, force=True):
             return float((target(**inputs).logits - reference).abs().mean())
 
-    expected = prune(plan_base, tuned, "darex-q", 0.9, calibration=change).q
+    expected = prune(plan_base, tuned, "darex-q", 0.9, calibration=Calibration(change)).q
     command = ["prune", base, str(tuned), "--method", "darex-q", "--pruning_rate", "0.9", "--output"]
     for data in ("text.txt", "batch.safetensors"):
         assert main([*command, str(tmp_path / data[:5]), "--calibration", str(tmp_path / data)]) == 0
@@ -333,7 +337,7 @@ def test_inspect_counts_every_byte(bert, capsys):
     _, _, place = bert
     for method, dtype in (("dare", "bfloat16"), ("magnitude", None), ("importance", None)):
         folder = place / method
-        prune_checkpoint(place / "base", place / "tuned", folder, method, 0.9, dtype=dtype)
+        prune_checkpoint(place / "base", place / "tuned", folder, PruningSpec(method, 0.9, dtype=dtype))
         cost = inspect_delta(folder)
         size = sum((folder / n).stat().st_size for n in ("delta_model.safetensors", "delta_config.json"))
         assert cost.total == size == cost.positions + cost.values + cost.carried + cost.config + cost.overhead
@@ -426,7 +430,7 @@ def test_hub_ids_are_read_through_the_hubs_client(bert, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("dpp_lightning.storage.checkpoints.snapshot_download", download)
-    prune_checkpoint("us/base", "us/tuned", place / "delta", base_revision="v1")
+    prune_checkpoint("us/base", "us/tuned", place / "delta", PruningSpec(), base_revision="v1")
     info = SparseDelta.from_pretrained("us/delta", revision="main").info
     assert (info.base_name, info.base_revision) == ("us/base", "v1")
     assert {("us/base", "v1"), ("us/tuned", None), ("us/delta", "main")} <= set(asked)

@@ -1,14 +1,19 @@
-"""S1 and S2 of every layer: sums of c_ij = delta_ij mean(x_j) over the inputs, from which per-layer q follow."""
+"""One q a layer (DAREx, per-layer **q**), from one eta and sums of c_ij = delta_ij mean(x_j) over a layer's inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, weighted
+from dpp_lightning.calibration.q_search import search_eta
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.rescaling import keep_rate, layer_q
 from dpp_lightning.methods.tensor_pair import TensorPair
-from dpp_lightning.pruning.plan import PruningPlan
 
 
 @dataclass
@@ -70,20 +75,45 @@ class LayerSums:
     weight_of: dict[str, str]
 
 
-def layer_sums(plan: PruningPlan) -> LayerSums:
+def layer_sums(pairs: Sequence[TensorPair]) -> LayerSums:
     """One pass over the deltas of all linear maps whose inputs are known; a bias counts as one more column."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for pair in plan.pairs:
+    for pair in pairs:
         if pair.inputs is not None and not pair.inputs.embedding:
-            found = OutputSums.of(pair)
+            output_sums = OutputSums.of(pair)
             for start, delta in pair.row_blocks():
-                found.add(start, delta)
-            sums[pair.name] = (found.first, found.second)
-    owners = {name: name for name in sums}
-    for pair in plan.pairs:
-        owner = pair.name.rpartition(".")[0] + ".weight"
-        if pair.name.endswith(".bias") and owner in sums:
-            owners[pair.name] = owner
+                output_sums.add(start, delta)
+            sums[pair.name] = (output_sums.first, output_sums.second)
+    weight_of = {name: name for name in sums}
+    for pair in pairs:
+        weight = pair.name.rpartition(".")[0] + ".weight"
+        if pair.name.endswith(".bias") and weight in sums:
+            weight_of[pair.name] = weight
             delta = torch.cat([block for _, block in pair.deltas()]).double()
-            sums[owner] = (sums[owner][0] + delta, sums[owner][1] + delta.square())
-    return LayerSums(sums, owners)
+            sums[weight] = (sums[weight][0] + delta, sums[weight][1] + delta.square())
+    return LayerSums(sums, weight_of)
+
+
+def fit_layer_q(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
+    """One q a layer in closed form, with the eta that serves the whole model best.
+
+    Args:
+        calibrator: its pairs know the inputs of the layers.
+        delta: kept entries with undivided float32 values, q = 1 - p.
+    """
+    sums = layer_sums(calibrator.pairs)
+    rows = delta.info.settings.get("rows", "mean")
+
+    def with_eta(eta: float) -> Callable[[SparseDelta], SparseDelta]:
+        weights = _layer_weights(sums, delta.tensors, delta.pruning_rate, eta, rows)
+        return lambda other: weighted(other, weights, eta=eta)
+
+    result = search_eta(lambda eta: calibrator.cost(with_eta(eta)(delta)), smooth=calibrator.objective.smooth)
+    return FoundRescaling(with_eta(result.q), result.tried)
+
+
+def _layer_weights(sums: LayerSums, names: Iterable[str], rate: float, eta: float, rows: Any) -> dict[str, float]:
+    """(1 - p) / q of every tensor: its layer's, or that of the mean q of all layers where it has no inputs."""
+    q = {name: layer_q(*pair, rate, eta, rows=rows) for name, pair in sums.of_weight.items()}
+    mean = sum(q.values()) / len(q) if q else keep_rate(rate)
+    return {name: keep_rate(rate) / q.get(sums.weight_of.get(name, name), mean) for name in names}

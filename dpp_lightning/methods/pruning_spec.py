@@ -1,0 +1,94 @@
+"""PruningSpec: what one pruned delta is drawn and fitted by, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpp_lightning.methods.registry import Fit, Method, get_method
+from dpp_lightning.methods.rescaling import check_q
+from dpp_lightning.sampling.sampler import stream_key
+
+
+@dataclass(frozen=True)
+class PruningSpec:
+    """Method, rate, seed, dtype, q and the method's own settings of one pruned delta.
+
+    Attributes:
+        method: a name of ``METHODS``.
+        pruning_rate: fraction of the delta that is dropped, in [0, 1).
+        seed: of the random selections, an integer >= 0.
+        dtype: how the kept values are held: float32, bfloat16, float16, int8 or int4; None for the fine-tuned dtype, at
+            most 32 bits.
+        q: what kept values are divided by, given by hand; None for the method's own.
+        method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.
+
+    Raises:
+        ValueError: an unknown method, setting or dtype, a rate outside [0, 1), a negative seed, a q that is not a
+            finite number above 0, or a q for a method that finds more than one.
+    """
+
+    method: str = "dare"
+    pruning_rate: float = 0.9
+    seed: int = 0
+    dtype: str | None = None
+    q: float | None = None
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        row = get_method(self.method)
+        row.check(self.pruning_rate, self.method_settings)
+        row.check_dtype(self.method, self.dtype)
+        stream_key("", self.seed)
+        if self.q is not None:
+            check_q(self.q, self.pruning_rate)
+            if row.fit is not None and not row.fit.one_q:
+                raise ValueError(
+                    f"{self.method} has more than one q; leave q= out, or take method 'darex-q' to give one"
+                )
+
+    @property
+    def row(self) -> Method:
+        """The method's row of ``METHODS``."""
+        return get_method(self.method)
+
+    @property
+    def fit(self) -> Fit | None:
+        """What is to be found on calibration data; None where nothing is: q is given, or no entry is dropped."""
+        return self.row.fit if self.q is None and self.pruning_rate > 0 else None
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the layers' inputs on calibration data are needed."""
+        return self.row.needs_inputs(self.method_settings)
+
+    @property
+    def drawn_dtype(self) -> str | None:
+        """The dtype to draw in: that of the file, or float32 where the method's fit gives the values weights."""
+        return self.dtype if self.row.fit is None or self.row.fit.one_q else "float32"
+
+    def check_calibration(self, *, objective: bool, inputs: bool) -> None:
+        """Refuse a method that cannot do without calibration data.
+
+        Args:
+            objective: there is something to fit by.
+            inputs: the layers' inputs are known, or can be had.
+
+        Raises:
+            ValueError: the method needs what is not there; the message names the cure.
+        """
+        if self.needs_inputs and not inputs:
+            raise ValueError(
+                f"{self.method} needs the layers' inputs on calibration data, and there is none: give it "
+                "(calibration=, --calibration), or take a method without data such as 'magnitude' or 'importance' with "
+                "score=magnitude"
+            )
+        if self.fit is None or not self.fit.required or objective:
+            return
+        raise ValueError(
+            f"{self.method} searches q: give calibration data (calibration=, --calibration), or q by hand (q=, --q), "
+            "or take method 'dare' for q = 1 - pruning_rate"
+            if self.fit.one_q
+            else f"{self.method} fits its rescaling: give calibration data (calibration=, --calibration)"
+        )
