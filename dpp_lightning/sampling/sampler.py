@@ -7,8 +7,8 @@ ones in stream order; a block that keeps more than half draws what it drops). So
 probability 1 - p; any block can be drawn alone; and the work is per *kept* entry. Only integers are used: the same
 positions come out on every machine, device, dtype and world size.
 
-This is part of the file format (a delta of a random selection stores its seed instead of positions): the golden
-vectors in the tests pin it for ever.
+The sampler is part of the file format, as a delta of a random selection stores its seed instead of positions. Golden
+vectors in the tests pin its results; a change of any of them needs a new ``SAMPLER_VERSION``.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ from dpp_lightning.sampling.philox import (
 
 SAMPLER_VERSION = 1
 
-# Blocks drawn at once: bounds the memory of a draw, never changes its result
+# How much is drawn at once. It bounds the memory of a draw and never changes the result.
 _BATCH_LANES = 1 << 18  # expected lanes, where values are sorted
 _BATCH_ENTRIES = 1 << 22  # entries, where they are marked in a table
 _MASK32 = np.uint64(0xFFFFFFFF)
@@ -59,7 +59,19 @@ def exact_rate(pruning_rate: float) -> Fraction:
 
 
 def stream_key(name: str, seed: int, stream: str = "keep") -> tuple[int, int]:
-    """The 64-bit Philox key of one tensor: the first bytes of SHA-256 over stream, seed and canonical tensor name."""
+    """The 64-bit Philox key of one tensor: the first eight bytes of SHA-256 over stream, seed and canonical name.
+
+    Args:
+        name: canonical tensor name, see :mod:`dpp_lightning.tensors.names`.
+        seed: mask seed, an integer >= 0.
+        stream: what the draws are for; different uses of one seed and name are independent.
+
+    Returns:
+        Two words below 2**32, read in little-endian order.
+
+    Raises:
+        ValueError: the seed is not an integer >= 0.
+    """
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"a mask seed must be an integer >= 0, got {seed!r}")
     digest = sha256(f"dpp{SAMPLER_VERSION}:{stream}:{seed}:{name}".encode()).digest()
@@ -70,8 +82,8 @@ def stream_key(name: str, seed: int, stream: str = "keep") -> tuple[int, int]:
 def _binomial_thresholds(n: int, keep: Fraction) -> tuple[int, UInt64Array]:
     """(lowest count c0, T) with T[j] = floor(2**64 * P(count <= c0 + j)) for Binomial(n, keep), in exact integers.
 
-    The weights start from 2**256 at the mode and follow the ratio of neighbouring terms in both directions until they
-    vanish, so that the thresholds are right to the last of their 64 bits but for a rounding far below it.
+    The weight of the mode is 2**256, and the others follow from the ratio of neighbouring terms, in both directions,
+    until they round down to 0. The rounding is far below the last of a threshold's 64 bits.
     """
     a, b = keep.numerator, keep.denominator - keep.numerator
     mode = min(n, (n + 1) * keep.numerator // keep.denominator)
@@ -94,7 +106,7 @@ def _binomial_thresholds(n: int, keep: Fraction) -> tuple[int, UInt64Array]:
 
 
 class _Range(NamedTuple):
-    """The flat positions [start, stop) of a tensor of ``numel`` entries, and the key of its stream."""
+    """The flat positions [start, stop) of a tensor with ``numel`` entries, and the key of its stream."""
 
     key: tuple[int, int]
     numel: int
@@ -103,7 +115,7 @@ class _Range(NamedTuple):
 
 
 def _range(name: str, numel: int, seed: int, start: int, stop: int) -> _Range:
-    """A checked range of the tensor of that name."""
+    """The range, checked to lie inside the tensor."""
     key = stream_key(name, seed)
     if not 0 <= start <= stop <= numel:
         raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
@@ -111,7 +123,7 @@ def _range(name: str, numel: int, seed: int, start: int, stop: int) -> _Range:
 
 
 class _Span(NamedTuple):
-    """Consecutive blocks [first, last) of one tensor, drawn in one batch; ``final`` if no more of it follow."""
+    """Consecutive blocks [first, last) of one range, drawn in one batch; ``final`` where the range ends with them."""
 
     key: tuple[int, int]
     numel: int
@@ -121,7 +133,7 @@ class _Span(NamedTuple):
 
 
 def _kept_counts(blocks: Blocks, keep: Fraction) -> Int64Array:
-    """How many entries each block keeps: one 64-bit draw a block against the binomial's thresholds."""
+    """How many entries each block keeps, (rows,): one 64-bit draw a block, compared with the binomial's thresholds."""
     zero = np.zeros_like(blocks.number)
     counter = (zero, blocks.number & _MASK32, blocks.number >> _SHIFT32, zero + np.uint64(COUNT))
     low, high, _, _ = philox(counter, (blocks.key0, blocks.key1))
@@ -179,20 +191,20 @@ def _kept(ranges: Iterable[_Range], keep: Fraction) -> Iterator[Int64Array]:
     if keep == 1:
         yield from (np.arange(start, stop, dtype=np.int64) for _, _, start, stop in ranges)
         return
-    parts: list[Int64Array] = []
+    drawn: list[Int64Array] = []  # of the spans of one range
     for batch in _batches(ranges, keep):
         for span, positions in zip(batch, _draw(batch, keep), strict=True):
-            parts.append(positions)
+            drawn.append(positions)
             if span.final:
-                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
-                parts = []
+                yield drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+                drawn = []
 
 
 def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, seed: int) -> Iterator[Int64Array]:
-    """For every (canonical name, numel), in order, what :func:`kept_positions` gives.
+    """The kept positions of every tensor, in order, as :func:`kept_positions` gives them for one.
 
-    Small tensors are drawn together, so that 200 of them do not cost 200 times the overhead. Memory stays bounded: a
-    batch of blocks at a time, and the kept positions of one tensor.
+    Small tensors are drawn together, so that 200 of them do not cost 200 times the overhead. Memory stays bounded: it
+    holds one batch of blocks and the kept positions of one tensor.
 
     Args:
         tensors: canonical name and number of entries of every tensor, read as far as the next batch needs.
@@ -203,7 +215,8 @@ def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, s
         An iterator over sorted distinct int64 positions, one array a tensor.
 
     Raises:
-        ValueError: a rate outside [0, 1) or a negative seed, at once; a negative number of entries, when it is reached.
+        ValueError: the rate is outside [0, 1) or the seed negative, at once; a number of entries is negative, when the
+            iterator reaches it.
     """
     keep = 1 - exact_rate(pruning_rate)
     stream_key("", seed)
@@ -213,20 +226,20 @@ def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, s
 def kept_positions(
     name: str, numel: int, pruning_rate: float, seed: int, *, start: int = 0, stop: int | None = None
 ) -> Int64Array:
-    """Flat positions that a random selection keeps of one tensor; each entry independently with probability 1 - p.
+    """The flat positions that a random selection keeps of one tensor, each independently with probability 1 - p.
 
     Args:
         name: canonical tensor name, see :mod:`dpp_lightning.tensors.names`.
         numel: number of entries of the whole tensor.
         pruning_rate: p, the fraction dropped, in [0, 1), read as an exact decimal; 0 keeps everything.
         seed: mask seed, an integer >= 0.
-        start, stop: only positions in [start, stop) are drawn (a shard's); the rest of the tensor costs nothing.
+        start, stop: only positions in [start, stop) are drawn, such as those of a shard; blocks outside cost nothing.
 
     Returns:
         Sorted distinct int64 positions in [start, stop), the same for every way of cutting the tensor.
 
     Raises:
-        ValueError: a rate outside [0, 1), a negative seed, or a range outside the tensor.
+        ValueError: the rate is outside [0, 1), the seed negative, or the range outside the tensor.
     """
     keep = 1 - exact_rate(pruning_rate)
     stop = numel if stop is None else stop
@@ -235,22 +248,22 @@ def kept_positions(
 
 
 def uniform_words(name: str, seed: int, start: int, stop: int, stream: str = "importance") -> npt.NDArray[np.uint32]:
-    """One 32-bit word per flat position in [start, stop): a function of (seed, name, position) alone.
+    """One random 32-bit word per flat position in [start, stop), a function of (seed, name, stream, position) alone.
 
-    Word i is the (i mod 8)-th 32-bit word, lowest first, of Philox-4x64-10 at the counter i // 8 + 1: numpy's own bit
-    generator, whose raw stream is stable and which steps its counter before it generates.
+    Word i is the (i mod 8)-th 32-bit word, lowest first, of Philox-4x64-10 at the counter i // 8 + 1. This is numpy's
+    bit generator: its raw stream is stable, and it steps its counter before it generates.
 
     Args:
         name: canonical tensor name, see :mod:`dpp_lightning.tensors.names`.
         seed: mask seed, an integer >= 0.
-        start, stop: only the words of [start, stop) are drawn; 0 <= start <= stop.
+        start, stop: the flat positions whose words are drawn, 0 <= start <= stop.
         stream: what the words are for; different uses of one seed and tensor are independent.
 
     Returns:
-        (stop - start,) words, uniform on [0, 2**32), the same for every way of cutting the positions.
+        Words uniform on [0, 2**32), shape (stop - start,), the same for every way of cutting the positions.
 
     Raises:
-        ValueError: a negative seed, or a range that is none.
+        ValueError: the seed is negative, or not 0 <= start <= stop.
     """
     low, high = stream_key(name, seed, stream)
     if not 0 <= start <= stop:

@@ -208,7 +208,7 @@ def test_tensors_drawn_together_are_those_drawn_alone(sizes, rate, seed):
     [
         (sampler, "_BATCH_LANES", 1 << 14),  # many batches
         (sampler, "_BATCH_ENTRIES", 1 << 17),
-        (philox_module, "_CHUNK_GROUPS", 1),  # every block computed alone
+        (philox_module, "_CHUNK_OUTPUTS", 1),  # every block computed alone
         (philox_module, "_DEVIATIONS", -6),  # nearly every block reads too far ahead and starts again
         (philox_module, "_DEVIATIONS", 10**6),  # none reads ahead
         (philox_module, "MARKED_SHARE", 1),  # sorted wherever possible
