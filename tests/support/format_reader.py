@@ -1,0 +1,316 @@
+"""A second reader of delta folders, written from the page "The delta file format" of ``dpp_lightning/README.md`` alone.
+
+It shares no code with the package and knows nothing of torch: if the page and the program part, the tests see it.
+Clear rather than fast: integers are Python's own.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+
+MASK = 0xFFFFFFFF
+BLOCK = 65536
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+GROUP = {"int8": 128, "int4": 32}
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "<u1", "I64": "<i8"}
+
+
+@dataclass
+class Delta:
+    """What a folder holds.
+
+    Attributes:
+        config: the JSON object, its numbers with a decimal point as text.
+        tensors: name to (shape, positions, values as float32).
+        carried, new_rows: name to array.
+        heads: coding of positions, dtype and form of values of every chunk.
+    """
+
+    config: dict
+    tensors: dict
+    carried: dict
+    new_rows: dict
+    heads: list
+
+
+def read_delta(folder: Path) -> Delta:
+    model = (folder / "delta_model.safetensors").read_bytes()
+    config = json.loads((folder / "delta_config.json").read_text("utf-8"), parse_float=str)
+    assert (config["format"], config["format_version"], config["sampler_version"]) == ("dpp-delta", 2, 1)
+    assert config["config_checksum"] == config_checksum(folder / "delta_config.json")
+    assert config["model_checksum"] == xxhash.xxh3_128_hexdigest(model)
+    stored = read_safetensors(model)
+    dense = {name: bits for name, bits in stored.items() if name != "kept"}
+    tensors, heads = decode_chunks(stored["kept"].tobytes(), config)
+    return Delta(
+        config,
+        tensors,
+        {n.removeprefix("carried."): widened(t) for n, t in dense.items() if n.startswith("carried.")},
+        {n.removeprefix("rows."): widened(t) for n, t in dense.items() if n.startswith("rows.")},
+        heads,
+    )
+
+
+def config_checksum(path: Path) -> str:
+    config = json.loads(path.read_text("utf-8"))
+    del config["config_checksum"]
+    return xxhash.xxh3_128_hexdigest(canonical_json(config).encode("ascii"))
+
+
+def canonical_json(value) -> str:
+    """The rule of ``config_checksum``, spelled out."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{canonical_json(k)}:{canonical_json(value[k])}" for k in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical_json, value)) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(map(escaped, value)) + '"'
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+def escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if character in "\b\t\n\f\r":
+        return "\\" + "btnfr"["\b\t\n\f\r".index(character)]
+    if " " <= character <= "~":
+        return character
+    units = np.frombuffer(character.encode("utf-16-le", "surrogatepass"), "<u2")
+    return "".join(f"\\u{unit:04x}" for unit in units)
+
+
+def read_safetensors(data: bytes) -> dict:
+    (length,) = struct.unpack_from("<Q", data)
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        array = np.frombuffer(body[begin:end], STORED[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = (array, "bfloat16") if entry["dtype"] == "BF16" else array
+    return tensors
+
+
+def widened(tensor) -> np.ndarray:
+    return bfloat16(tensor[0]) if isinstance(tensor, tuple) else tensor
+
+
+def bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype("<u4") << 16).view("<f4")
+
+
+def decode_chunks(blob: bytes, config: dict) -> tuple[dict, list]:
+    sizes = {name: prod(shape) for name, shape in config["tensors"]}
+    drawn = {}
+    if config["positions"] == "seed":
+        drawn = {n: sampler(n, size, config["pruning_rate"], config["seed"]) for n, size in sizes.items()}
+    positions: dict[str, list[int]] = {name: [] for name in sizes}
+    values: dict[str, list[np.ndarray]] = {name: [np.empty(0, "<f4")] for name in sizes}
+    heads, offset, begin, total = [], 0, 0, sum(sizes.values())
+    while begin < total:
+        span, kept, coding, shift, kind, form = struct.unpack_from("<QIBBBB", blob, offset)
+        heads.append((coding, DTYPES[kind], form))
+        streams = Streams(blob, offset + 16)
+        stored = stored_positions(coding, shift, kept, span, streams)
+        inside = {}  # what the chunk keeps of each tensor that it touches
+        start = 0  # of the tensor in the line
+        for name, size in sizes.items():
+            low, high = max(begin - start, 0), min(begin + span - start, size)
+            if low < high:
+                candidates = drawn[name] if coding == 0 else [begin + index - start for index in stored]
+                inside[name] = [position for position in candidates if low <= position < high]
+            start += size
+        groups = [len(kept_here) for kept_here in inside.values() if kept_here]
+        assert sum(groups) == kept
+        decoded = decode_values(DTYPES[kind], form, groups, streams) if kept else np.empty(0, "<f4")
+        assert np.isfinite(decoded).all()
+        cuts = np.cumsum([len(kept_here) for kept_here in inside.values()])[:-1]
+        for (name, kept_here), piece in zip(inside.items(), np.split(decoded, cuts), strict=True):
+            positions[name] += kept_here
+            values[name].append(piece)
+        offset, begin = streams.offset, begin + span
+    assert (begin, offset) == (total, len(blob))
+    return {n: (shape, positions[n], np.concatenate(values[n])) for n, shape in config["tensors"]}, heads
+
+
+class Streams:
+    """The streams of a chunk, one after the other."""
+
+    def __init__(self, blob: bytes, offset: int) -> None:
+        self.blob, self.offset = blob, offset
+
+    def next(self) -> np.ndarray:
+        stored, size = struct.unpack_from("<II", self.blob, self.offset)
+        data = self.blob[self.offset + 8 : self.offset + 8 + stored]
+        self.offset += 8 + stored
+        if stored != size:
+            assert zstandard.frame_content_size(data) == size
+            data = zstandard.ZstdDecompressor().decompress(data)
+        assert len(data) == size
+        return np.frombuffer(data, np.uint8)
+
+    def planes(self, width: int) -> np.ndarray:
+        """Floats' bits from planes of bytes."""
+        rotated = sum(self.next().astype(np.uint64) << np.uint64(8 * (width - 1 - j)) for j in range(width))
+        bits = (rotated >> np.uint64(1)) | ((rotated & np.uint64(1)) << np.uint64(8 * width - 1))
+        return bits.astype(f"<u{width}")
+
+
+def bit(data: np.ndarray, i: int) -> int:
+    return int(data[i // 8]) >> (i % 8) & 1
+
+
+def stored_positions(coding: int, shift: int, kept: int, span: int, streams: Streams) -> list[int]:
+    if coding == 0:
+        return []
+    if coding == 1:
+        assert kept == span
+        return list(range(span))
+    if coding == 3:
+        marks = streams.next()
+        assert len(marks) == -(-span // 8)
+        return [i for i in range(span) if bit(marks, i)]
+    assert coding == 2
+    high, low = streams.next().tolist(), streams.next()
+    assert len(low) == -(-kept * shift // 8)
+    positions, upper, last = [], 0, -1
+    for byte in high:
+        upper += byte
+        if byte < 255:
+            first = len(positions) * shift
+            gap = (upper << shift) + sum(bit(low, first + j) << j for j in range(shift))
+            last += gap + 1
+            positions.append(last)
+            upper = 0
+    assert len(positions) == kept
+    return positions
+
+
+def decode_values(dtype: str, form: int, groups: list[int], streams: Streams) -> np.ndarray:
+    """float32 values of a chunk that keeps ``groups`` entries of its tensors."""
+    if dtype in GROUP:
+        assert form == 0
+        integers = streams.next().view(np.int8)
+        scales = bfloat16(streams.planes(2)).tolist()
+        values, begin = [], 0
+        for count in groups:
+            for first in range(0, count, GROUP[dtype]):
+                piece = integers[begin + first : begin + min(first + GROUP[dtype], count)]
+                values.append(piece.astype("<f4") * np.float32(scales.pop(0)))
+            begin += count
+        assert not scales
+        return np.concatenate(values)
+    width, kept = WIDTH[dtype], sum(groups)
+    if form == 0:
+        return floats(streams.planes(width), dtype)
+    signs, differs = streams.next(), streams.next()
+    usual, others = streams.planes(width).tolist(), streams.planes(width).tolist()
+    owner = [g for g, count in enumerate(groups) for _ in range(count)]
+    bits, same = [], 0
+    for i in range(kept):
+        if bit(differs, i):
+            bits.append(others.pop(0))
+        else:
+            bits.append(usual[owner[i]] | bit(signs, same) << (8 * width - 1))
+            same += 1
+    assert not others
+    return floats(np.array(bits, f"<u{width}"), dtype)
+
+
+def floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return bfloat16(bits)
+    return bits.view("<f4" if dtype == "float32" else "<f2").astype("<f4")
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & MASK, (first >> 32) ^ c3 ^ k1, first & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def sampler(name: str, entries: int, pruning_rate: str, seed: int) -> list[int]:
+    """Kept positions of a tensor; the rate as the text that stands in the config."""
+    keep = 1 - Fraction(pruning_rate)
+    if keep == 1:
+        return list(range(entries))
+    key = struct.unpack("<II", hashlib.sha256(f"dpp1:keep:{seed}:{name}".encode()).digest()[:8])
+    kept = []
+    for block in range(-(-entries // BLOCK)):
+        n, b = min(BLOCK, entries - block * BLOCK), (block & MASK, block >> 32)
+        low, high, _, _ = philox((0, *b, 0), key)
+        count = kept_count(n, keep, high << 32 | low)
+        wanted = count if 2 * count <= n else n - count
+        chosen, group = set(), 0
+        while len(chosen) < wanted:
+            for word in philox((group, *b, 1), key):
+                for lane in (word & 0xFFFF, word >> 16):
+                    if lane < n * (BLOCK // n) and len(chosen) < wanted:
+                        chosen.add(lane % n)
+            group += 1
+        if wanted != count:
+            chosen = set(range(n)) - chosen
+        kept += [block * BLOCK + value for value in sorted(chosen)]
+    return kept
+
+
+def kept_count(n: int, keep: Fraction, draw: int) -> int:
+    a, c = keep.numerator, keep.denominator
+    mode = min(n, (n + 1) * a // c)
+    weights = {mode: 1 << 256}
+    for k in range(mode, n):
+        weights[k + 1] = weights[k] * (n - k) * a // ((k + 1) * (c - a))
+        if not weights[k + 1]:
+            break
+    for k in range(mode, 0, -1):
+        weights[k - 1] = weights[k] * k * (c - a) // ((n - k + 1) * a)
+        if not weights[k - 1]:
+            break
+    total, running = sum(weights.values()), 0
+    for k in sorted(weights):
+        running += weights[k]
+        if (running << 64) // total > draw:
+            return k
+    raise AssertionError("the last weight brings the sum to the total")
+
+
+def applied(base: np.ndarray, positions: list[int], values: np.ndarray, q: float) -> np.ndarray:
+    """A float32 base with the kept entries changed."""
+    flat = base.reshape(-1).copy()
+    flat[positions] = flat[positions] + values / np.float32(q)
+    return flat.reshape(base.shape)
+
+
+def base_check(bases: list[np.ndarray], positions: list[list[int]]) -> tuple[str, str]:
+    """``base_check`` and ``base_first``, from the base's tensors and kept positions in the order of ``tensors``."""
+    digest, first = xxhash.xxh3_128(), ""
+    for base, kept in zip(bases, positions, strict=True):
+        digest.update(base.reshape(-1)[kept].astype("<f4").tobytes())
+        if kept and not first:
+            first = digest.hexdigest()
+    return digest.hexdigest(), first
+
+
+def base_fingerprint(bases: dict[str, np.ndarray]) -> str:
+    """From the float32 tensors of the base that are not carried."""
+    digests = []
+    for name in sorted(bases):
+        base = np.ascontiguousarray(bases[name], "<f4")
+        head = f"{name}|float32|{tuple(bases[name].shape)}|".encode()
+        digests.append(xxhash.xxh3_128_hexdigest(head + base.tobytes()))
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode("ascii"))
