@@ -1,4 +1,4 @@
-"""Extra passes of a trainer's own evaluation loop, in place: the module's own steps, hooks and metrics score it."""
+"""Evaluating the weights as they stand with the module's own steps, hooks and metrics, inside a fit or after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
-from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, metrics_kept, quiet, reading
+from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.tensors.shards import reshard
 
@@ -28,15 +28,15 @@ _NO_LOGITS = (
 )
 
 
-class Passes:
-    """Runs the validation (or test) loop of a trainer without the trainer noticing.
+class EvaluationPasses:
+    """Extra passes of a trainer's validation loop, or of its test loop where the trainer is testing.
 
-    No logger is written, ModelCheckpoint and EarlyStopping do not react (the trainer is not in its fitting state
-    meanwhile); training mode, random state, limits and metrics are as before. All ranks must call.
+    Loggers are not written to. ModelCheckpoint and EarlyStopping do not react, since the trainer is not in its fitting
+    state during a pass. Afterwards training mode, random state, limits and metrics are as before. All ranks must call.
 
     Args:
         trainer: inside a fit, a validate or a test.
-        monitor: name of the logged metric that is the score.
+        monitor: name of the logged metric that is the score; ``val_x`` means ``test_x`` where the trainer is testing.
     """
 
     def __init__(self, trainer: pl.Trainer, monitor: str) -> None:
@@ -48,25 +48,28 @@ class Passes:
 
     @property
     def split(self) -> str:
-        """Name of the scored split."""
+        """Name of the scored split: ``validation`` or ``test``."""
         return "test" if self.testing else "validation"
 
     def score(self, loader: Any = None) -> float:
-        """The monitored metric of the weights as they stand, on the scored split or on another loader.
+        """The monitored metric of the weights as they stand, on the scored split or on another loader's data.
 
         Raises:
-            ValueError: the metric was not logged.
+            ValueError: if the metric was not logged.
         """
-        # the first rank's on all ranks: they decide alike what comes next
-        return float(self.trainer.strategy.broadcast(read_monitor(self._run(loader), self.monitor)))
+        # rank 0's value on all ranks, so that all of them come to the same decisions
+        return float(self.trainer.strategy.broadcast(read_monitor(self._run_loop(loader), self.monitor)))
 
     def inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
-        """What every weight sees as input on one batch, by canonical name; warns of weights that no call reaches."""
+        """Statistics of the input of every weight on one batch, by canonical name.
+
+        Warns of weights whose modules are not called in the evaluation step, since nothing is known of their inputs.
+        """
         with collected_inputs(self.trainer.lightning_module) as collector:
             if forward_fn is not None:
-                self._called(batch, forward_fn)
+                self._forward_output(batch, forward_fn)
             else:
-                for _ in self._steps(batch):
+                for _ in self._evaluation_steps(batch):
                     pass
         if collector.uncalled:
             rank_zero_warn(
@@ -77,58 +80,65 @@ class Passes:
         return collector.statistics
 
     def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None, reduce: Reduce) -> list[Tensor]:
-        """What the output layer returns on one batch, in the module's own steps (or ``forward_fn``).
+        """What the output layer returns on one batch, in the module's evaluation step or in ``forward_fn``.
 
         Args:
-            batch: of the module's own kind.
-            layer: name of the submodule; None the last with parameters.
-            forward_fn: in place of the module's steps.
-            reduce: applied to each output, with its number, before it is kept.
-        """
-        if forward_fn is not None:
-            return [reduce(0, self._called(batch, forward_fn))]
-        kept: list[Tensor] = []
-        with recorded_outputs(self.trainer.lightning_module, layer) as outputs:
-            for places in self._steps(batch):
-                while outputs:
-                    output = outputs.pop(0)
-                    # what a module says is padding takes no part
-                    real = output if places is None or output.shape[:2] != places.shape else output[places]
-                    kept.append(reduce(len(kept), real))
-        if not kept:
-            raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
-        return kept
-
-    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:
-        """Gradients on one batch: of ``forward_fn``, or of the module called with the batch (or the first of a pair).
+            batch: as the module's evaluation step takes it.
+            layer: name of the submodule; None for the last one with parameters.
+            forward_fn: called in place of the evaluation step.
+            reduce: called with the index of each output and the output; its result is what is returned.
 
         Raises:
-            ValueError: the module cannot be called so, or the batch is too small.
+            ValueError: if the layer is not called.
+        """
+        if forward_fn is not None:
+            return [reduce(0, self._forward_output(batch, forward_fn))]
+        reduced: list[Tensor] = []
+        with recorded_outputs(self.trainer.lightning_module, layer) as outputs:
+            for mask in self._evaluation_steps(batch):
+                while outputs:
+                    output = outputs.pop(0)
+                    # (samples, tokens, ...) becomes (tokens that are no padding, ...)
+                    without_padding = output if mask is None or output.shape[:2] != mask.shape else output[mask]
+                    reduced.append(reduce(len(reduced), without_padding))
+        if not reduced:
+            raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
+        return reduced
+
+    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:
+        """Gradients of the output's error on one batch, which is cut into smaller batches.
+
+        The output is that of ``forward_fn``, else of the module called with the batch, or with the first element of a
+        batch that is a tuple or a list.
+
+        Raises:
+            ValueError: if the module cannot be called so, or the batch is too small.
         """
         trainer, module = self.trainer, self.trainer.lightning_module
 
-        def forward(piece: Any) -> Tensor:
+        def forward(smaller_batch: Any) -> Tensor:
             with trainer.precision_plugin.forward_context():
-                return forward_fn(module, piece) if forward_fn else _logits(module, piece)
+                return forward_fn(module, smaller_batch) if forward_fn else _logits(module, smaller_batch)
 
         return BatchGradients(module, trainer.strategy.batch_to_device(batch), forward)
 
-    def _steps(self, batch: Any) -> Iterator[Tensor | None]:
-        """One batch through the module: its ``calibration_steps`` where it has them, else its evaluation step.
+    def _evaluation_steps(self, batch: Any) -> Iterator[Tensor | None]:
+        """Put one batch through the module's ``calibration_steps`` if it has them, else through its evaluation step.
 
         Yields:
-            After each forward the places (samples, tokens) that count, None for all.
+            After each forward a mask of shape (samples, tokens), true where a token is no padding; None where all
+            outputs count.
         """
         module = self.trainer.lightning_module
         steps = getattr(module, "calibration_steps", None)
         if steps is None:
-            self._run(OneBatch(batch))
+            self._run_loop(OneBatch(batch))
             yield None
             return
         with self._evaluating(module):
             yield from steps(self.trainer.strategy.batch_to_device(batch))
 
-    def _called(self, batch: Any, forward_fn: ForwardFn) -> Tensor:
+    def _forward_output(self, batch: Any, forward_fn: ForwardFn) -> Tensor:
         """The output of ``forward_fn`` on one batch."""
         module = self.trainer.lightning_module
         with self._evaluating(module):
@@ -145,23 +155,19 @@ class Passes:
                 module.train(training)
                 reshard(module)
 
-    def _run(self, loader: Any) -> dict[str, Any]:
-        """One pass; returns the metrics as callbacks see them."""
-        trainer = self.trainer
-        loop = trainer.test_loop if self.testing else trainer.validate_loop
-        with isolate_rng(), metrics_kept(trainer), quiet(trainer, loop, self.testing), reading(trainer, loop, loader):
-            loop.run()
-            metrics = dict(trainer.callback_metrics)
-            loop.teardown()
-        reshard(trainer.lightning_module)
+    def _run_loop(self, loader: Any) -> dict[str, Any]:
+        """One pass of the loop; returns the metrics that were logged in it."""
+        with isolate_rng():
+            metrics = run_evaluation_loop(self.trainer, testing=self.testing, loader=loader)
+        reshard(self.trainer.lightning_module)
         return metrics
 
 
 def check_callable(module: pl.LightningModule) -> None:
-    """Refuse a module that cannot be called, where the gradients of its outputs are wanted.
+    """Refuse a module that cannot be called, where gradients of its output are needed.
 
     Raises:
-        ValueError: it has no ``forward``.
+        ValueError: if it has no ``forward``.
     """
     if type(module).forward is pl.LightningModule.forward:
         raise ValueError(_NO_LOGITS.format(type(module).__name__, "no forward"))
@@ -175,10 +181,10 @@ def _logits(module: pl.LightningModule, batch: Any) -> Tensor:
 
 
 def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
-    """The value of a metric, also where several loaders gave it a suffix (the first loader's then).
+    """The value of a metric; with several loaders, which give it a suffix each, the first loader's.
 
     Raises:
-        ValueError: it was not logged; lists what was.
+        ValueError: if it was not logged. The message lists what was.
     """
     for name in (monitor, f"{monitor}/dataloader_idx_0"):
         if name in metrics:
@@ -190,14 +196,16 @@ def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
 
 
 def check_logged(trainer: pl.Trainer, monitor: str) -> None:
-    """One validation batch, to see that the score is logged: the sanity check may be off, a resumed fit skips it.
+    """Evaluate one validation batch to see that the score is logged.
+
+    Lightning's sanity check may be off, and a resumed fit skips it.
 
     Raises:
-        ValueError: it is not.
+        ValueError: if it is not logged.
     """
     limit = trainer.limit_val_batches
     trainer.limit_val_batches = 1
     try:
-        Passes(trainer, monitor).score()
+        EvaluationPasses(trainer, monitor).score()
     finally:
         trainer.limit_val_batches = limit

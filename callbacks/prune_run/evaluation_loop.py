@@ -38,7 +38,11 @@ def run_evaluation_loop(trainer: pl.Trainer, *, testing: bool, loader: Any = Non
         The metrics that callbacks see, by name.
     """
     loop = trainer.test_loop if testing else trainer.validate_loop
-    with _metrics_restored(trainer), _silently_evaluating(trainer, loop, testing), _loader_replaced(trainer, loop, loader):
+    with (
+        _metrics_restored(trainer),
+        _silently_evaluating(trainer, loop, testing),
+        _loader_replaced(trainer, loop, loader),
+    ):
         loop.run()
         metrics = dict(trainer.callback_metrics)
         loop.teardown()

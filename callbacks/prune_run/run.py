@@ -16,7 +16,7 @@ from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.calibration_data import calibration_batch, labelled_loader
-from dpp_lightning.callbacks.prune_run.evaluation import Passes, read_monitor
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, read_monitor
 from dpp_lightning.callbacks.prune_run.hub_config import hub_config
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
@@ -60,7 +60,7 @@ class PruneRun:
     ) -> None:
         self.settings, self.trainer, self.module, self.base = settings, trainer, module, base
         self.scope, self.folder = scope, folder
-        self.passes = Passes(trainer, settings.monitor)
+        self.passes = EvaluationPasses(trainer, settings.monitor)
         rows = {name: get_method(name) for name in settings.methods}
         searches = any(row.fit is not None for row in rows.values())
         self.needs_inputs = any(row.needs_inputs(settings.method_settings.get(n, {})) for n, row in rows.items())

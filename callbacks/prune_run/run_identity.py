@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, new_names
-from dpp_lightning.callbacks.prune_run.evaluation import Passes
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import canonical_tensors
 
@@ -19,7 +19,7 @@ ROUNDING = 0.005  # other kernels or thread counts may turn a few samples, anoth
 
 
 def run_identity(
-    settings: DeltaPruneCallback, module: pl.LightningModule, base: BaseWeights, passes: Passes
+    settings: DeltaPruneCallback, module: pl.LightningModule, base: BaseWeights, passes: EvaluationPasses
 ) -> dict[str, Any]:
     """Plain values that all rows of a run share; methods, rates and further seeds may be added to a run later.
 

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 
 from dpp_lightning.callbacks import DeltaPruneCallback
-from dpp_lightning.callbacks.prune_run.evaluation import Passes
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli.lightning import DPPCLI, guarded, is_callback, signal_code
 from dpp_lightning.cli.sweep_progress import Bar
 from dpp_lightning.experiments.report import Subject, write_report
@@ -74,7 +74,7 @@ class SweepCLI(DPPCLI):
             )
         if first:
             task = getattr(self.model, "task", None) or type(self.model).__name__
-            monitor = Passes(self.trainer, callback.monitor).monitor
+            monitor = EvaluationPasses(self.trainer, callback.monitor).monitor
             subject = Subject(str(task), str(arguments["ckpt_path"]), monitor, callback.objective)
             written = write_report(callback.results, Path(self.options.output), subject)
             sys.stderr.write("".join(f"{path}\n" for path in written))

@@ -10,7 +10,7 @@ import yaml
 from tiny_glue import make_data, make_model
 
 from dpp_lightning import SparseDelta
-from dpp_lightning.callbacks.prune_run.evaluation import Passes
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli import main
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size, points
@@ -65,7 +65,7 @@ def signals():
 def scored(monkeypatch):
     """Counts the scoring passes; the pass of number ``stop`` is interrupted."""
     state = {"passes": 0, "stop": -1}
-    score = Passes.score
+    score = EvaluationPasses.score
 
     def counted(self, loader=None):
         state["passes"] += 1
@@ -73,7 +73,7 @@ def scored(monkeypatch):
             raise KeyboardInterrupt
         return score(self, loader)
 
-    monkeypatch.setattr(Passes, "score", counted)
+    monkeypatch.setattr(EvaluationPasses, "score", counted)
     return state
 
 
