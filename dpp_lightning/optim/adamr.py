@@ -109,7 +109,7 @@ class AdamR(Optimizer):
                 self._complete_state(p, group)
 
     def _complete_state(self, p: Tensor, group: dict[str, Any]) -> State:
-        """The state of p: whatever is missing is made, and what p's device and dtype have left behind follows it."""
+        """The state of p: entries that are missing are made, and all are moved where p has changed device or dtype."""
         state: State = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -122,13 +122,17 @@ class AdamR(Optimizer):
         if not group["amsgrad"] and "exp_avg_sq_sum" not in state and not is_fsdp1_shard(p):
             state["exp_avg_sq_sum"] = full_sum(state["exp_avg_sq"], sum_dtype(p))
         if (state["exp_avg"].device, state["exp_avg"].dtype) != (p.device, p.dtype):
-            others = {"exp_avg_sq_sum": sum_dtype(p), "pretrained": theta0_dtype(p, group)}
+            dtypes = {"exp_avg_sq_sum": sum_dtype(p), "pretrained": theta0_dtype(p, group)}
             for name in state.keys() - {"step"}:
-                state[name] = state[name].to(p.device, others.get(name, p.dtype))
+                state[name] = state[name].to(p.device, dtypes.get(name, p.dtype))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments, step counts and θ0; a θ0 in ``state_dict`` replaces the one taken at construction."""
+        """Load moments, step counts and θ0; a θ0 in ``state_dict`` replaces the one taken at construction.
+
+        Raises:
+            ValueError: a parameter that the decay applies to has state but no θ0 there, as when Adam saved it.
+        """
         saved: dict[Any, State] = state_dict["state"]
         for group in state_dict["param_groups"]:
             for i in group["params"]:
@@ -137,13 +141,13 @@ class AdamR(Optimizer):
                         f"the state dict has no 'pretrained' values for parameter {i}, got {sorted(saved[i])}: "
                         "expected one saved by AdamR; to start from such weights, make a new AdamR on them"
                     )
-        asked = [group.get("pretrained_dtype") for group in self.param_groups]
+        dtypes = [group.get("pretrained_dtype") for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, asked, strict=True):
-            group["pretrained_dtype"] = group.get("pretrained_dtype") or own
+        for group, dtype in zip(self.param_groups, dtypes, strict=True):
+            group["pretrained_dtype"] = group.get("pretrained_dtype") or dtype
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owners = [(p, group) for group in self.param_groups for p in group["params"]]
-        for i, (p, group) in zip(ids, owners, strict=True):
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(ids, parameters, strict=True):
             if "exp_avg_sq_sum" in saved.get(i, {}):  # torch casts state to the parameter's dtype, but for "step"
                 self.state[p]["exp_avg_sq_sum"] = saved[i]["exp_avg_sq_sum"].to(p.device, sum_dtype(p))
             if "pretrained" in saved.get(i, {}):
@@ -151,7 +155,17 @@ class AdamR(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; ``closure``, if given, computes the loss anew with gradients, and its loss is returned."""
+        """Take one step.
+
+        Args:
+            closure: computes the loss anew, with gradients.
+
+        Returns:
+            The closure's loss; None without a closure.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex; nothing has been changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,36 +173,36 @@ class AdamR(Optimizer):
         batches = self._batches()
         root = self._root_mean(batches)
         for batch in batches:
-            group, here = batch.group, batch.present()
+            group, present = batch.group, batch.present()
             pull = 0.0 if group["new"] else group["lr"] * group["delta_decay"] / root
-            if here.params:
-                (update_foreach if batch.foreach else update_single)(here, pull)
+            if present.params:
+                (update_foreach if batch.foreach else update_single)(present, pull)
         return loss
 
     def _root_mean(self, batches: list[Batch]) -> float:
-        """√v̄ over the whole parameters, on all ranks."""
+        """√v̄ over the whole parameters, the same number on all ranks."""
         pairs = list(zip(second_moments(batches), batches, strict=True))
-        known = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared != FSDP1_LAYOUT]
-        flat = [(total, sum(batch.numel)) for total, batch in pairs if batch.shared == FSDP1_LAYOUT]
-        part = next((p for group in self.param_groups for p in group["params"] if is_fsdp1_shard(p)), None)
-        # a rank may hold no part of any parameter with a gradient, but the others wait for it
-        shared = None if part is None else sum_over_ranks(flat, part)
-        return root_mean([total for total, _ in known], [count for _, count in known], shared)
+        reduced = [(total, sum(batch.numel)) for total, batch in pairs if batch.layout != FSDP1_LAYOUT]
+        fsdp1 = [(total, sum(batch.numel)) for total, batch in pairs if batch.layout == FSDP1_LAYOUT]
+        shard = next((p for group in self.param_groups for p in group["params"] if is_fsdp1_shard(p)), None)
+        # This rank may hold no shard of any parameter with a gradient, but the other ranks wait for it.
+        fsdp1_totals = None if shard is None else sum_over_ranks(fsdp1, shard)
+        return root_mean([total for total, _ in reduced], [count for _, count in reduced], fsdp1_totals)
 
     def _batches(self) -> list[Batch]:
-        """All parameters with a gradient; every gradient is checked before any state is touched."""
-        live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in live:
+        """All parameters with a gradient; every gradient is checked before any state is changed."""
+        with_gradient = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for _, p in with_gradient:
             check_gradient(p)
         batches: dict[Any, Batch] = {}
-        for group, p in live:
+        for group, p in with_gradient:
             state = {name: local_tensor(entry) for name, entry in self._complete_state(p, group).items()}
-            part, grad, shared = local_tensor(p), local_tensor(p.grad), shard_layout(p)
-            plain = type(part) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
-            key = (id(group), part.device, part.dtype, plain, shared)
+            param, grad, layout = local_tensor(p), local_tensor(p.grad), shard_layout(p)
+            plain = type(param) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
+            key = (id(group), param.device, param.dtype, plain, layout)
             foreach = plain if group["foreach"] is None else group["foreach"]
-            batch = batches.setdefault(key, Batch(group, [], [], [], foreach, shared, []))
-            batch.params.append(part)
+            batch = batches.setdefault(key, Batch(group, [], [], [], foreach, layout, []))
+            batch.params.append(param)
             batch.grads.append(grad)
             batch.states.append(state)
             batch.numel.append(p.numel())
@@ -196,7 +210,11 @@ class AdamR(Optimizer):
 
 
 def check_settings(group: dict[str, Any]) -> None:
-    """Raise ValueError for a setting outside its range."""
+    """Check the settings of a parameter group.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
     infinity, betas = float("inf"), group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
@@ -211,7 +229,11 @@ def check_settings(group: dict[str, Any]) -> None:
 
 
 def check_parameter(p: Tensor) -> None:
-    """Raise ValueError for a parameter whose θ0 or moments cannot be kept."""
+    """Check that θ0 and the moments of a parameter can be kept.
+
+    Raises:
+        ValueError: it is complex, on the meta device, or a flat parameter of FSDP1.
+    """
     if getattr(p, "_is_flat_param", False):
         raise ValueError(
             "AdamR got a flat parameter of FSDP1, padded pieces of many: set use_orig_params=True or take FSDP2Strategy"
@@ -224,13 +246,17 @@ def check_parameter(p: Tensor) -> None:
 
 
 def theta0_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """What θ0 of p is kept in: bfloat16 where the group asks for it and p's dtype is wider, else p's."""
+    """The dtype that θ0 of p is kept in: bfloat16 where the group asks for it and p's dtype is wider, else p's."""
     narrow = group.get("pretrained_dtype") == "bfloat16" and p.dtype.itemsize > torch.bfloat16.itemsize
     return torch.bfloat16 if narrow else p.dtype
 
 
 def check_gradient(p: Tensor) -> None:
-    """Raise RuntimeError for a gradient Adam's update is not defined for."""
+    """Check that Adam's update is defined for the gradient of p.
+
+    Raises:
+        RuntimeError: the gradient is sparse or complex.
+    """
     grad = p.grad
     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
         raise RuntimeError(
