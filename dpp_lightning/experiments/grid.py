@@ -175,7 +175,7 @@ class Experiment:
 
     def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
         info, row = delta.info, get_method(delta.info.method)
-        name = f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}"
+        name = delta_name(info.method, info.pruning_rate, info.seed)
         if self.folder is None:
             num_bytes = delta.num_bytes
         else:  # the bytes that were written, without encoding them a second time
@@ -199,6 +199,11 @@ class Experiment:
             q_split=self.q_split if row.fit or row.needs_inputs(info.settings) else "",
             folder=name,
         )
+
+
+def delta_name(method: str, pruning_rate: float, seed: int) -> str:
+    """Name of the folder that a delta of an experiment is saved in, such as ``dare-p0.9-seed0``."""
+    return f"{method}-p{pruning_rate:g}-seed{seed}"
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
