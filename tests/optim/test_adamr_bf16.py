@@ -90,8 +90,8 @@ def test_it_is_a_groups_own_setting_and_narrow_parameters_keep_their_dtype():
     groups = [{"params": [a, c], **NARROW}, {"params": [b, d]}, {"params": [head], "new": True, **NARROW}]
     optimizer = AdamR(groups)
     train(optimizer, [a, b, c, d, head], 2)
-    found = {name: optimizer.state[p]["pretrained"].dtype for name, p in zip("abcd", (a, b, c, d), strict=True)}
-    assert found == {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16, "d": torch.float16}
+    theta0_dtypes = {name: optimizer.state[p]["pretrained"].dtype for name, p in zip("abcd", (a, b, c, d), strict=True)}
+    assert theta0_dtypes == {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16, "d": torch.float16}
     assert "pretrained" not in optimizer.state[head]
     optimizer = AdamR([a], **NARROW)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
@@ -135,36 +135,36 @@ def test_no_more_than_a_piece_is_wide_at_a_time(norm):
     assert held(optimizer)[0].untyped_storage().nbytes() == 2 * 3_000_000
 
 
-@pytest.mark.parametrize(("saved", "own"), itertools.product([None, "bfloat16"], repeat=2))
+@pytest.mark.parametrize(("saved", "current"), itertools.product([None, "bfloat16"], repeat=2))
 @both_paths
-def test_after_loading_it_is_narrow_if_either_side_says_so(saved, own, foreach):
+def test_after_loading_it_is_narrow_if_either_side_says_so(saved, current, foreach):
     whole = random_parameters()
     base = [p.detach().clone() for p in whole]
     first = AdamR(whole, pretrained_dtype=saved, foreach=foreach)
     train(first, whole, 3)
     resumed = [nn.Parameter(p.detach().clone()) for p in whole]
-    second = AdamR(resumed, pretrained_dtype=own, foreach=foreach)
+    second = AdamR(resumed, pretrained_dtype=current, foreach=foreach)
     second.load_state_dict(saved_and_loaded(first.state_dict()))
-    expected = torch.bfloat16 if saved or own else torch.float32
+    expected = torch.bfloat16 if saved or current else torch.float32
     assert dtypes(second) == {expected}
     assert_same(held(second), [t.to(expected) for t in base])  # rounded once, never from the weights of step 3
-    assert second.param_groups[0]["pretrained_dtype"] == (saved or own)
-    if saved == (saved or own):
+    assert second.param_groups[0]["pretrained_dtype"] == (saved or current)
+    if saved == (saved or current):
         assert_same(train(second, resumed, 3, start=3), train(first, whole, 3, start=3))
     else:
         train(second, resumed, 3, start=3)
     assert dtypes(second) == {expected}
 
 
-@pytest.mark.parametrize("own", [None, "bfloat16"])
-def test_a_state_dict_from_before_the_setting_loads(own):
+@pytest.mark.parametrize("current", [None, "bfloat16"])
+def test_a_state_dict_from_before_the_setting_loads(current):
     parameters = random_parameters()
     older = copy.deepcopy(AdamR(parameters).state_dict())
     del older["param_groups"][0]["pretrained_dtype"]
-    optimizer = AdamR(parameters, pretrained_dtype=own)
+    optimizer = AdamR(parameters, pretrained_dtype=current)
     optimizer.load_state_dict(older)
     train(optimizer, parameters, 1)
-    assert dtypes(optimizer) == {torch.bfloat16 if own else torch.float32}
+    assert dtypes(optimizer) == {torch.bfloat16 if current else torch.float32}
 
 
 # ------------------------------------------------------------------ in shards
@@ -196,7 +196,7 @@ def test_in_shards_too_the_run_is_the_same_bit_for_bit(norm):
         assert {t.dtype for t in result["pretrained"].values()} == {torch.bfloat16}
 
 
-def resume_in_shards(saved, own, full):
+def resume_in_shards(saved, current, full):
     """Dtypes and placements of θ0 after a distributed checkpoint's way of loading; whether it is the first base's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -208,19 +208,19 @@ def resume_in_shards(saved, own, full):
     first.step()
     weights, state = get_state_dict(net, first, options=options)
     other, _, _ = distcases.share(distcases.make_net(), "fsdp2")
-    second = AdamR(other.parameters(), pretrained_dtype=own)
+    second = AdamR(other.parameters(), pretrained_dtype=current)
     set_state_dict(other, second, model_state_dict=weights, optim_state_dict=copy.deepcopy(state), options=options)
-    found = {name: second.state[p]["pretrained"] for name, p in other.named_parameters()}
-    assert all(found[name].placements == p.placements for name, p in other.named_parameters())
-    dtype = torch.bfloat16 if saved or own else torch.float32
-    return all(torch.equal(distcases.whole(t), base[name].to(dtype)) for name, t in found.items())
+    theta0 = {name: second.state[p]["pretrained"] for name, p in other.named_parameters()}
+    assert all(theta0[name].placements == p.placements for name, p in other.named_parameters())
+    dtype = torch.bfloat16 if saved or current else torch.float32
+    return all(torch.equal(distcases.whole(t), base[name].to(dtype)) for name, t in theta0.items())
 
 
 @pytest.mark.parametrize(
-    ("saved", "own", "full"), [("bfloat16", None, True), (None, "bfloat16", True), ("bfloat16", "bfloat16", False)]
+    ("saved", "current", "full"), [("bfloat16", None, True), (None, "bfloat16", True), ("bfloat16", "bfloat16", False)]
 )
-def test_checkpoints_of_shards_load_as_whole_ones_do(saved, own, full):
-    assert distjobs.run(resume_in_shards, 2, saved, own, full) == {0: True, 1: True}
+def test_checkpoints_of_shards_load_as_whole_ones_do(saved, current, full):
+    assert distjobs.run(resume_in_shards, 2, saved, current, full) == {0: True, 1: True}
 
 
 # ------------------------------------------------------------------ the callback
@@ -297,9 +297,9 @@ def test_a_verified_copy_gives_the_fingerprint_if_and_only_if_it_is_exact(holds)
     unknown, known = BaseWeights({}, explicit=False), BaseWeights.from_module(module)
     unknown.adopt_optimizer_copies(module, [optimizer])
     assert not unknown.tensors
-    own = dict(known.tensors)
+    tensors = dict(known.tensors)
     known.adopt_optimizer_copies(module, [optimizer], verified=True)
-    assert all(known.tensors[name] is tensor for name, tensor in own.items())
+    assert all(known.tensors[name] is tensor for name, tensor in tensors.items())
     unknown.adopt_optimizer_copies(module, [optimizer], verified=True)
     unknown.convert_like(module)
     assert {t.dtype for t in unknown.tensors.values()} == {torch.float32}

@@ -111,8 +111,8 @@ def test_any_cut_gives_the_same_positions(rate):
     numel = 3 * BLOCK + 1234
     whole = kept_positions("w", numel, rate, 3)
     cuts = [0, 1, 70_000, 70_000, BLOCK * 2, numel - 1, numel]
-    parts = [kept_positions("w", numel, rate, 3, start=a, stop=b) for a, b in pairwise(cuts)]
-    assert np.array_equal(np.concatenate(parts), whole)
+    pieces = [kept_positions("w", numel, rate, 3, start=a, stop=b) for a, b in pairwise(cuts)]
+    assert np.array_equal(np.concatenate(pieces), whole)
     assert np.all(np.diff(whole) > 0)
 
 

@@ -35,9 +35,9 @@ def test_a_bare_encoder_a_classifier_and_wrapped_ones_agree(classifier):
     assert set(canonical_tensors(Wrapped(torch.compile(classifier)))) == full
     assert set(canonical_tensors(classifier.state_dict())) == full
     assert set(canonical_tensors(Wrapped(Wrapped(classifier)).state_dict())) == full
-    own = canonical_names(Wrapped(classifier))
-    assert own["model.bert.pooler.dense.bias"] == "pooler.dense.bias"
-    assert own["model.classifier.weight"] == "classifier.weight"
+    names = canonical_names(Wrapped(classifier))
+    assert names["model.bert.pooler.dense.bias"] == "pooler.dense.bias"
+    assert names["model.classifier.weight"] == "classifier.weight"
 
 
 def test_tied_heads_are_one_tensor():
