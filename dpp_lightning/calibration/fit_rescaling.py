@@ -88,14 +88,14 @@ def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> 
     return SparseDelta(tensors, delta.carried, replace(delta.info, dtype=spec.dtype), delta.new_rows)
 
 
-def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found: Any) -> SparseDelta:
+def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found_settings: Any) -> SparseDelta:
     """The same entries with their float32 values times one weight a tensor or an entry.
 
     Args:
         delta: the delta.
         weights: canonical name to a number, or to a tensor of shape (kept,).
-        found: what was found, for the delta's settings.
+        found_settings: what was found, kept in the delta's settings.
     """
     tensors = {name: replace(kept, values=kept.values * weights[name]) for name, kept in delta.tensors.items()}
-    info = replace(delta.info, settings={**delta.info.settings, **found})
+    info = replace(delta.info, settings={**delta.info.settings, **found_settings})
     return SparseDelta(tensors, delta.carried, info, delta.new_rows)

@@ -62,11 +62,11 @@ class InputCollector:
         self._sums: dict[nn.Module, _Sums] = {}
         self._mask: Tensor | None = None
         known: set[str] = set()
-        for name, part in module.named_modules():
-            own = names.get(f"{name}.weight" if name else "weight")
-            if own is not None and own not in known and _has_inputs(part):
-                known.add(own)  # a tied weight counts where it comes first
-                self._sums[part] = _Sums.of(own, part)
+        for name, submodule in module.named_modules():
+            weight = names.get(f"{name}.weight" if name else "weight")
+            if weight is not None and weight not in known and _has_inputs(submodule):
+                known.add(weight)  # a tied weight counts where it comes first
+                self._sums[submodule] = _Sums.of(weight, submodule)
 
     @property
     def statistics(self) -> dict[str, InputStatistics]:

@@ -19,7 +19,7 @@ class OutputChange:
     """How far the model as it stands is from the fine-tuned one, on a fixed batch.
 
     ``mean`` is the mean absolute difference (DAREx Algorithm 2, objective e, as the released code has it for encoders);
-    ``top-logits`` the mean squared difference over the fine-tuned model's five largest logits at each place (the
+    ``top-logits`` the mean squared difference over the fine-tuned model's five largest logits at each position (the
     released code for decoders), for which no more than these are kept.
 
     Args:

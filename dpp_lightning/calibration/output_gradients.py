@@ -42,9 +42,9 @@ class BatchGradients:
 
     def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
-        own = canonical_tensors(self.module)
-        names = match_names(delta.tensors, own)
-        targets = {name: own[other] for name, other in names.items()}
+        tensors = canonical_tensors(self.module)
+        names = match_names(delta.tensors, tensors)
+        targets = {name: tensors[name_in_module] for name, name_in_module in names.items()}
         frozen = [tensor for tensor in targets.values() if not tensor.requires_grad]
         with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():
             try:
@@ -52,13 +52,13 @@ class BatchGradients:
                     tensor.requires_grad_(True)
                 piece, reference = tree_map(_normal, (self.pieces[batch], self.reference[batch]))
                 loss = top_logits_error(reference, self._forward(piece))
-                found = torch.autograd.grad(loss, list(targets.values()), allow_unused=True)
+                gradients = torch.autograd.grad(loss, list(targets.values()), allow_unused=True)
             finally:
                 for tensor in frozen:
                     tensor.requires_grad_(False)
         return {
             name: gather_entries(gradient, delta.tensors[name].indices).cpu()
-            for name, gradient in zip(targets, found, strict=True)
+            for name, gradient in zip(targets, gradients, strict=True)
             if gradient is not None
         }
 
@@ -84,11 +84,11 @@ def _cut(batch: Any) -> list[Any]:
             f"least {PIECES} samples, got {samples}; give more calibration samples"
         )
 
-    def part(leaf: Any, first: int) -> Any:
+    def every_fourth(leaf: Any, first: int) -> Any:
         whole = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
         return leaf[first::PIECES] if whole else leaf
 
-    return [tree_map(lambda leaf, i=i: part(leaf, i), batch) for i in range(PIECES)]
+    return [tree_map(lambda leaf, i=i: every_fourth(leaf, i), batch) for i in range(PIECES)]
 
 
 def _normal(leaf: Any) -> Any:

@@ -83,7 +83,7 @@ def plot_over_size(results: Sequence[Result], path: Path, *, score: str, title: 
 def _plot(
     results: Sequence[Result],
     path: Path,
-    place: Callable[[Point], float],
+    abscissa: Callable[[Point], float],
     label: Callable[[Any], None],
     score: str,
     title: str,
@@ -97,7 +97,7 @@ def _plot(
     axes.set_xscale("log")
     for index, (method, line) in enumerate(points(results).items()):
         axes.errorbar(
-            [place(point) for point in line],
+            [abscissa(point) for point in line],
             [point.score for point in line],
             [point.deviation for point in line],
             color=_COLOURS[index % len(_COLOURS)],
@@ -143,8 +143,8 @@ def plot_over_q(
         for level, style, name in ((finetuned, "--", "fine-tuned"), (base, ":", "base")):
             if level is not None:
                 axes.axhline(level, color="tab:blue", linestyle=style, linewidth=1, label=name)
-        other = axes.twinx()
-        other.plot(curve.q, curve.change, "s-", color="tab:red", label="output change")
+        change_axes = axes.twinx()
+        change_axes.plot(curve.q, curve.change, "s-", color="tab:red", label="output change")
         if curve.chosen is not None:
             axes.axvline(curve.chosen, color="black", linewidth=1, label=f"chosen q = {curve.chosen:.3g}")
         axes.set_xscale("log")
@@ -152,7 +152,7 @@ def plot_over_q(
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("q (left end: 1 - p, DARE)")
         axes.set_ylabel(monitor, color="tab:blue")
-        other.set_ylabel("output change", color="tab:red")
+        change_axes.set_ylabel("output change", color="tab:red")
         axes.set_title(f"p = {curve.pruning_rate:g}")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small")
     with atomic_file(path) as temporary:

@@ -54,12 +54,14 @@ def caption(results: Sequence[Result], subject: Subject) -> str:
     """The split of every number, the seeds, the units, the checkpoint: a list in Markdown."""
     searched = sorted({r.q_split for r in results if r.q_split})
     labels = "by the metric on labels" if subject.objective == "metric" else "by the change of the output, no labels"
-    found = f"on {' and '.join(searched)}, {labels}; none of it is scored" if searched else "none; q follows from p"
+    calibrated = (
+        f"on {' and '.join(searched)}, {labels}; none of it is scored" if searched else "none; q follows from p"
+    )
     return "".join(
         f"- {line}\n"
         for line in (
             f"score: {subject.monitor} on the {results[0].split} split; {_seeds(results)}",
-            f"calibration and search of q: {found}",
+            f"calibration and search of q: {calibrated}",
             "base: all of the delta dropped (new heads kept); fine-tuned: nothing dropped",
             "MB: 10⁶ bytes of the delta's two files (fine-tuned: the dense weights); ratio: dense bytes over these; "
             "density: stored over all entries; seconds: prune, search, score and save one row",

@@ -1,7 +1,7 @@
-"""``results.jsonl``: one line a scored model, appended as it is made, so that a killed run goes on where it was.
+"""``results.jsonl``: one line for each scored model, appended as it is made, so that a killed run can be continued.
 
-The first line, the base's, also holds the object ``run``: what all rows have in common and what another run would have
-differently. Every pruned row holds its method's own ``settings``.
+The first line, that of the base, also holds the object ``run``: what all rows have in common and what tells them from
+the rows of another run. Every pruned row holds its method's own ``settings``.
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ class ResultsLog:
         differences = [
             _difference(n, there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)
         ]
-        for method, own in self.settings.items():
-            other = next((r["settings"] for r in rows if r["method"] == method and r.get("settings", own) != own), None)
-            if other is not None:
-                differences.append(_difference(f"settings of {method}", other, dict(own)))
+        for method, now in self.settings.items():
+            before = next(
+                (r["settings"] for r in rows if r["method"] == method and r.get("settings", now) != now), None
+            )
+            if before is not None:
+                differences.append(_difference(f"settings of {method}", before, dict(now)))
         if differences:
             raise ValueError(f"{self.path} holds the rows of another run: {'; '.join(differences)}. {_CURE}")
 

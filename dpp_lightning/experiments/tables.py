@@ -19,7 +19,7 @@ def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, float | None], list[Result]] = {}
     for result in results:
         groups.setdefault((result.method, result.pruning_rate), []).append(result)
-    order = {method: place for place, method in enumerate(dict.fromkeys(method for method, _ in groups))}
+    order = {method: index for index, method in enumerate(dict.fromkeys(method for method, _ in groups))}
     rows = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0.0))
     return [_row(method, rate, group) for (method, rate), group in rows]
 

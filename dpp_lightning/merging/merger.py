@@ -13,7 +13,7 @@ from dpp_lightning.delta.task_heads import for_tasks
 from dpp_lightning.merging.sources import MergeSource, names_in_base
 from dpp_lightning.merging.weights import Weights, delta_weights
 from dpp_lightning.methods.kept_entries import GrowingBuffer
-from dpp_lightning.methods.merge_rules import Part, get_merge, trimmed
+from dpp_lightning.methods.merge_rules import WeightedEntries, get_merge, trimmed
 from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.storage.checkpoints import Progress
 from dpp_lightning.tensors.dtypes import check_dtype, to_dtype
@@ -164,13 +164,13 @@ class Merger:
         stream, order = source.checked(self.base, names), [names[own] for own, _ in source.table]
         return stream if order == sorted(order) else iter(sorted(stream, key=lambda item: item[0]))
 
-    def _part(self, k: int, part: SparseTensor, name: str) -> Part:
+    def _part(self, k: int, part: SparseTensor, name: str) -> WeightedEntries:
         indices, values = part.indices, part.values
         if self.trim_rate is not None:
             indices, values = trimmed(indices, values, prod(part.shape), self.trim_rate)
-        return Part(indices, values, self.weights[k](name), self.sources[k].info.q)
+        return WeightedEntries(indices, values, self.weights[k](name), self.sources[k].info.q)
 
-    def _merged(self, name: str, shape: tuple[int, ...], found: Sequence[Part]) -> SparseTensor:
+    def _merged(self, name: str, shape: tuple[int, ...], found: Sequence[WeightedEntries]) -> SparseTensor:
         numel, short = prod(shape), torch.int32 if prod(shape) < 2**31 else torch.int64
         indices, merged = GrowingBuffer(short), GrowingBuffer(torch.float32)
         for start in range(0, numel, _BLOCK):
@@ -195,11 +195,11 @@ class Merger:
         return settings if self.trim_rate is None else {**settings, "trim_rate": self.trim_rate}
 
 
-def _between(part: Part, start: int, size: int) -> Part:
+def _between(part: WeightedEntries, start: int, size: int) -> WeightedEntries:
     """The entries of a block, by their positions in it."""
     bounds = torch.tensor([start, start + size], dtype=part.indices.dtype)
     first, last = torch.searchsorted(part.indices, bounds).tolist()
-    return Part(part.indices[first:last] - start, part.values[first:last], part.weight, part.q)
+    return WeightedEntries(part.indices[first:last] - start, part.values[first:last], part.weight, part.q)
 
 
 def _check_settings(method: str, weights: Weights | None, scale: float, trim_rate: float | None) -> None:

@@ -1,7 +1,7 @@
-"""Exact ranks of |delta| over any number of blocks, in bounded memory: two passes of histograms over the bits.
+"""Exact ranks of scores over any number of blocks, in bounded memory: two passes of histograms over the bits.
 
-The bits of a non-negative float32 order like the number. A first pass counts their upper halves, a second one the lower
-halves inside the one bin that matters, whose counts then stand for exact numbers.
+The bits of non-negative float32 numbers have the same order as the numbers. A first pass counts scores by the upper half
+of their bits, a second one by the lower half, inside the one bin that matters; each of its counts is of one exact number.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_HALF = 16
-_BINS = 1 << 15  # of the upper half: the sign is 0
-_INFINITE = 0x7F80
+_HALF = 16  # bits of either half of a float32
+_BINS = 1 << 15  # of the upper half, whose sign bit is 0
+_INFINITE = 0x7F80  # upper half of infinity; NaN lies above
 
 Blocks = Callable[[], Iterable[Tensor]]  # reads all scores again: float32 >= 0, one-dimensional, on the CPU
 
@@ -34,17 +34,17 @@ class RankThreshold:
     def positions(self, scores: Tensor, ties: int) -> tuple[Tensor, int]:
         """Kept positions in one block, sorted, and how many of the ``ties`` are left for the blocks after it."""
         bits = _bits(scores)
-        found = torch.from_numpy((bits >= self.bits).numpy().nonzero()[0])
-        equal = (bits[found] == self.bits).nonzero().flatten()
+        kept = torch.from_numpy((bits >= self.bits).numpy().nonzero()[0])
+        equal = (bits[kept] == self.bits).nonzero().flatten()
         if len(equal) > ties:
-            keep = torch.ones(len(found), dtype=torch.bool)
+            keep = torch.ones(len(kept), dtype=torch.bool)
             keep[equal[ties:]] = False
-            found = found[keep]
-        return found, max(ties - len(equal), 0)
+            kept = kept[keep]
+        return kept, max(ties - len(equal), 0)
 
 
 def largest(blocks: Blocks, count: int) -> RankThreshold:
-    """The threshold that keeps exactly ``count`` >= 1 scores, those that tie by their order.
+    """The threshold that keeps exactly ``count`` >= 1 scores; where scores are equal, the first ones.
 
     Raises:
         ValueError: scores that are not finite, or fewer than ``count``.
@@ -60,13 +60,13 @@ def largest(blocks: Blocks, count: int) -> RankThreshold:
 
 
 def inclusion_rate(blocks: Blocks, budget: float) -> tuple[float, int]:
-    """lambda with sum of min(1, lambda * score) = budget, and from which bits on a score counts as probability 1.
+    """The lambda with sum of min(1, lambda * score) = budget, and the bits from which on a score has probability 1.
 
-    With c scores at probability 1, lambda = (budget - c) / (sum of the others), where none of the others exceeds
+    With c scores at probability 1, lambda = (budget - c) / (sum of the remaining scores), where none of those exceeds
     1 / lambda. Exact: no sum is interpolated inside a bin.
 
     Returns:
-        (lambda, bits); (inf, 1) where no more than ``budget`` scores are above 0: then all those are kept.
+        (lambda, bits); (inf, 1) where no more than ``budget`` scores are above 0, which are then all kept.
 
     Raises:
         ValueError: scores that are not finite.

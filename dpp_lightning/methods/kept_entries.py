@@ -1,4 +1,4 @@
-"""Kept entries of one tensor, and the plainest way to choose them: those that rank highest, an exact number of them."""
+"""The kept entries of one tensor: their positions, how many they are, and a buffer to collect them in."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ class KeptEntries:
 
     Attributes:
         positions: sorted distinct flat positions, int64, on the CPU, shape (kept,).
-        values: what is kept of them where the selection itself weighs them, float32, shape (kept,); None for the
-            delta itself.
+        values: where the selection weighs the kept values, these, float32, shape (kept,); None where the delta itself is
+            kept.
     """
 
     positions: Tensor
@@ -23,28 +23,28 @@ class KeptEntries:
 
 
 def exact_count(numel: int, pruning_rate: float) -> int:
-    """k = n - floor(p n) with p as an exact decimal."""
+    """How many of n entries are kept: n - floor(p n), with p as an exact decimal."""
     return numel - int(exact_rate(pruning_rate) * numel)
 
 
 class GrowingBuffer:
-    """One-dimensional tensors put together in a buffer that doubles.
+    """One-dimensional tensors appended to a buffer that doubles when it is full.
 
-    A list of small tensors would do, but each would be cut from the hole that a block's large temporaries left, so that
-    the next block needs new memory: it would grow by a block's size for every block.
+    A list of small tensors would use more memory: each would be allocated in the hole that a block's large temporaries
+    left, so that the next block would need new memory, a block's size for every block.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._buffer, self._size = torch.empty(1 << 12, dtype=dtype), 0
 
-    def append(self, part: Tensor) -> None:
+    def append(self, block: Tensor) -> None:
         """Copy the next entries in."""
-        size = self._size + len(part)
+        size = self._size + len(block)
         if size > len(self._buffer):
-            larger = torch.empty(max(size, 2 * len(self._buffer)), dtype=part.dtype)
+            larger = torch.empty(max(size, 2 * len(self._buffer)), dtype=block.dtype)
             larger[: self._size] = self._buffer[: self._size]
             self._buffer = larger
-        self._buffer[self._size : size] = part
+        self._buffer[self._size : size] = block
         self._size = size
 
     def tensor(self) -> Tensor:

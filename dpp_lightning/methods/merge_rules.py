@@ -1,7 +1,7 @@
-"""How the kept entries that several deltas have in one tensor become those of one delta. Work per kept entry.
+"""Merge rules: the kept entries that several deltas have in one tensor to those of one delta. Work per kept entry.
 
-Pure functions on tensors: a part has sorted distinct flat positions (int32 or int64) and the delta's values there, both
-of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
+Pure functions on :class:`WeightedEntries`: sorted distinct flat positions (int32 or int64) and the delta's values there,
+both of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dpp_lightning.methods.kept_entries import exact_count
 
 
-class Part(NamedTuple):
+class WeightedEntries(NamedTuple):
     """One delta's kept entries of a tensor, with its weight there and the q that the values are divided by."""
 
     indices: Tensor
@@ -29,29 +29,29 @@ class Part(NamedTuple):
         return self.values.double() * (self.weight / self.q)
 
 
-Rule = Callable[[Sequence[Part], int, float], tuple[Tensor, Tensor]]
+Rule = Callable[[Sequence[WeightedEntries], int, float], tuple[Tensor, Tensor]]
 _SPARSE = 32  # below one kept entry in so many, sorting positions is faster than marking them
 
 
-def weighted_sum(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def weighted_sum(deltas: Sequence[WeightedEntries], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Task arithmetic: scale * sum_k weight_k * delta_k at the entries that any delta keeps.
 
     Args:
-        parts: at least one.
+        deltas: at least one.
         numel: entries of the tensor; all positions are below it.
         scale: multiplies the sum.
 
     Returns:
         (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
     """
-    union, places = union_of([part.indices for part in parts], numel)
+    union, indices = union_of([delta.indices for delta in deltas], numel)
     total = torch.zeros(len(union), dtype=torch.float64)
-    for place, part in zip(places, parts, strict=True):
-        total.index_add_(0, place, part.weighted())
+    for index, delta in zip(indices, deltas, strict=True):
+        total.index_add_(0, index, delta.weighted())
     return union, (total * scale).float()
 
 
-def elected_mean(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def elected_mean(deltas: Sequence[WeightedEntries], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """TIES: elect a sign for each entry, then take the mean of the deltas that agree with it.
 
     The sign is that of sum_k weight_k * delta_k; the value is scale * (sum over A of weight_k * delta_k) divided by the
@@ -60,16 +60,16 @@ def elected_mean(parts: Sequence[Part], numel: int, scale: float = 1.0) -> tuple
 
     Args, returns: as :func:`weighted_sum`.
     """
-    union, places = union_of([part.indices for part in parts], numel)
-    weighted = [part.weighted() for part in parts]
+    union, indices = union_of([delta.indices for delta in deltas], numel)
+    weighted = [delta.weighted() for delta in deltas]
     total = torch.zeros(len(union), dtype=torch.float64)
-    for place, values in zip(places, weighted, strict=True):
-        total.index_add_(0, place, values)
+    for index, values in zip(indices, weighted, strict=True):
+        total.index_add_(0, index, values)
     sign, agreed, mass = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
-    for place, values, part in zip(places, weighted, parts, strict=True):
-        of_sign = values.sign() == sign[place]
-        agreed.index_add_(0, place, values * of_sign)
-        mass.index_add_(0, place, of_sign.double() * abs(part.weight))
+    for index, values, delta in zip(indices, weighted, deltas, strict=True):
+        of_sign = values.sign() == sign[index]
+        agreed.index_add_(0, index, values * of_sign)
+        mass.index_add_(0, index, of_sign.double() * abs(delta.weight))
     kept = (sign != 0).nonzero().squeeze(1)
     return union[kept], (scale * agreed[kept] / mass[kept]).float()
 
@@ -93,7 +93,7 @@ def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tu
 
 
 def union_of(indices: Sequence[Tensor], numel: int) -> tuple[Tensor, list[Tensor]]:
-    """All positions that occur, sorted, and where each delta's lie among them; int64.
+    """The union of all positions, sorted, and the index of each delta's positions in it; int64.
 
     Args:
         indices: sorted distinct positions below ``numel``, one tensor for each delta.
@@ -102,13 +102,13 @@ def union_of(indices: Sequence[Tensor], numel: int) -> tuple[Tensor, list[Tensor
     if all(torch.equal(indices[0], other) for other in indices[1:]):
         return indices[0].long(), [torch.arange(len(indices[0]), device=indices[0].device)] * len(indices)
     if numel > _SPARSE * sum(map(len, indices)):
-        union = torch.cat([own.long() for own in indices]).unique(sorted=True)
-        return union, [torch.searchsorted(union, own.long()) for own in indices]
+        union = torch.cat([positions.long() for positions in indices]).unique(sorted=True)
+        return union, [torch.searchsorted(union, positions.long()) for positions in indices]
     marks = torch.zeros(numel, dtype=torch.bool, device=indices[0].device)
-    for own in indices:
-        marks.index_fill_(0, own.long(), True)
+    for positions in indices:
+        marks.index_fill_(0, positions.long(), True)
     ranks = marks.cumsum(0, dtype=torch.int32)
-    return marks.nonzero().squeeze(1), [ranks.index_select(0, own.long()).long() - 1 for own in indices]
+    return marks.nonzero().squeeze(1), [ranks.index_select(0, positions.long()).long() - 1 for positions in indices]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MergeMethod:
     """One way to merge: its rule, and where it comes from.
 
     Attributes:
-        rule: parts of one tensor and the scale to the merged entries.
+        rule: the deltas' entries of one tensor, the tensor's size and the scale to the merged entries.
         weight: of every delta where none is given.
         keeps_all: every entry that a delta keeps is kept.
         paper, url: for the card.

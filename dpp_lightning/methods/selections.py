@@ -1,4 +1,5 @@
-"""Selections: which entries of a delta stay. Functions over all pruned tensors that yield the kept ones of each."""
+"""Selections: which entries of a delta are kept. Each is a function of all pruned tensors that yields the kept entries of
+one tensor after the other."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ Score = Literal["magnitude", "activation"]
 
 
 class Selection(Protocol):
-    """One selection: all pruned tensors, the rate, the mask seed and the method's own settings to the kept entries.
+    """A selection: from all pruned tensors, the rate, the mask seed and the method's own settings to the kept entries.
 
     Yields one :class:`KeptEntries` for each pair in order; reads a tensor in blocks and holds the kept entries of one
     tensor.
@@ -40,7 +41,7 @@ def random(pairs: Sequence[TensorPair], pruning_rate: float, seed: int) -> Itera
 def magnitude(
     pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, budget: Budget = "tensor"
 ) -> Iterator[KeptEntries]:
-    """Keep the k = n - floor(p n) largest |delta| (MP), exactly k: of equal ones the first.
+    """Keep the k = n - floor(p n) largest |delta| (MP), exactly k; where they are equal, the first.
 
     Args:
         pairs, pruning_rate: as for every selection.
@@ -82,8 +83,8 @@ def importance(
             rate, cap = inclusion_rate(partial(scores_of, group, score), total)
         positions, values = GrowingBuffer(torch.int64), GrowingBuffer(torch.float32)
         for start, delta, scores in pair.scores(score):
-            found, value = _weighed(pair, start, delta, scores, rate, cap, keep_rate(pruning_rate), seed)
-            positions.append(found)
+            kept, value = _weighed(pair, start, delta, scores, rate, cap, keep_rate(pruning_rate), seed)
+            positions.append(kept)
             values.append(value)
         yield KeptEntries(positions.tensor(), values.tensor())
 
@@ -98,15 +99,15 @@ def _weighed(
     else:
         words = torch.from_numpy(uniform_words(pair.name, seed, start, start + len(delta)).astype("float64"))
         kept = capped | (words < scores.double() * (rate * 2.0**32))
-    found = torch.from_numpy(kept.numpy().nonzero()[0])
-    delta, scores, capped = delta[found], scores[found], capped[found]
+    positions = torch.from_numpy(kept.numpy().nonzero()[0])
+    delta, scores, capped = delta[positions], scores[positions], capped[positions]
     # |delta| / score is exactly 1 without data, so that all values below the cap are one number but for their sign
     value = torch.where(capped, delta * keep, torch.sign(delta) * (keep / rate) * (delta.abs() / scores))
-    return found + start, value
+    return positions + start, value
 
 
 def _budgets(pairs: Sequence[TensorPair], budget: Budget) -> Iterator[tuple[TensorPair, Sequence[TensorPair]]]:
-    """Every pair, with the pairs that share one budget beside the first of them."""
+    """Every pair; beside the first pair of each budget all pairs that share it, beside the others none."""
     if budget not in ("tensor", "model"):
         raise ValueError(f"budget must be 'tensor' or 'model', got {budget!r}")
     for index, pair in enumerate(pairs):

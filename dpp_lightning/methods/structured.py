@@ -50,7 +50,7 @@ def column_shares(pruning_rate: float, a: float | None, b: float | None) -> tupl
     """(a, b) with a b = 1 - p, exactly where one of them is not given.
 
     Raises:
-        ValueError: as :func:`structured`.
+        ValueError: shares outside (0, 1], or two that do not give p.
     """
     keep = 1 - exact_rate(pruning_rate)
     for name, share in (("a", a), ("b", b)):
@@ -94,5 +94,5 @@ def _inside(pair: TensorPair, axis: int, chosen: Int64Array, rate: float, seed: 
 
 
 def _delta(pair: TensorPair, positions: Tensor) -> Tensor:
-    ours = gather_entries(pair.finetuned, positions).cpu().float()
-    return ours - gather_entries(pair.base, positions).cpu().float()
+    finetuned = gather_entries(pair.finetuned, positions).cpu().float()
+    return finetuned - gather_entries(pair.base, positions).cpu().float()

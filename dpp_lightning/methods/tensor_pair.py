@@ -64,15 +64,14 @@ class TensorPair:
         step = max(BLOCK // max(columns, 1), 1)
         delta = self._reader()
         for start in range(0, rows, step):
-            part = slice(start * columns, min(start + step, rows) * columns)
-            yield start, delta(part).view(-1, columns)
+            yield start, delta(slice(start * columns, min(start + step, rows) * columns)).view(-1, columns)
 
     def _reader(self) -> Callable[[slice], Tensor]:
         """Gives theta - theta_0 at a range of flat positions; of tensors in shards their difference is gathered now."""
         if is_dtensor(self.finetuned):
             delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
-            return lambda part: delta[part].cpu()
-        return lambda part: self.finetuned[part].cpu().float() - self.base[part].cpu().float()
+            return lambda block: delta[block].cpu()
+        return lambda block: self.finetuned[block].cpu().float() - self.base[block].cpu().float()
 
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.

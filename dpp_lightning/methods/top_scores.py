@@ -1,4 +1,4 @@
-"""The entries with the highest scores, an exact number of them, in one tensor or over several."""
+"""Selecting the entries with the highest scores, an exact number of them, in one tensor or over several."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dpp_lightning.methods.tensor_pair import TensorPair
 
 
 def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magnitude") -> Iterator[KeptEntries]:
-    """Keep the ``count`` highest scores of each tensor, exactly that many: of equal ones the first.
+    """Keep exactly ``count`` entries of each tensor, those with the highest scores; where scores are equal, the first.
 
     Args:
         pairs: the pruned tensors.
-        counts: one number for each, in [0, numel].
-        kind: of score, see :meth:`dpp_lightning.methods.tensor_pair.TensorPair.scores`.
+        counts: how many are kept of each tensor, in [0, numel].
+        kind: which score, see :meth:`dpp_lightning.methods.tensor_pair.TensorPair.scores`.
     """
     for pair, count in zip(pairs, counts, strict=True):
         threshold = largest(partial(scores_of, [pair], kind), count) if count else None
@@ -29,12 +29,12 @@ def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magn
 def above(
     pair: TensorPair, threshold: RankThreshold | None, ties: int, kind: str = "magnitude"
 ) -> tuple[KeptEntries, int]:
-    """What one tensor has above a threshold, and how many of the ``ties`` are left for the tensors after it."""
+    """The entries of one tensor above a threshold, and how many of the ``ties`` are left for the tensors after it."""
     kept = GrowingBuffer(torch.int64)
     if threshold is not None:
         for start, _, scores in pair.scores(kind):
-            found, ties = threshold.positions(scores, ties)
-            kept.append(found + start)
+            positions, ties = threshold.positions(scores, ties)
+            kept.append(positions + start)
     return KeptEntries(kept.tensor()), ties
 
 

@@ -31,15 +31,15 @@ def wanda(pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, per: P
 
 
 def _rows(pair: TensorPair, pruning_rate: float) -> torch.Tensor:
-    """Kept positions with an equal number in every output row, sorted; of equal scores the first."""
+    """Kept positions with an equal number in every output row, sorted; where scores are equal, the first."""
     assert pair.inputs is not None
     outputs, features = pair.shape if pair.inputs.axis == 1 else pair.shape[::-1]
     count = exact_count(features, pruning_rate)
     scores = torch.cat([score for _, _, score in pair.scores("wanda")]).view(pair.shape)
     scores = scores if pair.inputs.axis == 1 else scores.T
-    found, step = [], max(BLOCK // max(features, 1), 1)
+    kept, step = [], max(BLOCK // max(features, 1), 1)
     for start in range(0, outputs, step):
         best = torch.sort(scores[start : start + step], dim=1, descending=True, stable=True).indices[:, :count]
         rows = torch.arange(start, start + len(best)).unsqueeze(1)
-        found.append((rows * features + best if pair.inputs.axis == 1 else best * outputs + rows).flatten())
-    return torch.cat(found).sort().values if found else torch.empty(0, dtype=torch.int64)
+        kept.append((rows * features + best if pair.inputs.axis == 1 else best * outputs + rows).flatten())
+    return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.int64)

@@ -86,19 +86,30 @@ class PruningPlan:
             ValueError: weights that cannot be pruned, layers that only one side has, or nothing to prune in common.
         """
         if canonical and isinstance(base, Mapping) and isinstance(finetuned, Mapping):
-            ours, theirs = dict(finetuned), dict(base)
+            finetuned_tensors, base_tensors = dict(finetuned), dict(base)
         else:
-            ours, theirs = canonical_tensors(finetuned), canonical_tensors(base)
+            finetuned_tensors, base_tensors = canonical_tensors(finetuned), canonical_tensors(base)
             scope = scope.carrying(buffer_names(finetuned))
-        check_prunable(ours)
-        names = match_names(ours, theirs)
-        matched = {name: theirs[other] for name, other in names.items()}
-        used = set(names.values())
-        ignored = {other: tensor for other, tensor in theirs.items() if other not in used}
-        fates = scope.fates(matched, ours, ignored)
-        unchanged = frozenset(n for n, t in ours.items() if n in matched and _same(t, matched[n]))
-        prefix, own = saved or (("", {}) if canonical else saved_names(finetuned, exact=files))
-        return cls(matched, ours, fates, unchanged, scope, base_name, base_revision, prefix, own, tuple(ignored))
+        check_prunable(finetuned_tensors)
+        names = match_names(finetuned_tensors, base_tensors)
+        matched = {name: base_tensors[base_tensor] for name, base_tensor in names.items()}
+        matched_names = set(names.values())
+        ignored = {name: tensor for name, tensor in base_tensors.items() if name not in matched_names}
+        fates = scope.fates(matched, finetuned_tensors, ignored)
+        unchanged = frozenset(n for n, t in finetuned_tensors.items() if n in matched and _same(t, matched[n]))
+        prefix, file_names = saved or (("", {}) if canonical else saved_names(finetuned, exact=files))
+        return cls(
+            base=matched,
+            finetuned=finetuned_tensors,
+            fates=fates,
+            unchanged=unchanged,
+            scope=scope,
+            base_name=base_name,
+            base_revision=base_revision,
+            prefix=prefix,
+            names=file_names,
+            ignored=tuple(ignored),
+        )
 
     @property
     def pruned(self) -> list[str]:
@@ -115,7 +126,7 @@ class PruningPlan:
     def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
         """This plan, knowing the inputs of its weights, whatever the names' leading parts."""
         names = match_names(self.pruned, inputs)
-        return replace(self, inputs={name: inputs[other] for name, other in names.items()})
+        return replace(self, inputs={name: inputs[name_in_inputs] for name, name_in_inputs in names.items()})
 
     @property
     def carried(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 from dpp_lightning import SparseDelta, merge, prune
 from dpp_lightning.cli import main
 from dpp_lightning.merging.weights import delta_weights
-from dpp_lightning.methods.merge_rules import MERGES, Part, elected_mean, trimmed, union_of, weighted_sum
+from dpp_lightning.methods.merge_rules import MERGES, WeightedEntries, elected_mean, trimmed, union_of, weighted_sum
 
 
 def ties_twin(deltas, weights, trim_rate, scale):
@@ -239,8 +239,8 @@ def test_weights_from_a_file(glue_deltas, tmp_path):
 
 
 def test_rules_on_entries():
-    a = Part(torch.tensor([0, 2]), torch.tensor([1.0, -2.0]), 1.0)
-    b = Part(torch.tensor([2, 5]), torch.tensor([2.0, 3.0]), 1.0)
+    a = WeightedEntries(torch.tensor([0, 2]), torch.tensor([1.0, -2.0]), 1.0)
+    b = WeightedEntries(torch.tensor([2, 5]), torch.tensor([2.0, 3.0]), 1.0)
     indices, values = weighted_sum([a, b], 9)
     assert indices.tolist() == [0, 2, 5]
     assert values.tolist() == [1.0, 0.0, 3.0]
