@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
-from dpp_lightning.cli.exit_codes import INTERRUPTED, LOST_RANK, TERMINATED, USAGE_ERROR
+from dpp_lightning.cli.exit_codes import FAILED, INTERRUPTED, SHOW_TRACEBACK, TERMINATED, USAGE_ERROR
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.adamerging.glue_mix import GLUEMixDataModule
 from dpp_lightning.tasks.adamerging.module import AdaMergingModule
@@ -49,8 +49,6 @@ SHORT_NAMES = (
     VisionModule,
     WritePredictions,
 )
-
-SHOW_TRACEBACK = "DPP_TRACEBACK"
 
 
 class DPPCLI(LightningCLI):
@@ -178,7 +176,7 @@ def guarded(command: str, act: Callable[[], object]) -> int:
     except Exception as error:
         message, code = _for_the_user(error), USAGE_ERROR
         if message is None and (message := lost_rank(error)):
-            code = LOST_RANK
+            code = FAILED
         if message is None or os.environ.get(SHOW_TRACEBACK):
             raise
         sys.stderr.write(f"dpp {command}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
