@@ -14,8 +14,8 @@ class KeptEntries:
 
     Attributes:
         positions: sorted distinct flat positions, int64, on the CPU, shape (kept,).
-        values: where the selection weighs the kept values, these, float32, shape (kept,); None where the delta itself is
-            kept.
+        values: where the selection weighs the kept values, these, float32, shape (kept,); None where the delta itself
+            is kept.
     """
 
     positions: Tensor

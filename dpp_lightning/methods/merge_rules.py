@@ -1,7 +1,7 @@
 """Merge rules: the kept entries that several deltas have in one tensor to those of one delta. Work per kept entry.
 
-Pure functions on :class:`WeightedEntries`: sorted distinct flat positions (int32 or int64) and the delta's values there,
-both of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
+Pure functions on :class:`WeightedEntries`: sorted distinct flat positions (int32 or int64) and the delta's values
+there, both of shape (kept,). Sums are taken in float64, so that the order of the deltas does not show in float32.
 """
 
 from __future__ import annotations

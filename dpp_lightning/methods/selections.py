@@ -1,5 +1,7 @@
-"""Selections: which entries of a delta are kept. Each is a function of all pruned tensors that yields the kept entries of
-one tensor after the other."""
+"""Selections: which entries of a delta are kept.
+
+Each is a function of all pruned tensors that yields the kept entries of one tensor after the other.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
