@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from dpp_lightning.storage.mapped_file import map_pages, map_safetensors
@@ -91,6 +90,8 @@ def local_folder(source: str | Path, revision: str | None, patterns: list[str], 
     hub_id = str(source)
     if hub_id.startswith((".", "/", "~")) or hub_id.count("/") > 1:
         raise FileNotFoundError(f"{source}: no such {wanted} (nor a hub id)")
+    from huggingface_hub import snapshot_download  # a local folder needs no HTTP client, which is slow to import
+
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
 

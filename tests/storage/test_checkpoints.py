@@ -262,7 +262,7 @@ def test_a_hub_id_fetches_pytorch_weights_only_where_there_are_no_others(tmp_pat
             (save_file if kind == "model.safetensors" else torch.save)(WEIGHTS, tmp_path / kind)
         return str(tmp_path)
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert equal(load_tensors("someone/model", "main"))
     assert [a[:2] for a in asked] == [("someone/model", "main")] * (1 if kind == "model.safetensors" else 2)
     for name in ("config.json", "merges.txt", "spiece.model", "chat_template.jinja"):
