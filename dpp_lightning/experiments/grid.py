@@ -19,7 +19,7 @@ from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import get_method
-from dpp_lightning.pruning.draw import draw_and_fit
+from dpp_lightning.pruning.in_memory import draw_and_fit
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.tensors.names import TensorSource
 

@@ -1,7 +1,7 @@
 """Exact ranks of scores over any number of blocks, in bounded memory: two passes of histograms over the bits.
 
 The bits of non-negative float32 numbers have the same order as the numbers. A first pass counts scores by the upper
-half of their bits, a second one by the lower half, inside the one bin that matters: each of its counts is of one number.
+half of their bits, a second one by the lower half, inside the one bin that matters, so that it counts exact numbers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.folder import write_card, write_files
 from dpp_lightning.delta.reader import DeltaReader
 from dpp_lightning.methods.pruning_spec import PruningSpec
-from dpp_lightning.pruning.draw import draw_and_fit, find_rescaling, with_layer_inputs
+from dpp_lightning.pruning.in_memory import draw_and_fit, find_rescaling, with_layer_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import pair
+from tiny import pair as two_models
 
 from dpp_lightning import METHODS, prune
 from dpp_lightning.calibration import Calibration
@@ -40,7 +40,7 @@ def registered(monkeypatch):
 
 
 def test_a_selection_of_ones_own_prunes_under_its_name(registered):
-    base, finetuned = pair()
+    base, finetuned = two_models()
     registered("every-other", EVERY_OTHER)
     delta = prune(base, finetuned, "every-other", 0.5, first=1)
     assert "every-other" in METHODS
@@ -52,7 +52,7 @@ def test_a_selection_of_ones_own_prunes_under_its_name(registered):
 
 
 def test_a_fit_of_ones_own_is_found_and_applied(registered):
-    base, finetuned = pair()
+    base, finetuned = two_models()
     registered("every-other-halved", replace(EVERY_OTHER, fit=Fit(halved, one_q=True)))
     seen = []
     delta = prune(
@@ -95,7 +95,7 @@ def test_entry_points_are_rows_and_a_broken_one_is_named(monkeypatch):
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "dpp_lightning.methods" else [])
     table = MethodTable({"dare": METHODS["dare"]})
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="is left out") as warned:
         assert list(table) == ["dare", "toy"]
     assert {str(w.message).split(" of ")[0] for w in warned} == {"method 'torn'", "method 'dare'"}
     assert table["dare"] is METHODS["dare"]
