@@ -60,21 +60,21 @@ class ReleasedGrid:
     def __init__(self, base, tuned, batch, rate, scope) -> None:
         self.target, self.batch, self.rate = base, batch, rate
         self.reference = outputs(tuned, batch)
-        own, theirs = canonical_tensors(base), canonical_tensors(tuned)
-        self.theta = {n: t.detach().clone() for n, t in own.items() if t.is_floating_point() and n not in scope.carry}
-        self.delta = {n: theirs[n].detach() - t for n, t in self.theta.items()}
+        held, finetuned = canonical_tensors(base), canonical_tensors(tuned)
+        self.theta = {n: t.detach().clone() for n, t in held.items() if t.is_floating_point() and n not in scope.carry}
+        self.delta = {n: finetuned[n].detach() - t for n, t in self.theta.items()}
         g = torch.Generator().manual_seed(0)
         self.masks = [
             {n: torch.rand(d.shape, generator=g) >= rate for n, d in self.delta.items()} for _ in range(MASKS)
         ]
-        self.own, self.forwards = own, 0
+        self.held, self.forwards = held, 0
 
     @torch.no_grad()
     def cost(self, q: float) -> float:
         changes = []
         for mask in self.masks:
             for name, theta in self.theta.items():
-                self.own[name].copy_(theta + self.delta[name] * mask[name] / q)
+                self.held[name].copy_(theta + self.delta[name] * mask[name] / q)
             changes.append(output_change(self.reference, outputs(self.target, self.batch)))
             self.forwards += 1
         centre = median(changes)
@@ -96,11 +96,11 @@ class ReleasedGrid:
         keep = round(1 - self.rate, 6)
         coarse = self.walk([keep, *(k / 10 for k in range(1, 11) if k / 10 > keep)])
         fine = [coarse + k / 100 for k in range(-10, 11)]
-        found = self.walk([q for q in fine if keep <= q <= 1])
+        best = self.walk([q for q in fine if keep <= q <= 1])
         with torch.no_grad():
             for name, theta in self.theta.items():
-                self.own[name].copy_(theta)
-        return found
+                self.held[name].copy_(theta)
+        return best
 
 
 def scan(c: Tensor, p: float, eta: float) -> float:
@@ -139,25 +139,25 @@ def main() -> None:
 
     start = time.perf_counter()
     fit = Calibrator(plan.pairs, Objective(change)).fit(delta)
-    ours, q = time.perf_counter() - start, fit.apply(delta).q
+    scalar_seconds, q = time.perf_counter() - start, fit.apply(delta).q
     grid = ReleasedGrid(base, tuned, batch, rate, scope)
     start = time.perf_counter()
-    theirs_q = grid.search()
-    theirs = time.perf_counter() - start
+    grid_q = grid.search()
+    grid_seconds = time.perf_counter() - start
     rows = []
-    for name, value in (("scalar search", q), ("released grid", theirs_q)):
+    for name, value in (("scalar search", q), ("released grid", grid_q)):
         scores = []
         for seed in range(MASKS):
             with plan.draw(PruningSpec("darex-q", rate, seed)).rescaled(value).applied(base, force=True):
                 scores.append(score(base, data))
         rows.append((name, value, change(delta.rescaled(value)), mean(scores)))
     for (name, value, cost, got), seconds, forwards in zip(
-        rows, (ours, theirs), (len(fit.tried), grid.forwards), strict=True
+        rows, (scalar_seconds, grid_seconds), (len(fit.tried), grid.forwards), strict=True
     ):
         print(
             f"{name}: q = {value:.4f}, change {cost:.4f}, score {got:.4f} over {MASKS} masks, {forwards} forwards, {seconds:.1f} s"
         )
-    print(f"the grid takes {theirs / ours:.1f} times as long")
+    print(f"the grid takes {grid_seconds / scalar_seconds:.1f} times as long")
 
     name = max((n for n in layer_sums(plan.pairs).of_weight), key=lambda n: plan.finetuned[n].numel())
     c = (plan.finetuned[name].detach() - plan.base[name].detach()).double() * plan.inputs[name].mean

@@ -31,20 +31,20 @@ from dpp_lightning.pruning.scope import Scope
 def shapes() -> dict[str, tuple[int, ...]]:
     """BERT-base's 199 tensors, names and shapes as in its file."""
     width, inner = 768, 3072
-    found: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, rows in (("word", 30522), ("position", 512), ("token_type", 2)):
-        found[f"embeddings.{name}_embeddings.weight"] = (rows, width)
+        wanted[f"embeddings.{name}_embeddings.weight"] = (rows, width)
     maps = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
     maps |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
     maps |= {"output.dense": (width, inner)}
     norms = ["embeddings.LayerNorm"]
     for i in range(12):
         block = f"encoder.layer.{i}."
-        found |= {f"{block}{name}.weight": shape for name, shape in maps.items()}
-        found |= {f"{block}{name}.bias": shape[:1] for name, shape in maps.items()}
+        wanted |= {f"{block}{name}.weight": shape for name, shape in maps.items()}
+        wanted |= {f"{block}{name}.bias": shape[:1] for name, shape in maps.items()}
         norms += [f"{block}attention.output.LayerNorm", f"{block}output.LayerNorm"]
-    found |= {f"{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}
-    return found | {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
+    wanted |= {f"{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}
+    return wanted | {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
 
 
 def weights(generator: torch.Generator, scale: float) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def pruning(plan: PruningPlan, rate: float, repeats: int) -> None:
         dense = {name: plan.finetuned[name] - tensor for name, tensor in plan.base.items()}
         ways["mergekit bernoulli on the ready delta"] = partial(bernoullis, dense, rate)
     ways["dense mask, as published"] = partial(dense_mask, plan.base, plan.finetuned, rate)
-    ways["PruningPlan.draw"] = partial(plan.draw, "dare", rate, 1)
+    ways["PruningPlan.draw"] = partial(plan.draw, PruningSpec("dare", rate, 1))
     compare(ways, repeats)
 
 
@@ -169,8 +169,8 @@ def main() -> None:
     print(
         f"{entries / 1e6:.1f} M entries in {len(base)} tensors, {machine}; hash of the base {1000 * hashing:.0f} ms\n"
     )
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         sizes(plan, folder)
         save_file(finetuned, folder / "dense.safetensors")
         for rate in (0.99, 0.999):

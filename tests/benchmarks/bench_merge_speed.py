@@ -38,8 +38,8 @@ if what == "mergekit":
     options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True, write_model_card=False)
     act = lambda config, output: run_merge(MergeConfiguration.model_validate(yaml.safe_load(config)), output, options)
 else:
-    from dpp_lightning.exporting import apply_checkpoint
-    from dpp_lightning.merging import merge_checkpoints
+    from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+    from dpp_lightning.merging.merge_deltas import merge_checkpoints
     def act(base, deltas, output, method, weight, dense):
         merge_checkpoints(base, deltas, output, method, weight, tasks=["a", "b"], dtype="bfloat16")
         if dense:
@@ -82,9 +82,9 @@ def build(folder: Path, billions: float) -> None:
         (folder / side).mkdir(parents=True)
         config.save_pretrained(folder / side)
         with ShardedWriter(folder / side, entries) as writer:
-            for place, entry in enumerate(entries):
+            for shift, entry in enumerate(entries):
                 for block in blocks(torch.Size(entry.shape).numel()):
-                    values = noise[:block] if step is None else noise[:block] + step.roll(place)[:block]
+                    values = noise[:block] if step is None else noise[:block] + step.roll(shift)[:block]
                     writer.write(values.bfloat16())
 
 
@@ -120,20 +120,20 @@ def measure(folder: Path, billions: float, rate: float, repeats: int) -> None:
             {"mergekit": []} if find_spec("mergekit") else {}
         )
         for _ in range(repeats):
-            for name, found in runs.items():
+            for name, results in runs.items():
                 for made in ("merged", "dense"):
                     shutil.rmtree(folder / made, ignore_errors=True)
                 dense = folder / "dense" if name.endswith("--dense") else None
                 if name == "mergekit":
-                    found.append(work("mergekit", mergekit_config(folder, method, rate), folder / "dense"))
+                    results.append(work("mergekit", mergekit_config(folder, method, rate), folder / "dense"))
                 else:
-                    found.append(work("dpp", folder / "base", deltas, folder / "merged", method, 0.5, dense))
+                    results.append(work("dpp", folder / "base", deltas, folder / "merged", method, 0.5, dense))
         peer = statistics.median(r[0] for r in runs["mergekit"]) if "mergekit" in runs else float("nan")
-        for name, found in runs.items():
-            seconds = statistics.median(r[0] for r in found)
+        for name, results in runs.items():
+            seconds = statistics.median(r[0] for r in results)
             print(
                 f"| {billions} | {rate} | {method} | {name} | {seconds:.2f} | {seconds / peer:.2f} | "
-                f"{max(r[1] for r in found):.0f} |",
+                f"{max(r[1] for r in results):.0f} |",
                 flush=True,
             )
 
@@ -149,10 +149,10 @@ def main() -> None:
     print("| billion parameters | p | method | | seconds | over mergekit | peak RssAnon above idle, MiB |")
     print("|---|---|---|---|---|---|---|")
     for billions in arguments.billions:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-            build(Path(place), billions)
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            build(Path(folder), billions)
             for rate in arguments.rates:
-                measure(Path(place), billions, rate, arguments.repeats)
+                measure(Path(folder), billions, rate, arguments.repeats)
 
 
 if __name__ == "__main__":

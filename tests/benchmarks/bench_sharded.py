@@ -75,7 +75,7 @@ def collectives():
         dist.all_reduce, DTensor.full_tensor = reduce, gather
 
 
-def met(act: Callable) -> float:
+def seconds_together(act: Callable) -> float:
     """Seconds of something that all ranks begin together."""
     dist.barrier()
     start = time.perf_counter()
@@ -89,14 +89,14 @@ def step_cost(kind, optimizer):
     optim = OPTIMIZERS[optimizer](model.parameters())
     tokens = torch.randint(0, 30000, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     labels = torch.zeros(len(tokens), dtype=torch.long)
-    found = []
+    rows = []
     for _ in range(WARM_UP + STEPS):
         model.zero_grad()
-        learn = met(lambda: model(input_ids=tokens, labels=labels).loss.backward())
+        learn = seconds_together(lambda: model(input_ids=tokens, labels=labels).loss.backward())
         with collectives() as clock:
-            step = met(optim.step)
-        found.append((learn, step, clock.seconds))
-    return [median(column) for column in zip(*found[WARM_UP:], strict=True)]
+            step = seconds_together(optim.step)
+        rows.append((learn, step, clock.seconds))
+    return [median(column) for column in zip(*rows[WARM_UP:], strict=True)]
 
 
 def prune_cost(kind, method):
@@ -105,15 +105,15 @@ def prune_cost(kind, method):
     with torch.no_grad():
         for p in finetuned.parameters():
             p.add_(shard_like(1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)), p))
-    found = []
+    rows = []
     for _ in range(3):
         drawn = []
         with collectives() as clock:
-            draw = met(lambda drawn=drawn: drawn.append(prune(base, finetuned, method, 0.99)))
-        apply = met(lambda drawn=drawn: drawn[0].apply_(base))
+            draw = seconds_together(lambda drawn=drawn: drawn.append(prune(base, finetuned, method, 0.99)))
+        apply = seconds_together(lambda drawn=drawn: drawn[0].apply_(base))
         drawn[0].revert_(base)
-        found.append((draw, clock.seconds, apply))
-    return [median(column) for column in zip(*found, strict=True)]
+        rows.append((draw, clock.seconds, apply))
+    return [median(column) for column in zip(*rows, strict=True)]
 
 
 def main() -> None:

@@ -25,8 +25,11 @@ from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
 _WORKER = """
 import json, sys, threading, time
-from dpp_lightning.exporting import apply_checkpoint
-from dpp_lightning.streaming import prune_checkpoint
+from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+def prune(base, finetuned, output, method, rate):
+    prune_checkpoint(base, finetuned, output, PruningSpec(method, rate))
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 idle, peak, going = anonymous(), [0.0], [True]
@@ -37,7 +40,7 @@ def watch():
 thread = threading.Thread(target=watch); thread.start()
 start = time.perf_counter()
 what, arguments = json.loads(sys.argv[1])
-(prune_checkpoint if what == "prune" else apply_checkpoint)(*arguments)
+(prune if what == "prune" else apply_checkpoint)(*arguments)
 seconds = time.perf_counter() - start
 going.clear(); thread.join()
 print(json.dumps([seconds, idle, peak[0] - idle]))
@@ -55,8 +58,8 @@ def shapes(billions: float, vocabulary: int = 32000) -> dict[str, tuple[int, ...
     ends = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
     room = billions * 1e9 - 2 * vocabulary * width
     layers = max(1, -(-int(room) // sum(torch.Size(s).numel() for s in layer.values())))
-    found = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    return {**ends, **found, "model.norm.weight": (width,)}
+    inside = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    return {**ends, **inside, "model.norm.weight": (width,)}
 
 
 def build(folder: Path, billions: float) -> int:
@@ -69,9 +72,9 @@ def build(folder: Path, billions: float) -> int:
         (folder / side).mkdir(parents=True)
         (folder / side / "config.json").write_text("{}")
         with ShardedWriter(folder / side, entries) as writer:
-            for place, entry in enumerate(entries):
+            for shift, entry in enumerate(entries):
                 for block in blocks(torch.Size(entry.shape).numel()):
-                    values = noise[:block] if side == "base" else noise[:block] + step.roll(place)[:block]
+                    values = noise[:block] if side == "base" else noise[:block] + step.roll(shift)[:block]
                     writer.write(values.bfloat16())
     os.sync()
     return sum(torch.Size(entry.shape).numel() for entry in entries)
@@ -152,10 +155,10 @@ def main() -> None:
     print("| billion parameters | page cache | | seconds | of reading | peak RssAnon above idle, MiB | delta, MB |")
     print("|---|---|---|---|---|---|---|")
     for billions in arguments.billions:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-            parameters = build(Path(place), billions)
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            parameters = build(Path(folder), billions)
             for cold in (False, True)[: 1 + arguments.cold]:
-                measure(Path(place), parameters, arguments.rate, arguments.repeats, cold=cold)
+                measure(Path(folder), parameters, arguments.rate, arguments.repeats, cold=cold)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def make_model(tokenizer, hidden, layers):
     return Qwen2ForCausalLM(config)
 
 
-def pretrain(model, tokens, epochs, told):
-    """Next-token prediction on one long stream, cut at another place in each epoch."""
+def pretrain(model, tokens, epochs, report):
+    """Next-token prediction on one long stream, cut at another position in each epoch."""
     steps = epochs * (len(tokens) // (LENGTH * BATCH) - 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -76,7 +76,7 @@ def pretrain(model, tokens, epochs, told):
             schedule.step()
             step += 1
             if step % 100 == 0:
-                told(f"step {step} of {steps}: loss {loss.item():.3f}, {time.time() - start:.0f} s")
+                report(f"step {step} of {steps}: loss {loss.item():.3f}, {time.time() - start:.0f} s")
 
 
 def main():
