@@ -41,11 +41,21 @@ def title(name: str) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word nearest to ``word``, None where none is near; case, ``-`` for ``_`` and ``.yaml`` are forgiven."""
+    by_spelling = {_spelling(name): name for name in known}
+    near = get_close_matches(_spelling(word), by_spelling, n=1)
+    return by_spelling[near[0]] if near else None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``": did you mean X?"`` for the known word nearest to ``word`` (a missing ``.yaml`` forgiven), else empty."""
-    by_stem = {name.removesuffix(SUFFIX): name for name in known}
-    near = get_close_matches(word.removesuffix(SUFFIX), by_stem, n=1)
-    return f": did you mean {by_stem[near[0]]}?" if near else ""
+    """``": did you mean X?"`` for the known word nearest to ``word``, else empty."""
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
+
+
+def _spelling(word: str) -> str:
+    return word.lower().replace("-", "_").removesuffix(SUFFIX)
 
 
 def resolve(value: str) -> str:
