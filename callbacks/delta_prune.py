@@ -12,13 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
-from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.best_weights import best_weights
 from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, check_logged, read_monitor
+from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.prune_run.progress import Log, Reporter
+from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter
 from dpp_lightning.callbacks.prune_run.run import PruneRun
-from dpp_lightning.callbacks.prune_run.settings import check_settings, check_shared, check_trainer, listed, output_layer
+from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
+from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
@@ -33,53 +35,75 @@ class DeltaPruneCallback(pl.Callback):
     delta folder. Then the fine-tuned weights are put back bit for bit, unless ``apply=True``. ``Trainer.validate``
     and ``Trainer.test`` with a fine-tuned checkpoint give the same table without training.
 
+    ``output_dir`` then holds
+
+    - ``results.jsonl``: one JSON object per line and scored model, first the base, then the fine-tuned model, then the
+      pruned ones, each written as soon as it is scored. It has the ``method``, ``pruning_rate`` and ``seed``, the
+      ``score`` (the metric ``monitor`` on ``split``), ``q`` and the data it was found on (``q_split``), the bytes of
+      the saved delta (``num_bytes``) and how many times smaller that is than the dense weights (``ratio``), the
+      seconds, and the name of its ``folder``. The first line also has ``run``, what all rows have in common.
+    - a folder ``{method}-p{pruning_rate}-seed{seed}`` per pruned model, which ``SparseDelta.from_pretrained``,
+      ``dpp apply`` and ``dpp inspect`` read: the delta in ``delta_model.safetensors`` and ``delta_config.json``, a
+      model card, a transformers model's ``config.json``, and a pruned LoRA adapter in ``adapter``.
+    - ``q_curve.png``, with ``plot``.
+
+    The mean score over the seeds is logged as ``dpp/{method}/{pruning_rate}/{monitor}``, its standard deviation as the
+    same with ``_std``; ``trainer.callback_metrics`` has both.
+
     Args:
         method: a name of ``METHODS`` or several.
-        pruning_rate: fraction of the delta dropped, in [0, 1), or several.
-        seeds: mask seeds; q is found on the first one's mask.
+        pruning_rate: fraction of the delta that is dropped, in [0, 1), or several.
+        seeds: mask seeds, integers from 0; q is found on the mask of the first one.
         monitor: the logged validation metric that is the score.
         mode: whether the best score is the ``max`` or the ``min``.
-        output_dir: where delta folders and ``results.jsonl`` go; default ``deltas`` in the trainer's log folder.
+        output_dir: folder for all that is written; default ``deltas`` in the trainer's log folder.
         pretrained: local folder, file or hub id of the base; default the weights at the start of training (AdamR's
             theta_0 where the optimizer holds it).
-        revision: of a hub id.
+        revision: branch, tag or commit of a base that is a hub id.
         objective: how q is searched: ``output_change`` on one unlabelled batch, or ``metric`` on labelled data held out
             from training and from the scored split.
         calibration_samples: size of the batch for the output change.
         calibration_dataloader: data for q; default the DataModule's ``calibration_dataloader()``, else, without labels,
-            fixed items of the training data.
+            fixed samples of the training data.
         output_layer: submodule whose output is compared; default the last one with parameters, which gives the logits.
             ``last_hidden`` takes the layer that the module names in its attribute ``output_layer``, as the papers'
             code for encoders does; it suits large deltas and misleads on those that AdamR made small.
         output_measure: how outputs are compared: ``mean`` absolute difference, or ``top-logits``, the squared
             difference over the fine-tuned model's five largest logits (the papers' code for decoders).
-        forward_fn: ``(module, batch) -> Tensor`` in place of a hooked evaluation step. A module may instead have
-            ``calibration_steps(batch)``, a generator of a forward and of the places that are no padding.
+        forward_fn: ``(module, batch) -> Tensor``, called in place of the evaluation step where outputs are compared. A
+            module may instead have ``calibration_steps(batch)``, a generator that runs a forward and yields a mask of
+            the tokens that are no padding.
         scope, include, exclude, outside, carry: which tensors are pruned, see
-        :class:`dpp_lightning.pruning.scope.Scope`.
+            :class:`dpp_lightning.pruning.scope.Scope`.
         dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
             bits.
-        method_settings: a method's own settings under its name, such as ``{"magnitude": {"budget": "model"}}``.
+        method_settings: settings of single methods by name, such as ``{"magnitude": {"budget": "model"}}``.
         apply: leave the pruned weights in the model; needs a single method, rate and seed.
         ckpt: prune the weights at the end of training (``last``) or ModelCheckpoint's ``best``.
         plot: also plot score and output change over q for each rate, ``q_curve.png``: True for the first method, or a
             method's name.
-        resume: go on where an earlier run of the same weights and settings stopped: the rows that ``results.jsonl`` in
-            ``output_dir`` has are kept and not made again. A file of another run is refused.
+        resume: continue an earlier run of the same weights and settings: the rows in ``results.jsonl`` are kept and not
+            made again. The file of another run is refused.
         save_deltas: save a delta folder for each row; without it their bytes are counted all the same.
         lora: what is pruned of a module with a LoRA adapter (a ``PeftModel`` by peft): ``adapter`` (the default there)
-            its own parameters A and B, whose base is zero, saved also as a PEFT folder ``adapter`` inside the delta's;
+            its parameters A and B, whose base is zero, saved also as a PEFT folder ``adapter`` inside the delta's;
             ``merged`` the dense delta scaling B A of each adapted weight, which fits the plain base.
+        push_to_hub: ``user/name``: upload the delta folders to the hub at the end. A single delta goes to that
+            repository, each of several to ``user/name-{method}-p{pruning_rate}-seed{seed}``. A failed upload is a
+            warning with the command to repeat it. The token is that of ``hf auth login`` or ``HF_TOKEN``.
+        hub_private: whether repositories made for ``push_to_hub`` are private; default as the account has it.
 
     Attributes:
+        settings: the arguments, checked.
         results: a row for the base, the fine-tuned and each pruned model. Where the trainer starts the ranks itself
             (``ddp_fork``, ``ddp_spawn``) they stay there: read ``results.jsonl``, or ``trainer.callback_metrics``.
+        reporter: is told of every row as it is made; may be replaced before a run.
 
     Raises:
-        ValueError: at construction or before training starts: a rate outside [0, 1), an unknown method, settings that
-            contradict each other, a monitor that is not logged, no validation data, an output folder that cannot be
-            written, weights that cannot be pruned, a strategy that hides them (DeepSpeed, FSDP1) or lets ranks share
-            their memory, a base that is not the one training started from.
+        ValueError: at construction or before training starts, if a rate is outside [0, 1), a method unknown, settings
+            contradict each other, the monitor is not logged, there is no validation data, the output folder cannot be
+            written, the weights cannot be pruned, the strategy hides them (DeepSpeed, FSDP1) or lets ranks share their
+            memory, the base is not the one that training started from, or an upload is bound to fail.
     """
 
     def __init__(
@@ -111,115 +135,112 @@ class DeltaPruneCallback(pl.Callback):
         resume: bool = False,
         save_deltas: bool = True,
         lora: AdapterView | None = None,
+        push_to_hub: str | None = None,
+        hub_private: bool | None = None,
     ) -> None:
-        self.methods = [method] if isinstance(method, str) else list(method)
-        self.rates = [float(r) for r in listed(pruning_rate)]
-        self.seeds = list(listed(seeds))
-        self.monitor, self.mode = monitor, mode
-        self.output_dir = output_dir
-        self.pretrained, self.revision = pretrained, revision
-        self.objective = objective
-        self.calibration_samples = calibration_samples
-        self.calibration_dataloader = calibration_dataloader
-        self.output_layer, self.output_measure, self.forward_fn = output_layer, output_measure, forward_fn
-        self.scope = Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry))
-        self.dtype, self.apply, self.ckpt, self.plot = dtype, apply, ckpt, plot
-        self.method_settings = method_settings or {}
-        self.resume, self.save_deltas, self.lora = resume, save_deltas, lora
-        self.reporter: Reporter = Log()
-        check_settings(self)
+        self.settings = PruneSettings(
+            methods=as_tuple(method), rates=tuple(map(float, as_tuple(pruning_rate))), seeds=as_tuple(seeds),
+            monitor=monitor, mode=mode, output_dir=output_dir, pretrained=pretrained, revision=revision,
+            objective=objective, calibration_samples=calibration_samples, calibration_dataloader=calibration_dataloader,
+            output_layer=output_layer, output_measure=output_measure, forward_fn=forward_fn,
+            scope=Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)), dtype=dtype,
+            method_settings=method_settings or {}, apply=apply, ckpt=ckpt, plot=plot, resume=resume,
+            save_deltas=save_deltas, lora=lora, push_to_hub=push_to_hub, hub_private=hub_private,
+        )  # fmt: skip
+        self.reporter: Reporter = LogReporter()
         self.results: list[Result] = []
+        self._fit_done = False  # later calls of validate and test have nothing to prune
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._base: BaseWeights | None = None
         self._folder: Path | None = None
-        self._fitted = self._monitor_seen = self._running = self._pruning = False
-        self._restored: str | None = None
-        self._fingerprint: str | None = None
-
-    # ------------------------------------------------------------------ before training
+        self._base_fingerprint: str | None = None
+        self._checkpoint_fingerprint: str | None = None  # of the base that a restored checkpoint's training began from
+        self._monitor_checked = False
+        self._evaluating = False  # an extra pass is going on, in which this callback's hooks have nothing to do
+        self._pruning_began = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check all that can be checked, and take the base's weights where they exist by now."""
-        # of a fit in spawned processes the trainer's launcher alone knows afterwards
-        spawned = getattr(getattr(trainer.strategy, "launcher", None), "_already_fit", False)
-        if stage == "predict" or (stage != "fit" and (self._fitted or spawned)):
-            self._fitted = self._fitted or spawned
+        """Check all that can be checked, and take the base's weights if they exist by now."""
+        # the ranks of ddp_fork and ddp_spawn had their copy of this callback; only the launcher knows of their fit
+        fit_in_ranks = getattr(getattr(trainer.strategy, "launcher", None), "_already_fit", False)
+        self._fit_done = self._fit_done or fit_in_ranks
+        if stage == "predict" or (stage != "fit" and self._fit_done):
             return
-        check_trainer(self, trainer, pl_module, stage)
-        self._fitted = self._fitted or stage == "fit"
-        self._base, self._restored, self._monitor_seen, self._running, self._pruning = None, None, False, False, False
+        check_trainer(self.settings, trainer, pl_module, stage)
+        self._forget_run()
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
         if stage == "fit":
-            self.results = []
-        self._folder = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
+            self.results, self._fit_done = [], True
+        self._folder = Path(self.settings.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
         if trainer.is_global_zero:
             check_writable(self._folder)
         if has_weights(pl_module):
-            find_adapter(pl_module, self.lora)
-            self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
+            find_adapter(pl_module, self.settings.lora)
+            self._base = BaseWeights.take(pl_module, self.settings.pretrained, self.settings.revision)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the base of a module that made its weights in ``configure_model``, and check the output layer."""
+        settings = self.settings
         if self._base is None:
             restored = trainer.ckpt_path is not None and not trainer.strategy.restore_checkpoint_after_setup
-            if restored and self.pretrained is None:
+            if restored and settings.pretrained is None:
                 self._base = BaseWeights({}, explicit=False)  # only an optimizer can still know theta_0
             else:
-                self._base = BaseWeights.take(pl_module, self.pretrained, self.revision)
-        with self._seen(pl_module):
-            if self.forward_fn is None:
-                resolve_layer(pl_module, self.layer(pl_module))
+                self._base = BaseWeights.take(pl_module, settings.pretrained, settings.revision)
+        with self._adapter_view(pl_module):
+            if settings.forward_fn is None:
+                resolve_layer(pl_module, settings.output_layer_of(pl_module))
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
         if len(trainer.num_sanity_val_batches) > 1:
             return  # the trainer keeps no metrics of a sanity check of several loaders: on_train_start looks
-        read_monitor(trainer.callback_metrics, self.monitor)
-        self._monitor_seen = True
+        read_monitor(trainer.callback_metrics, self.settings.monitor)
+        self._monitor_checked = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle on the base, now that optimizers and checkpoint are restored; verify it against the checkpoint's."""
+        """Settle the base, now that optimizers and checkpoint are restored, and check it and the monitor."""
         assert self._base is not None
         reshard(pl_module)
-        check_shared(self, pl_module)
-        known = self._restored is not None
-        self._base.adopt_optimizer_copies(pl_module, trainer.optimizers, verified=known)
+        check_shards(self.settings, pl_module)
+        # a base that the checkpoint's fingerprint is compared with may rest on an optimizer's rounded copy
+        resumed = self._checkpoint_fingerprint is not None
+        self._base.adopt_optimizer_copies(pl_module, trainer.optimizers, verified=resumed)
         self._base.convert_like(pl_module)
-        with self._seen(pl_module) as base:
-            self._check_base(trainer, pl_module, base)
-        if not self._monitor_seen:
-            self._running = True
+        with self._adapter_view(pl_module) as base:
+            new, carry = new_names(pl_module, trainer.optimizers), self.settings.scope.carry
+            base.check_complete(pl_module, new)
+            self._base_fingerprint = base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
+            self._scope(trainer, pl_module).fates(base.tensors, canonical_tensors(pl_module))  # something is to prune
+        if not self._monitor_checked:
+            self._evaluating = True
             try:
-                check_logged(trainer, self.monitor)
+                check_logged(trainer, self.settings.monitor)
             finally:
-                self._running = False
+                self._evaluating = False
 
     def state_dict(self) -> dict[str, Any]:
         """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
-        return {"base_fingerprint": self._fingerprint}
+        return {"base_fingerprint": self._base_fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
-        self._restored = state_dict.get("base_fingerprint")
-
-    # ------------------------------------------------------------------ the job
+        self._checkpoint_fingerprint = state_dict.get("base_fingerprint")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
         reshard(pl_module)
-        best = self.ckpt == "best"
-        with best_weights(trainer, pl_module, keep=self.apply) if best else nullcontext():
-            self._run(trainer, pl_module)
+        self._run(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """``Trainer.validate`` on a fine-tuned checkpoint: the same table without training."""
-        if trainer.state.fn == TrainerFn.VALIDATING and not self._running:
-            self._evaluate(trainer, pl_module)
+        """``Trainer.validate`` or ``Trainer.test`` on a fine-tuned checkpoint: the same table without training."""
+        if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and not self._evaluating:
+            self._run_without_fit(trainer, pl_module)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """``Trainer.test`` on a fine-tuned checkpoint: the same table on the test split."""
-        if trainer.state.fn == TrainerFn.TESTING and not self._running:
-            self._evaluate(trainer, pl_module)
+    on_test_end = on_validation_end
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say what was not done when a fit is stopped."""
@@ -227,74 +248,50 @@ class DeltaPruneCallback(pl.Callback):
             rank_zero_warn(
                 f"pruning was stopped; the deltas finished so far are in {self._folder}, and the model holds the "
                 "fine-tuned weights"
-                if self._pruning
+                if self._pruning_began
                 else "fit was stopped before its end: no delta was pruned or saved. Resume from the last checkpoint "
                 "with ckpt_path= (--ckpt_path on the command line); the base stays the original one"
             )
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The run outside a fit, if it is known which weights are the base; after a fit the table is made already."""
-        if self._fitted or self._base is None:
+    def _run_without_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The run in validate or test, if it is known which weights are the base; after a fit it was made already."""
+        if self._fit_done or self._base is None:
             return
         reshard(pl_module)
-        check_shared(self, pl_module)
+        check_shards(self.settings, pl_module)
         self._base.convert_like(pl_module)
-        declared = getattr(pl_module, "pretrained", None) is not None or self._restored is not None
+        declared = getattr(pl_module, "pretrained", None) is not None or self._checkpoint_fingerprint is not None
         if not self._base.explicit and not (declared and trainer.ckpt_path is not None):
             rank_zero_warn(
                 "DeltaPruneCallback did not prune: nothing tells which weights are the base. Pass "
-                "DeltaPruneCallback(pretrained=<folder or hub id of the base>), or a checkpoint (ckpt_path) written in "
-                "a fit with this callback"
+                f"{ASK_FOR_PRETRAINED}, or a checkpoint (ckpt_path) written in a fit with this callback"
             )
             return
-        with self._seen(pl_module) as base:
-            self._verify(base.fingerprint(pl_module, new_names(pl_module, ()), self.scope.carry))
+        with self._adapter_view(pl_module) as base:
+            new, carry = new_names(pl_module, ()), self.settings.scope.carry
+            base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
         self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._folder is not None
-        self._running = self._pruning = True
+        settings, keep = self.settings, self.settings.apply
+        best = settings.ckpt == "best" and trainer.state.fn == TrainerFn.FITTING
+        self._evaluating = self._pruning_began = True
         try:
-            with self._seen(pl_module, keep=self.apply) as base:
-                run = PruneRun(self, trainer, pl_module, base, self._scope(pl_module, trainer), self._folder)
-                self.results = run.run()
+            weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
+            with weights, self._adapter_view(pl_module, keep=keep) as base:
+                scope = self._scope(trainer, pl_module)
+                self.results = PruneRun(settings, trainer, base, scope, self._folder, self.reporter).run()
         finally:
-            self._running = False
+            self._evaluating = False
+        if trainer.is_global_zero:
+            push_deltas(self._folder, settings.repositories, private=settings.hub_private)
 
-    # ------------------------------------------------------------------ pieces
-
-    def _seen(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
-        """The module and its base as they are pruned, with an adapter's own or merged weights."""
+    def _adapter_view(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
+        """Module and base as they are pruned: a LoRA adapter's parameters against zero, or its merged weights."""
         assert self._base is not None
-        return adapter_view(module, self._base, self.lora, keep=keep)
+        return adapter_view(module, self._base, self.settings.lora, keep=keep)
 
-    def _check_base(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> None:
-        """Refuse a base that is not known whole, is another than the checkpoint's, or leaves nothing to prune."""
-        own, new = canonical_tensors(module), new_names(module, trainer.optimizers)
-        trainable = {name for name, tensor in own.items() if tensor.requires_grad}
-        missing = sorted(trainable - new - set(base.tensors))
-        if missing and not base.explicit:  # a checkpoint the user named lacks just what is new
-            raise ValueError(
-                f"the base's values of {len(missing)} tensors are unknown ({', '.join(missing[:3])}): the checkpoint's "
-                "weights were restored before they could be seen. Pass "
-                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
-            )
-        self._fingerprint = base.fingerprint(module, new, self.scope.carry)
-        self._verify(self._fingerprint)
-        self._scope(module, trainer).fates(base.tensors, own)
-
-    def _verify(self, fingerprint: str) -> None:
-        if self._restored is not None and fingerprint != self._restored:
-            raise ValueError(
-                f"the base now seen (fingerprint {fingerprint}) is not the one the checkpoint's training started from "
-                f"({self._restored}); build the module from the original base, or pass "
-                "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
-            )
-
-    def layer(self, module: pl.LightningModule) -> str | None:
-        """Name of the submodule whose output is compared; None for the last with parameters."""
-        return output_layer(self.output_layer, module)
-
-    def _scope(self, module: pl.LightningModule, trainer: pl.Trainer) -> Scope:
-        """The scope with buffers and the heads that were new in this training carried."""
-        return self.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
+    def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
+        """The scope with buffers, and heads that were new in this training, carried."""
+        return self.settings.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))

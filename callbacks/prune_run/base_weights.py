@@ -143,6 +143,26 @@ class BaseWeights:
         heads = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
         return hash_tensors({name: self.tensors[name] for name in sorted(names - heads)})  # in one order on all ranks
 
+    def verified_fingerprint(
+        self, module: pl.LightningModule, new: set[str], carry: Iterable[str], expected: str | None
+    ) -> str:
+        """The fingerprint, if it is that of the base which a restored checkpoint's training started from.
+
+        Args:
+            module, new, carry: see :meth:`fingerprint`.
+            expected: the fingerprint in the checkpoint; None where no checkpoint was restored.
+
+        Raises:
+            ValueError: if the fingerprints differ.
+        """
+        fingerprint = self.fingerprint(module, new, carry)
+        if expected is not None and fingerprint != expected:
+            raise ValueError(
+                f"the base now seen (fingerprint {fingerprint}) is not the one the checkpoint's training started from "
+                f"({expected}); build the module from the original base, or pass {ASK_FOR_PRETRAINED}"
+            )
+        return fingerprint
+
     @contextmanager
     def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:
         """Inside the block the module holds theta_0 and this object the fine-tuned values.

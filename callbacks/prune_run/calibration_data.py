@@ -1,12 +1,77 @@
-"""Where the data that q is searched on comes from. It is never the split that is scored."""
+"""Calibration data of a run: where it comes from, and what is measured on it. It is never the split that is scored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
+
+from dpp_lightning.calibration.output_change import OutputChange
+from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
+from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.methods.input_statistics import InputStatistics
+
+
+class CalibrationPasses:
+    """Passes over calibration data with the weights as they stand, for the methods that fit something on it.
+
+    Args:
+        settings: say which data it is, and what the methods need of it.
+        passes: of the trainer that holds the weights.
+
+    Attributes:
+        source: name of the data that q is searched on, for the results; empty where none is needed.
+        inputs: statistics of the fine-tuned model's layer inputs by canonical name; empty where no method needs them.
+        gradients: of the output's error; None where no method needs them.
+
+    Raises:
+        ValueError: if the settings need data that there is not.
+    """
+
+    def __init__(self, settings: PruneSettings, passes: EvaluationPasses) -> None:
+        self._settings, self._passes = settings, passes
+        self._batch, self._labelled, self.source = None, None, ""
+        self._output_change: OutputChange | None = None
+        self.inputs: dict[str, InputStatistics] = {}
+        self.gradients: BatchGradients | None = None
+        trainer, dataloader = passes.trainer, settings.calibration_dataloader
+        compares_outputs = bool(settings.plot) or (settings.fits and settings.objective == "output_change")
+        if compares_outputs or settings.needs_inputs or settings.methods_with_gradients:
+            self._batch, self.source = calibration_batch(trainer, dataloader, settings.calibration_samples)
+        if settings.fits and settings.objective == "metric":
+            self._labelled, self.source = labelled_loader(trainer, dataloader)
+
+    def measure_finetuned(self) -> None:
+        """Measure the fine-tuned model, whose weights the module holds now, as the pruned ones are compared with it."""
+        settings, passes, batch = self._settings, self._passes, self._batch
+        if batch is None:
+            return
+        layer = settings.output_layer_of(passes.trainer.lightning_module)
+        outputs = partial(passes.outputs, batch, layer, settings.forward_fn)
+        self._output_change = OutputChange(outputs, settings.output_measure)
+        self._output_change.take_reference()
+        if settings.needs_inputs:
+            self.inputs = passes.layer_inputs(batch, settings.forward_fn)
+        if settings.methods_with_gradients:
+            self.gradients = passes.output_gradients(batch, settings.forward_fn)
+
+    @property
+    def output_change(self) -> Callable[[], float] | None:
+        """Change of the outputs against the fine-tuned model's; None where the settings do not need it."""
+        change = self._output_change
+        if change is None:
+            return None
+        # rank 0's value on all ranks, since rounding could make their searches differ
+        return lambda: float(self._passes.trainer.strategy.broadcast(change()))
+
+    @property
+    def metric(self) -> Callable[[], float] | None:
+        """Score on labelled calibration data; None where q is not searched by it."""
+        return None if self._labelled is None else partial(self._passes.score, self._labelled)
 
 
 def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:

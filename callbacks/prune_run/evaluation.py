@@ -60,7 +60,7 @@ class EvaluationPasses:
         # rank 0's value on all ranks, so that all of them come to the same decisions
         return float(self.trainer.strategy.broadcast(read_monitor(self._run_loop(loader), self.monitor)))
 
-    def inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
+    def layer_inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
         """Statistics of the input of every weight on one batch, by canonical name.
 
         Warns of weights whose modules are not called in the evaluation step, since nothing is known of their inputs.
@@ -105,7 +105,7 @@ class EvaluationPasses:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
         return reduced
 
-    def learner(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:
+    def output_gradients(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:
         """Gradients of the output's error on one batch, which is cut into smaller batches.
 
         The output is that of ``forward_fn``, else of the module called with the batch, or with the first element of a

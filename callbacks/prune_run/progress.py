@@ -1,42 +1,111 @@
-"""Who is told of the rows of a run as they are made."""
+"""What a run reports: every row as it is made, and at its end a table, metrics for loggers and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
+import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpp_lightning.experiments.grid import Result
+from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation
+from dpp_lightning.experiments.plots import plot_over_q
 from dpp_lightning.experiments.results import Row
+from dpp_lightning.experiments.tables import console_table
+
+RESULTS_FILE, PLOT_FILE = "results.jsonl", "q_curve.png"
 
 
 class Reporter(Protocol):
-    """Follows a run, on every rank."""
+    """Follows a run as it goes on. It is called on every rank."""
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
-        """These rows are to be made, in this order; ``kept`` ones an earlier run has made."""
+        """The run begins.
+
+        Args:
+            pending: the rows to be made, in order.
+            kept: how many rows an earlier run has made.
+        """
 
     def row(self, result: Result, monitor: str) -> None:
-        """One more row is made: base, fine-tuned or the next of the pending ones."""
+        """A row was made: the base, the fine-tuned model, or the next of the pending ones.
+
+        Args:
+            result: the row.
+            monitor: name of its score.
+        """
 
 
-class Log:
-    """Tells every row through Lightning's logger."""
+class LogReporter:
+    """Reports every row through Lightning's logger of messages."""
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
-        """Say how many rows an earlier run has made."""
+        """Report how many rows an earlier run has made."""
         if kept:
             rank_zero_info(f"{kept} rows were made before, {len(pending)} are left")
 
     def row(self, result: Result, monitor: str) -> None:
-        """Say the row's score."""
+        """Report the row's score."""
         rank_zero_info(describe_result(result, monitor))
 
 
 def describe_result(result: Result, monitor: str) -> str:
     """A row in one line."""
-    what = result.method
+    model = result.method
     if result.pruning_rate is not None:
-        what += f" p={result.pruning_rate:g} seed={result.seed}" + (f" q={result.q:.4g}" if result.q else "")
-    return f"{what}: {monitor} {result.score:.4f} ({result.seconds:.1f} s)"
+        model += f" p={result.pruning_rate:g} seed={result.seed}" + (f" q={result.q:.4g}" if result.q else "")
+    return f"{model}: {monitor} {result.score:.4f} ({result.seconds:.1f} s)"
+
+
+def report_carried(tensors: dict[str, torch.Tensor]) -> None:
+    """Report what every delta holds besides pruned tensors: a decoder's embeddings may be most of its bytes.
+
+    Args:
+        tensors: the tensors that are stored dense, by canonical name.
+    """
+    if tensors:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        names = list(tensors)
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        rank_zero_info(f"stored dense in every delta, {size:,} bytes: {shown}")
+
+
+def report_results(
+    results: Sequence[Result],
+    curves: Sequence[QCurve],
+    folder: Path,
+    settings: PruneSettings,
+    trainer: pl.Trainer,
+    monitor: str,
+) -> None:
+    """Report all rows: a table on the console, a plot of the curves, metrics for ``callback_metrics`` and loggers.
+
+    Args:
+        results: the rows of base and fine-tuned model, then of the pruned ones.
+        curves: score and output change over q, possibly none.
+        folder: for the plot.
+        settings: of the callback.
+        trainer: whose loggers are written to. All ranks call, rank 0 writes.
+        monitor: name of the score.
+    """
+    metrics: dict[str, float] = {}
+    for method in settings.methods:
+        for rate in settings.rates:
+            scores = [r.score for r in results if r.method == method and r.pruning_rate == rate]
+            key = f"dpp/{method}/{rate:g}/{monitor}"
+            metrics[key], metrics[f"{key}_std"] = mean_and_deviation(scores)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.save()
+    if not trainer.is_global_zero:
+        return
+    console_table(results, monitor)
+    if curves:
+        base, finetuned = (row.score for row in results[:2])
+        plot_over_q(curves, folder / PLOT_FILE, monitor=monitor, finetuned=finetuned, base=base)
+    written = f"deltas and {RESULTS_FILE}" if settings.save_deltas else RESULTS_FILE
+    rank_zero_info(f"{written} are in {folder}")

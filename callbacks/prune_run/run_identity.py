@@ -1,42 +1,40 @@
-"""What makes two runs of the callback the same one: rows of the one may stand beside rows of the other."""
+"""Whether two runs of the callback are the same one, so that their rows may stand in one file."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
-import lightning.pytorch as pl
+from typing import Any
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, new_names
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
+from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import canonical_tensors
 
-if TYPE_CHECKING:
-    from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
-
-ROUNDING = 0.005  # other kernels or thread counts may turn a few samples, another data set turns more
+# Other kernels or numbers of threads may turn the prediction of a few samples; another data set turns more of them.
+ROUNDING = 0.005
 
 
-def run_identity(
-    settings: DeltaPruneCallback, module: pl.LightningModule, base: BaseWeights, passes: EvaluationPasses
-) -> dict[str, Any]:
-    """Plain values that all rows of a run share; methods, rates and further seeds may be added to a run later.
+def run_identity(settings: PruneSettings, base: BaseWeights, passes: EvaluationPasses) -> dict[str, Any]:
+    """What all rows of a run have in common, as plain values for its file.
+
+    Methods, rates and seeds after the first are no part of it, so that a run may be continued with more of them.
 
     Args:
-        settings: the callback.
-        module: holds the fine-tuned weights.
+        settings: of the callback.
         base: theta_0.
-        passes: how it is scored.
+        passes: of the trainer, whose module holds the fine-tuned weights.
     """
+    trainer = passes.trainer
+    module = trainer.lightning_module
     return {
-        "base": base.fingerprint(module, new_names(module, passes.trainer.optimizers), settings.scope.carry),
+        "base": base.fingerprint(module, new_names(module, trainer.optimizers), settings.scope.carry),
         "fine-tuned": hash_tensors(canonical_tensors(module)),
         "monitor": passes.monitor,
         "split": passes.split,
         "objective": settings.objective,
         "calibration_samples": settings.calibration_samples,
-        "output_layer": settings.layer(module),
+        "output_layer": settings.output_layer_of(module),
         "output_measure": settings.output_measure,
         "first seed": settings.seeds[0],
         "dtype": settings.dtype,
@@ -45,10 +43,16 @@ def run_identity(
 
 
 def check_score(before: float, now: float, monitor: str, file: object) -> None:
-    """Refuse to go on where the fine-tuned model's score is no longer what the run's file says.
+    """Refuse to continue a run whose file has another score of the fine-tuned model.
+
+    Args:
+        before: the score in the file.
+        now: the score of the weights that are loaded.
+        monitor: name of the score.
+        file: the run's file, for the message.
 
     Raises:
-        ValueError: as said.
+        ValueError: if the scores differ by more than rounding.
     """
     if abs(before - now) > ROUNDING * max(1.0, abs(before)):
         raise ValueError(

@@ -1,162 +1,198 @@
-"""The callback's settings, checked before anything is loaded or trained."""
+"""PruneSettings: what DeltaPruneCallback is asked to do, checked before anything is loaded or trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 from torch import nn
 
-from dpp_lightning.calibration.output_change import MEASURES
-from dpp_lightning.callbacks.prune_run.calibration_data import labelled_loader
-from dpp_lightning.callbacks.prune_run.evaluation import check_callable
+from dpp_lightning.calibration.output_change import MEASURES, Measure
+from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn
+from dpp_lightning.callbacks.prune_run.hub_upload import repository_ids
+from dpp_lightning.callbacks.prune_run.lora_view import AdapterView
+from dpp_lightning.experiments.results import Row, grid
 from dpp_lightning.methods.registry import METHODS, get_method
+from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import exact_rate, stream_key
 from dpp_lightning.tensors.dtypes import DTYPES
 from dpp_lightning.tensors.names import without_adapters
-from dpp_lightning.tensors.shards import is_dtensor
-from dpp_lightning.trainer.strategies import refuse_flat, refuse_fsdp1, refuse_one_memory
-
-if TYPE_CHECKING:
-    from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
 
 LAST_HIDDEN = "last_hidden"
 
 
-def listed(value: Any) -> Sequence[Any]:
-    """A setting that may be one value or several, as several."""
-    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """The settings of one :class:`~dpp_lightning.callbacks.DeltaPruneCallback`, whose docstring explains them.
 
-
-def check_settings(settings: DeltaPruneCallback) -> None:
-    """Report everything that is wrong with the settings in one error.
+    ``methods``, ``rates``, ``seeds`` and ``scope`` hold what the callback's arguments of similar names say.
 
     Raises:
-        ValueError: a rate outside [0, 1), an unknown method or choice, an empty or repeating list, ``apply`` with many.
+        ValueError: if anything is wrong with them. The message names every fault.
     """
-    faults = [
-        *_refused(get_method, settings.methods),
-        *_refused(exact_rate, settings.rates),
-        *_refused(lambda seed: stream_key("", seed), settings.seeds),
-    ]
-    for what, value, choices in (
-        ("mode", settings.mode, ("max", "min")),
-        ("objective", settings.objective, ("output_change", "metric")),
-        ("output_measure", settings.output_measure, MEASURES),
-        ("ckpt", settings.ckpt, ("last", "best")),
-        ("dtype", settings.dtype, (None, *DTYPES)),
-        ("lora", settings.lora, (None, "adapter", "merged")),
-    ):
-        if value not in choices:
-            faults.append(f"{what} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    lists: tuple[tuple[str, Sequence[Any]], ...] = (
-        ("method", settings.methods),
-        ("pruning_rate", settings.rates),
-        ("seeds", settings.seeds),
-    )
-    for what, values in lists:
-        if not values or len(set(values)) != len(values):
-            faults.append(f"{what} must name at least one value and none twice, got {list(values)}")
-    faults += [*_method_faults(settings), *_plot_faults(settings)]
-    if settings.calibration_samples < 1:
-        faults.append(f"calibration_samples must be at least 1, got {settings.calibration_samples}")
-    if settings.apply and settings.resume:
-        faults.append("apply=True leaves the pruned model in place, which resume=True would not make again: take one")
-    if settings.apply and len(settings.methods) * len(settings.rates) * len(settings.seeds) != 1:
-        faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
-    if faults:
-        raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
 
+    methods: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    monitor: str
+    mode: Literal["max", "min"]
+    output_dir: str | None
+    pretrained: str | None
+    revision: str | None
+    objective: Literal["output_change", "metric"]
+    calibration_samples: int
+    calibration_dataloader: Iterable[Any] | None
+    output_layer: str | None
+    output_measure: Measure
+    forward_fn: ForwardFn | None
+    scope: Scope
+    dtype: str | None
+    method_settings: Mapping[str, Mapping[str, str | float]]
+    apply: bool
+    ckpt: Literal["last", "best"]
+    plot: bool | str
+    resume: bool
+    save_deltas: bool
+    lora: AdapterView | None
+    push_to_hub: str | None
+    hub_private: bool | None
 
-def check_shared(settings: DeltaPruneCallback, module: nn.Module) -> None:
-    """Refuse what needs whole parameters, where the module's are in shards.
+    def __post_init__(self) -> None:
+        faults = [
+            *_refused(get_method, self.methods),
+            *_refused(exact_rate, self.rates),
+            *_refused(lambda seed: stream_key("", seed), self.seeds),
+            *self._choice_faults(),
+            *self._list_faults(),
+            *self._method_faults(),
+            *self._plot_faults(),
+            *self._apply_faults(),
+        ]
+        if self.calibration_samples < 1:
+            faults.append(f"calibration_samples must be at least 1, got {self.calibration_samples}")
+        if not faults:  # what is uploaded where follows from settings that are right
+            faults += self._hub_faults()
+        if faults:
+            raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
 
-    Raises:
-        ValueError: as said.
-    """
-    if not any(is_dtensor(p) for p in module.parameters()):
-        return
-    for name in settings.methods:
-        if (fit := get_method(name).fit) is not None and fit.needs_gradients:
-            raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
+    @property
+    def rows(self) -> list[Row]:
+        """Every (method, pruning rate, seed) to be pruned, in order; one seed for a method that draws nothing."""
+        return grid(self.methods, self.rates, self.seeds)
 
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Names of delta folders to the ids of the hub repositories that they are uploaded to."""
+        return {} if self.push_to_hub is None else repository_ids(self.push_to_hub, self.rows)
 
-def check_trainer(settings: DeltaPruneCallback, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-    """Refuse a trainer or module that the job cannot be done in.
+    @property
+    def fits(self) -> bool:
+        """Whether a method fits something on calibration data."""
+        return any(get_method(name).fit is not None for name in self.methods)
 
-    Args:
-        settings: the callback.
-        trainer, module: as in ``setup``.
-        stage: ``fit``, ``validate`` or ``test``.
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a method needs what the layers see as input on calibration data."""
+        return any(get_method(name).needs_inputs(self.method_settings.get(name, {})) for name in self.methods)
 
-    Raises:
-        ValueError: a strategy without the parameters as they are, nothing to validate, no ModelCheckpoint for the best
-            weights, no gradients or no labels where a method needs them.
-    """
-    refuse_flat(trainer, "DeltaPruneCallback")
-    refuse_fsdp1(trainer, "DeltaPruneCallback")
-    refuse_one_memory(trainer)
-    if stage == "fit" and not trainer.enable_validation:
-        raise ValueError(
-            "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
-            "validation data and a validation_step, with limit_val_batches above 0"
+    @property
+    def methods_with_gradients(self) -> list[str]:
+        """The methods that need gradients of the output on calibration data."""
+        fits = {name: get_method(name).fit for name in self.methods}
+        return [name for name, fit in fits.items() if fit is not None and fit.needs_gradients]
+
+    def output_layer_of(self, module: nn.Module) -> str | None:
+        """Name of the submodule whose output is compared; None for the last one with parameters.
+
+        Raises:
+            ValueError: if the setting is ``last_hidden`` and the module does not say which layer that is.
+        """
+        if self.output_layer != LAST_HIDDEN:
+            return self.output_layer
+        layer = getattr(module, "output_layer", None)
+        if not isinstance(layer, str):
+            raise ValueError(
+                f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
+                f"which {type(module).__name__} has not; name the submodule itself"
+            )
+        return layer if layer in dict(module.named_modules()) else without_adapters(layer)
+
+    def _choice_faults(self) -> list[str]:
+        choices: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+            ("mode", self.mode, ("max", "min")),
+            ("objective", self.objective, ("output_change", "metric")),
+            ("output_measure", self.output_measure, MEASURES),
+            ("ckpt", self.ckpt, ("last", "best")),
+            ("dtype", self.dtype, (None, *DTYPES)),
+            ("lora", self.lora, (None, "adapter", "merged")),
         )
-    if stage == "fit" and settings.ckpt == "best" and trainer.checkpoint_callback is None:
-        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
-    if settings.forward_fn is None and any(
-        (fit := get_method(name).fit) is not None and fit.needs_gradients for name in settings.methods
-    ):
-        check_callable(module)
-    if settings.objective == "metric":
-        labelled_loader(trainer, settings.calibration_dataloader)
+        return [
+            f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+            for name, value, allowed in choices
+            if value not in allowed
+        ]
 
-
-def output_layer(setting: str | None, module: nn.Module) -> str | None:
-    """Name of the submodule whose output is compared; None for the last with parameters.
-
-    Raises:
-        ValueError: ``last_hidden``, of a module that does not tell which one that is.
-    """
-    if setting != LAST_HIDDEN:
-        return setting
-    if not isinstance(getattr(module, "output_layer", None), str):
-        raise ValueError(
-            f"output_layer='{LAST_HIDDEN}' needs a module with an attribute output_layer (a submodule's name), "
-            f"which {type(module).__name__} has not; name the submodule itself"
+    def _list_faults(self) -> list[str]:
+        lists: tuple[tuple[str, Sequence[Any]], ...] = (
+            ("method", self.methods),
+            ("pruning_rate", self.rates),
+            ("seeds", self.seeds),
         )
-    told = str(module.output_layer)
-    return told if told in dict(module.named_modules()) else without_adapters(told)
+        return [
+            f"{name} must name at least one value and none twice, got {list(values)}"
+            for name, values in lists
+            if not values or len(set(values)) != len(values)
+        ]
 
+    def _method_faults(self) -> list[str]:
+        """Settings of a method that is not run or does not have them; a dtype that would lose a method's values."""
+        faults = []
+        for name, settings in self.method_settings.items():
+            if name not in self.methods:
+                faults.append(f"method_settings name {name!r}, which is not among the methods {list(self.methods)}")
+            elif name in METHODS:
+                faults += _refused(partial(METHODS[name].check, 0), [settings])
+        for name in self.methods if self.dtype in DTYPES else ():
+            if name in METHODS:
+                faults += _refused(partial(METHODS[name].check_dtype, name), [self.dtype])
+        return faults
 
-def _method_faults(settings: DeltaPruneCallback) -> list[str]:
-    """Settings of methods that are not run or do not have them, and a dtype that a method's values would be lost in."""
-    faults = []
-    for name, own in settings.method_settings.items():
-        if name not in settings.methods:
-            faults.append(f"method_settings name {name!r}, which is not among the methods {list(settings.methods)}")
-        elif name in METHODS:
-            faults += _refused(partial(METHODS[name].check, 0), [own])
-    for name in settings.methods if settings.dtype in DTYPES else ():
-        if name in METHODS:
-            faults += _refused(partial(METHODS[name].check_dtype, name), [settings.dtype])
-    return faults
-
-
-def _plot_faults(settings: DeltaPruneCallback) -> list[str]:
-    """A curve over q of a method that is not run, or that has more than one q."""
-    method = settings.plot
-    if not isinstance(method, str):
+    def _plot_faults(self) -> list[str]:
+        """A curve over q of a method that is not run, or that has more than one q."""
+        if not isinstance(self.plot, str):
+            return []
+        if self.plot not in self.methods:
+            return [f"plot names {self.plot!r}, which is not among the methods {list(self.methods)}"]
+        if self.plot in METHODS and (fit := METHODS[self.plot].fit) is not None and not fit.one_q:
+            return [f"plot={self.plot!r}: that method has more than one q, so there is no curve over q"]
         return []
-    if method not in settings.methods:
-        return [f"plot names {method!r}, which is not among the methods {settings.methods}"]
-    if method in METHODS and (fit := METHODS[method].fit) is not None and not fit.one_q:
-        return [f"plot={method!r}: that method has more than one q, so there is no curve over q"]
-    return []
+
+    def _apply_faults(self) -> list[str]:
+        faults = []
+        if self.apply and self.resume:
+            faults.append(
+                "apply=True leaves the pruned model in place, which resume=True would not make again: take one"
+            )
+        if self.apply and len(self.methods) * len(self.rates) * len(self.seeds) != 1:
+            faults.append("apply=True leaves one pruned model in place: give a single method, pruning_rate and seed")
+        return faults
+
+    def _hub_faults(self) -> list[str]:
+        if self.push_to_hub is None:
+            return [] if self.hub_private is None else ["hub_private says nothing without push_to_hub: give both"]
+        faults = [] if self.save_deltas else ["push_to_hub uploads delta folders, but save_deltas=False saves none"]
+        return faults + _refused(lambda _: self.repositories, [self.push_to_hub])
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A setting that may be one value or a sequence of values, as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
 
 
 def _refused(check: Callable[[Any], Any], values: Sequence[Any]) -> list[str]:
+    """The messages of the values that a check refuses with a ValueError."""
     faults = []
     for value in values:
         try:

@@ -74,8 +74,8 @@ class SweepCLI(DPPCLI):
             )
         if first:
             task = getattr(self.model, "task", None) or type(self.model).__name__
-            monitor = EvaluationPasses(self.trainer, callback.monitor).monitor
-            subject = Subject(str(task), str(arguments["ckpt_path"]), monitor, callback.objective)
+            monitor = EvaluationPasses(self.trainer, callback.settings.monitor).monitor
+            subject = Subject(str(task), str(arguments["ckpt_path"]), monitor, callback.settings.objective)
             written = write_report(callback.results, Path(self.options.output), subject)
             sys.stderr.write("".join(f"{path}\n" for path in written))
 
@@ -169,5 +169,5 @@ def _settings(callback: Namespace, options: argparse.Namespace) -> dict[str, Any
     methods = settings.get("method", before.get("method", []))
     own = {name: s for name, s in (before.get("method_settings") or {}).items() if name in methods}
     settings |= {"method_settings": own or None, "output_dir": options.output, "plot": options.curve or False}
-    settings |= {"resume": True, "apply": False, "ckpt": "last"}
+    settings |= {"resume": True, "apply": False, "ckpt": "last", "push_to_hub": None, "hub_private": None}
     return settings | ({"save_deltas": False} if options.no_deltas else {})

@@ -1,0 +1,55 @@
+"""Whether a trainer and a module can do what the settings ask for, found out before training."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch import nn
+
+from dpp_lightning.callbacks.prune_run.calibration_data import labelled_loader
+from dpp_lightning.callbacks.prune_run.evaluation import check_callable
+from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
+from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.tensors.shards import is_dtensor
+from dpp_lightning.trainer.strategies import refuse_flat, refuse_fsdp1, refuse_one_memory
+
+
+def check_shards(settings: PruneSettings, module: nn.Module) -> None:
+    """Refuse methods that need whole parameters, if the module's are in shards.
+
+    Raises:
+        ValueError: if parameters are in shards and a method needs gradients.
+    """
+    if settings.methods_with_gradients and any(is_dtensor(p) for p in module.parameters()):
+        name = settings.methods_with_gradients[0]
+        raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
+
+
+def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    """Refuse a trainer or a module that cannot do what the settings ask for.
+
+    Args:
+        settings: of the callback.
+        trainer, module: as in ``setup``.
+        stage: ``fit``, ``validate`` or ``test``.
+
+    Raises:
+        ValueError: if the strategy does not hold the parameters as they are, there is nothing to validate, no
+            ModelCheckpoint for the best weights, no gradients or labels for a method that needs them, or no way to
+            upload.
+    """
+    refuse_flat(trainer, "DeltaPruneCallback")
+    refuse_fsdp1(trainer, "DeltaPruneCallback")
+    refuse_one_memory(trainer)
+    if stage == "fit" and not trainer.enable_validation:
+        raise ValueError(
+            "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
+            "validation data and a validation_step, with limit_val_batches above 0"
+        )
+    if stage == "fit" and settings.ckpt == "best" and trainer.checkpoint_callback is None:
+        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
+    if settings.forward_fn is None and settings.methods_with_gradients:
+        check_callable(module)
+    if settings.objective == "metric":
+        labelled_loader(trainer, settings.calibration_dataloader)
+    if settings.push_to_hub is not None and trainer.is_global_zero:  # the rank that uploads
+        check_can_upload()
