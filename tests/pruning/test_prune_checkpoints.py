@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing(bert):
         """
         import resource, signal, sys
         from dpp_lightning.cli import main
-        import dpp_lightning.cli.delta_commands
+        import dpp_lightning.cli.apply
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
         sys.exit(main(sys.argv[1:]))
