@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, wrong_base
 from dpp_lightning.delta.match_tensors import matched
 from dpp_lightning.delta.reader import DeltaReader
-from dpp_lightning.delta.task_heads import of_task, strip_task, task_names
+from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.checkpoints import Progress, load_tensors, side_files
+from dpp_lightning.storage.checkpoints import Progress, load_tensors
+from dpp_lightning.storage.model_folder import copy_files, dense_side_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.names import canonical_tensors
@@ -71,28 +71,9 @@ def apply_checkpoint(
                 done += piece.numel() * piece.element_size()
                 if progress:
                     progress(done, total)
-        for name, path in dense_side_files(base, base_revision, delta, delta_revision, tasks, task).items():
-            (folder / name).write_bytes(path.read_bytes())
+        revisions = {"base_revision": base_revision, "delta_revision": delta_revision}
+        copy_files(dense_side_files(base, delta, **revisions, tasks=tasks, task=task), folder)
     return Path(output)
-
-
-def dense_side_files(
-    base: str | Path,
-    base_revision: str | None,
-    delta: str | Path,
-    delta_revision: str | None,
-    tasks: Sequence[str],
-    task: str | None,
-) -> dict[str, Path]:
-    """Configuration, tokenizer and generation files of base plus delta: the base's, or the delta's where it has some.
-
-    Args:
-        base, base_revision, delta, delta_revision, task: as for :func:`apply_checkpoint`.
-        tasks: those that the delta merges.
-    """
-    own = strip_task(side_files(delta, delta_revision, tasks), task or "", tasks, ".")
-    files = {**side_files(base, base_revision), **own}
-    return {name: path for name, path in files.items() if name != CONFIG_FILE}
 
 
 def _entries(reader: DeltaReader, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:

@@ -27,6 +27,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.storage.model_folder import copy_files
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 
@@ -106,8 +107,7 @@ def write_files(
         dtype: as ``DeltaInfo.dtype``.
         scores, side_files: as for :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
     """
-    for name, content in side_files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    copy_files(side_files, folder)
     with (folder / MODEL_FILE).open("wb") as file:
         table, checksum = write_model(file, parts, carried, new_rows, seeded=seeded, dtype=dtype)
     description = info()
@@ -118,7 +118,7 @@ def write_files(
 def write_card(folder: Path, info: DeltaInfo, scores: Mapping[str, float], dense: Mapping[str, Tensor]) -> None:
     """Write the card of a folder that has its two files; ``dense`` are the carried tensors and new rows."""
     card = model_card(info, delta_bytes(folder), scores, len(dense), total_bytes(dense))
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_bytes(card.encode())
 
 
 def delta_bytes(folder: Path) -> int:

@@ -18,7 +18,8 @@ from dpp_lightning.delta.config_file import CONFIG_FILE, check_name, read_config
 from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.folder import CARRIED, KEPT, MODEL_FILE, ROWS
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.storage.checkpoints import load_tensors, local_folder
+from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.model_folder import local_folder
 
 
 class DeltaReader:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,8 +12,6 @@ from dpp_lightning.delta.contents import DeltaInfo
 
 _MARK = "/"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-T = TypeVar("T")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -79,17 +76,17 @@ def of_task(info: DeltaInfo, carried: Mapping[str, Tensor], task: str | None) ->
     if task not in tasks:
         known = f"it merges {', '.join(tasks)}" if tasks else "it is no merged delta, so leave the task out"
         raise ValueError(f"the delta has no task {task!r}: {known}")
-    own = strip_task(carried, task, tasks)
+    own = _strip_task(carried, task, tasks)
     unchanged = tuple(name for name in info.unchanged if name not in own)
     settings = {key: value for key, value in info.settings.items() if key != "tasks"} | {"task": task}
     return replace(info, unchanged=unchanged, settings=settings), own
 
 
-def strip_task(named: Mapping[str, T], task: str, tasks: Sequence[str], mark: str = _MARK) -> dict[str, T]:
+def _strip_task(carried: Mapping[str, Tensor], task: str, tasks: Sequence[str]) -> dict[str, Tensor]:
     """What is under no task's name, and what is under this task's, without that name."""
-    shared = {n: item for n, item in named.items() if not any(n.startswith(f"{t}{mark}") for t in tasks)}
-    start = f"{task}{mark}"
-    return shared | {name[len(start) :]: item for name, item in named.items() if name.startswith(start)}
+    shared = {n: tensor for n, tensor in carried.items() if not any(n.startswith(f"{t}{_MARK}") for t in tasks)}
+    start = f"{task}{_MARK}"
+    return shared | {name[len(start) :]: tensor for name, tensor in carried.items() if name.startswith(start)}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -15,10 +15,11 @@ from dpp_lightning.export.hf_architecture import Architecture, find_architecture
 from dpp_lightning.export.hf_file_names import saved_forms
 from dpp_lightning.export.lora_merge import Adapter, without_peft
 from dpp_lightning.export.write import Export
-from dpp_lightning.storage.checkpoints import load_tensors, side_files
+from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.mapped_file import load_outline
+from dpp_lightning.storage.model_folder import side_files
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
 from dpp_lightning.storage.stored_tensor import StoredTensor
-from dpp_lightning.storage.torch_file import outline
 from dpp_lightning.tensors.dtypes import FLOATS
 
 _LIGHTNING_FILE = "meta.pt"  # of a sharded checkpoint: all but the tensors
@@ -49,7 +50,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]
     if not extra.is_file() or extra.suffix == ".safetensors":
         return tensors, {}, []
     try:
-        content = outline(extra)
+        content = load_outline(extra)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file ends in almost any type

@@ -13,8 +13,9 @@ from dpp_lightning.merging.merger import Merger
 from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.weights import Weights
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.checkpoints import Progress, load_tensors, side_files
+from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.checkpoints import Weights as BaseWeights
+from dpp_lightning.storage.model_folder import merged_side_files
 from dpp_lightning.tensors.names import canonical_tensors
 
 
@@ -109,21 +110,6 @@ def merge_checkpoints(
             seeded=merger.seeded,
             dtype=dtype,
             scores={},
-            side_files=_side_files(sources),
+            side_files=merged_side_files({s.task: s.folder for s in sources if s.folder is not None}),
         )
     return Path(output)
-
-
-def _side_files(sources: Sequence[MergeSource]) -> dict[str, Path | bytes]:
-    """The files beside the deltas: those that all have alike, and the others under their tasks' names."""
-    files = {
-        source.task: {n: path.read_bytes() for n, path in side_files(source.folder).items() if n != CONFIG_FILE}
-        for source in sources
-        if source.folder is not None
-    }
-    merged: dict[str, Path | bytes] = {}
-    for task, own in files.items():
-        for name, content in own.items():
-            alike = all(other.get(name) == content for other in files.values())
-            merged[name if alike else f"{task}.{name}"] = content
-    return merged

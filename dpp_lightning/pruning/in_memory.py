@@ -18,7 +18,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.storage.checkpoints import Weights, has_own_names, load_tensors
+from dpp_lightning.storage.checkpoints import Weights, has_hf_names, load_tensors
 from dpp_lightning.tensors.names import TensorSource
 
 
@@ -73,7 +73,7 @@ def prune(
         _weights(finetuned),
         Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)),
         base_name=str(base) if isinstance(base, str | Path) else None,
-        files=isinstance(finetuned, str | Path) and has_own_names(finetuned),
+        files=isinstance(finetuned, str | Path) and has_hf_names(finetuned),
     )
     return draw_and_fit(with_layer_inputs(plan, spec, calibration), spec, calibration)[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,9 @@ from dpp_lightning.pruning.in_memory import draw_and_fit, find_rescaling, with_l
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.checkpoints import Progress, has_own_names, load_tensors, side_files, total_bytes
+from dpp_lightning.storage.checkpoints import Progress, has_hf_names, load_tensors, total_bytes
 from dpp_lightning.storage.mapped_file import will_need
+from dpp_lightning.storage.model_folder import changed_side_files
 from dpp_lightning.tensors.flat_entries import EntriesHash
 
 
@@ -66,10 +66,10 @@ def prune_checkpoint(
             scope or Scope(),
             base_name=str(base),
             base_revision=base_revision,
-            files=has_own_names(finetuned),
+            files=has_hf_names(finetuned),
         )
         plan = with_layer_inputs(plan, spec, calibration)
-        beside = {} if weights_only else _own_side_files(base, base_revision, finetuned, finetuned_revision)
+        beside = {} if weights_only else changed_side_files(base, finetuned, base_revision, finetuned_revision)
         if spec.drawn_dtype == spec.dtype:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
@@ -135,26 +135,3 @@ def _with_hashes(
             done += sizes[name]
             if progress:
                 progress(done, total)
-
-
-def _own_side_files(
-    base: str | Path, base_revision: str | None, finetuned: str | Path, finetuned_revision: str | None
-) -> dict[str, Path]:
-    """The fine-tuned model's further files that are not the base's byte for byte."""
-    theirs = side_files(base, base_revision)
-    return {
-        name: path
-        for name, path in side_files(finetuned, finetuned_revision).items()
-        if name != CONFIG_FILE and not (name in theirs and _same_content(theirs[name], path))
-    }
-
-
-def _same_content(a: Path, b: Path) -> bool:
-    """Equal byte for byte, or JSON that says the same (libraries write it with and without spaces)."""
-    one, other = a.read_bytes(), b.read_bytes()
-    if one == other or a.suffix != ".json":
-        return one == other
-    try:
-        return json.loads(one) == json.loads(other)
-    except ValueError:
-        return False

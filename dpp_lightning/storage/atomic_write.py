@@ -1,9 +1,15 @@
-"""Files that appear whole or not at all: written under a temporary name, synced, renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
+
+A folder that replaces another takes two renames, and no system call does both at once: a machine that stops between
+them leaves the old folder beside the new one, as ``.NAME.….old``. On Windows a folder has no sync of its own, and
+nothing is replaced while one of its files is open or mapped.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +27,15 @@ def atomic_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> I
 
     Raises:
         FileExistsError: the folder exists and holds something else.
-        OSError: it cannot be written.
+        OSError: it cannot be written, or on Windows replaced while a file in it is open.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if empty or not folder.is_dir():
-            raise FileExistsError(f"{folder} exists and is not empty; choose another folder, it is not overwritten")
-        if not (folder / replaces).is_file():
-            raise FileExistsError(
-                f"{folder} exists and holds no {replaces}; choose another folder, it is not overwritten"
-            )
+    _check_replaceable(folder, replaces, empty)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        for path in temporary.iterdir():
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         _take_name(temporary, folder)
     finally:
@@ -52,7 +52,7 @@ def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
             that of ``path``.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or on Windows replaced while it is open.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
@@ -67,11 +67,6 @@ def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: into a folder of shards Lightning writes ``meta.pt`` last."""
-    return checkpoint.is_file() or (checkpoint / "meta.pt").is_file()
 
 
 def check_writable(folder: Path) -> None:
@@ -90,19 +85,46 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def _check_replaceable(folder: Path, replaces: str, empty: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if empty or not folder.is_dir():
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, it is not overwritten")
+    if not (folder / replaces).is_file():
+        raise FileExistsError(f"{folder} exists and holds no {replaces}; choose another folder, it is not overwritten")
+
+
 def _take_name(temporary: Path, folder: Path) -> None:
-    old = None
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        folder.replace(old)
-    temporary.replace(folder)
+    """Rename the temporary folder; an older one is moved aside first, since only POSIX replaces a folder by another."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    replaced = folder.exists()
+    try:
+        if replaced:
+            folder.replace(old)
+        temporary.replace(folder)
+    except OSError as error:
+        if replaced and not folder.exists():
+            old.replace(folder)
+        if sys.platform == "win32" and isinstance(error, PermissionError):
+            raise PermissionError(
+                f"{folder} cannot be replaced: on Windows none of its files may be open; close the programs and delete "
+                "the tensors that read it, or choose another folder"
+            ) from error
+        raise
     _sync(folder.parent)
-    if old is not None:
+    if replaced:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Have the system put a file, or the names in a folder, onto the disk."""
+    if sys.platform == "win32":
+        if path.is_dir():
+            return  # it cannot be opened there
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0)  # only what is open for writing can be synced there
+    else:
+        flags = os.O_RDONLY
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

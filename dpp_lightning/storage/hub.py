@@ -1,10 +1,32 @@
-"""The hub: folders uploaded to it."""
+"""The hub: a repository's files fetched to this machine, and a folder uploaded as a repository.
+
+Nothing else in the library imports ``huggingface_hub`` when it is itself imported, since that takes half a second.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
+
+
+def fetch_folder(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Fetch files of a model repository into the hub's cache on this machine, those that are not there yet.
+
+    Args:
+        repo_id: ``name`` or ``organisation/name``.
+        revision: branch, tag or commit; default the main branch.
+        patterns: glob patterns of the names of the files to fetch.
+
+    Returns:
+        The folder in the cache that holds them.
+
+    Raises:
+        huggingface_hub.errors.RepositoryNotFoundError: no such repository, or no right to read it.
+        huggingface_hub.errors.LocalEntryNotFoundError: the hub cannot be reached and the files are not in the cache.
+    """
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
 
 
 def upload_folder(

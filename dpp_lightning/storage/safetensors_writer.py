@@ -91,8 +91,8 @@ class SafetensorsWriter:
         view = raw_bytes(data) if isinstance(data, Tensor) else memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
         if len(view) > self._missing:
-            place = "all tensors are complete" if entry is None else f"{entry.name} has {self._missing} left"
-            raise ValueError(f"got {len(view)} bytes, but {place}; write each tensor once, in the order of the entries")
+            left = "all tensors are complete" if entry is None else f"{entry.name} has {self._missing} left"
+            raise ValueError(f"got {len(view)} bytes, but {left}; write each tensor once, in the order of the entries")
         self._missing -= len(view)
         while view:
             view = view[self._file.write(view) :]
@@ -167,12 +167,14 @@ class ShardedWriter:
             weight_map = {entry.name: name for name, entries in self._shards.items() for entry in entries}
             size = sum(entry.nbytes for entries in self._shards.values() for entry in entries)
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self._folder / INDEX_FILE).write_bytes((json.dumps(index, indent=2) + "\n").encode())
 
     def __enter__(self) -> ShardedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -213,7 +215,7 @@ def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Length, JSON and padding to a multiple of 8 bytes."""
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
-    if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError(f"metadata must map text to text, got {dict(metadata)!r}")
     end = 0
     for entry in entries:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dpp_lightning.storage.atomic_write import is_complete
+from dpp_lightning.storage.sharded_checkpoint import is_complete
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -429,7 +429,7 @@ def test_hub_ids_are_read_through_the_hubs_client(bert, monkeypatch):
         shutil.copytree(place / repo_id.split("/")[1], folder, dirs_exist_ok=True)
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("dpp_lightning.storage.hub.snapshot_download", download)
     prune_checkpoint("us/base", "us/tuned", place / "delta", PruningSpec(), base_revision="v1")
     info = SparseDelta.from_pretrained("us/delta", revision="main").info
     assert (info.base_name, info.base_revision) == ("us/base", "v1")

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tiny import Foreign, train_loader, trainer
 from transformers import BertConfig, BertModel
 
-from dpp_lightning.storage import checkpoints
-from dpp_lightning.storage.checkpoints import load_tensors, side_files, total_bytes
+from dpp_lightning.storage import hub, mapped_file
+from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -42,14 +42,14 @@ class Runs:
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "model.safetensors", "w.pt", "w.pth", "w.bin", "w.ckpt"])
-@pytest.mark.parametrize("atomic_folder", [False, True])
-def test_one_file_of_any_kind_by_itself_or_in_a_folder(tmp_path, name, atomic_folder):
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_one_file_of_any_kind_by_itself_or_in_a_folder(tmp_path, name, by_folder):
     path = tmp_path / name
     if path.suffix == ".safetensors":
         save_file(WEIGHTS, path)
     else:
         torch.save({"state_dict": WEIGHTS, "epoch": 3} if path.suffix == ".ckpt" else WEIGHTS, path)
-    assert equal(load_tensors(tmp_path if atomic_folder else path))
+    assert equal(load_tensors(tmp_path if by_folder else path))
     assert equal(load_tensors(str(path)))
 
 
@@ -127,7 +127,7 @@ def test_ties_views_and_parameters_of_pytorch_files(tmp_path, monkeypatch, refus
         return load(*args, **kwargs)
 
     if refused:
-        monkeypatch.setattr(checkpoints.torch, "load", refusing)
+        monkeypatch.setattr(mapped_file.torch, "load", refusing)
     read = load_tensors(tmp_path / "w.ckpt")
     assert equal(read, {n: t.detach() for n, t in state.items() if n != "version"})
     assert type(read["p"]) is torch.Tensor
@@ -236,22 +236,6 @@ def test_folders_with_several_files_or_none_ask_for_one(tmp_path):
         load_tensors(tmp_path)
 
 
-def test_side_files_are_those_of_the_model_and_neither_code_nor_pickles(tmp_path):
-    belong = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-    belong += ["special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model"]
-    belong += ["qwen.tiktoken", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"]
-    others = ["modeling.py", "vocab.py", "vocab.pkl", "chat_template.py", "tokenizer.bin", "model.safetensors"]
-    others += ["README.md", "model.safetensors.index.json", "training_args.bin", "trainer_state.json", "tokenizer.pt"]
-    for name in belong + others:
-        (tmp_path / name).write_text("x")
-    (tmp_path / "vocab.json.d").mkdir()
-    (tmp_path / "tokenizer.json.d").mkdir()
-    assert side_files(tmp_path) == {name: tmp_path / name for name in sorted(belong)}
-    assert side_files(tmp_path / "model.safetensors") == {}
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        side_files("./nowhere")
-
-
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_a_hub_id_fetches_pytorch_weights_only_where_there_are_no_others(tmp_path, monkeypatch, kind):
     asked = []
@@ -262,7 +246,7 @@ def test_a_hub_id_fetches_pytorch_weights_only_where_there_are_no_others(tmp_pat
             (save_file if kind == "model.safetensors" else torch.save)(WEIGHTS, tmp_path / kind)
         return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert equal(load_tensors("someone/model", "main"))
     assert [a[:2] for a in asked] == [("someone/model", "main")] * (1 if kind == "model.safetensors" else 2)
     for name in ("config.json", "merges.txt", "spiece.model", "chat_template.jinja"):

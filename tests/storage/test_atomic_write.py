@@ -1,0 +1,138 @@
+"""Files and folders appear whole or not at all, also by Windows' rules."""
+
+import os
+import stat
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dpp_lightning.storage import atomic_write
+from dpp_lightning.storage.atomic_write import atomic_file, atomic_folder, check_writable
+
+
+@pytest.fixture(params=["this system", "windows"])
+def system(request, monkeypatch):
+    """Windows' rules, as far as they are stricter: folders cannot be opened, what is synced must be open for writing,
+    and nothing takes the name of a folder that is there."""
+    if request.param == "windows":
+        replace, writable = os.replace, set()
+
+        def open_file(path, flags):
+            if os.path.isdir(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            handle = os.open(path, flags)
+            (writable.add if flags & os.O_RDWR else writable.discard)(handle)
+            return handle
+
+        def sync(handle):
+            if handle not in writable:
+                raise OSError(9, "Bad file descriptor")
+            os.fsync(handle)
+
+        def rename(source, target, **names):
+            if os.path.isdir(target):
+                raise PermissionError(5, "Access is denied", str(source))
+            replace(source, target, **names)
+
+        monkeypatch.setattr(sys, "platform", "win32")
+        windows = SimpleNamespace(open=open_file, fsync=sync, close=os.close, O_RDONLY=os.O_RDONLY, O_RDWR=os.O_RDWR)
+        monkeypatch.setattr(atomic_write, "os", windows)
+        monkeypatch.setattr(os, "replace", rename)  # which pathlib calls
+    return request.param
+
+
+def write(folder, text, **settings):
+    with atomic_folder(folder, replaces="mark", **settings) as temporary:
+        (temporary / "mark").write_text(text)
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text(text)
+        assert not (folder / "mark").exists() or (folder / "mark").read_text() != text
+
+
+def test_a_folder_appears_and_is_replaced_whole(system, tmp_path):
+    folder = tmp_path / "parents" / "out"
+    write(folder, "first")
+    write(folder, "second")
+    assert ((folder / "mark").read_text(), (folder / "inner" / "file").read_text()) == ("second", "second")
+    assert os.listdir(folder.parent) == ["out"]
+    if system == "this system" and os.name == "posix":
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_an_empty_folder_is_taken(system, tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", "text", empty=True)
+    assert (tmp_path / "out" / "mark").read_text() == "text"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_block_that_fails_leaves_what_was_there(system, tmp_path):
+    write(tmp_path / "out", "old")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", replaces="mark") as temporary:
+        (temporary / "mark").write_text(str(1 / 0))
+    assert (tmp_path / "out" / "mark").read_text() == "old"
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "file.txt") as path:
+        path.write_text(str(1 / 0))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_no_older_output_is_never_replaced(system, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name, settings, message in (
+        ("thesis", {}, "holds no mark"),
+        ("thesis", {"empty": True}, "is not empty"),
+        ("file", {}, "is not empty"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            write(tmp_path / name, "new", **settings)
+    assert sorted(os.listdir(tmp_path)) == ["file", "thesis"]
+    assert (tmp_path / "thesis" / "text").read_text() == (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_whose_name_cannot_be_taken_keeps_its_old_contents(system, tmp_path, monkeypatch):
+    """As on Windows, where a file in it is open: the second rename fails, the first is undone."""
+    write(tmp_path / "out", "old")
+    replace = os.replace
+
+    def rename(source, target, **names):
+        if str(target) == str(tmp_path / "out") and not str(source).endswith(".old"):
+            raise PermissionError(5, "Access is denied")
+        replace(source, target, **names)
+
+    monkeypatch.setattr(os, "replace", rename)
+    cure = "none of its files may be open" if system == "windows" else "Access is denied"
+    with pytest.raises(PermissionError, match=cure):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "mark").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_is_replaced_whole(system, tmp_path):
+    path = tmp_path / "parents" / "file.txt"
+    for text in ("first", "second"):
+        with atomic_file(path, suffix=".part") as temporary:
+            temporary.write_text(text)
+            assert temporary.suffix == ".part"
+            assert not path.exists() or path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_everything_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic_write, "_sync", lambda path: synced.append((path.name, (tmp_path / "out").exists())))
+    write(tmp_path / "out", "text")
+    before = {name for name, exists in synced if not exists}
+    assert {"mark", "inner", "file"} < before
+    assert synced[-1] == (tmp_path.name, True)  # and then the name itself
+
+
+def test_a_folder_that_cannot_be_written_is_known_beforehand(system, tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="choose another output folder"):
+        check_writable(tmp_path / "file" / "folder")
