@@ -97,7 +97,9 @@ class Method:
         known = self.settings
         for name, value in settings.items():
             if name not in known:
-                raise ValueError(f"unknown method setting {name!r}; this method has {', '.join(known) or 'none'}")
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"unknown method setting {name!r}; {hint}this method has {', '.join(known) or 'none'}")
             choices = known[name]
             if choices and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
