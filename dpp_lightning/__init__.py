@@ -11,22 +11,24 @@ from dpp_lightning._version import __version__
 if TYPE_CHECKING:
     from dpp_lightning.delta.sparse_delta import SparseDelta
     from dpp_lightning.merging.merge_deltas import merge
-    from dpp_lightning.methods.registry import METHODS
+    from dpp_lightning.methods import METHODS, Method, register_method
     from dpp_lightning.pruning.in_memory import prune
 
-__all__ = ["METHODS", "SparseDelta", "__version__", "merge", "prune"]
+__all__ = ["METHODS", "Method", "SparseDelta", "__version__", "merge", "prune", "register_method"]
 
-_HOME = {
-    "METHODS": "dpp_lightning.methods.registry",
+_MODULES = {
+    "METHODS": "dpp_lightning.methods",
+    "Method": "dpp_lightning.methods",
     "SparseDelta": "dpp_lightning.delta.sparse_delta",
     "merge": "dpp_lightning.merging.merge_deltas",
     "prune": "dpp_lightning.pruning.in_memory",
+    "register_method": "dpp_lightning.methods",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
 
 
