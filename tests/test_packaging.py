@@ -1,10 +1,15 @@
-"""What ends up in the wheel: the two mapped folders, the data files, and nothing else."""
+"""The package as strangers get it: what wheel and source archive hold, what they declare, and what they need."""
 
+import ast
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+from email import message_from_bytes
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -15,19 +20,28 @@ SOURCES = ("dpp_lightning", "callbacks", "configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built by the declared backend from a copy of the sources (a build leaves its folders behind)."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in SOURCES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = f"from {PROJECT['build-system']['build-backend']} import build_wheel; build_wheel('dist')"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+def build(kind, folder):
+    """Build a ``wheel`` or ``sdist`` of a folder's sources by the declared backend, without network; the file."""
+    call = f"from {PROJECT['build-system']['build-backend']} import build_{kind}; print(build_{kind}('dist'))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (path,) = source.glob("dist/*.whl")
-    with ZipFile(path) as archive:
+    return folder / "dist" / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the sources: a build leaves its folders behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source):
+    with ZipFile(build("wheel", source)) as archive:
         yield archive
 
 
@@ -59,6 +73,26 @@ def test_wheel_holds(name, wheel):
     assert f"dpp_lightning/{name}" in wheel.namelist()
 
 
+def test_pages_for_readers_of_the_repository_stay_out_of_the_wheel(wheel):
+    """The README of a folder links to files beside the package, which an installation has not."""
+    assert not [name for name in wheel.namelist() if name.endswith(".md") and ".dist-info/" not in name]
+
+
+@pytest.mark.slow
+def test_source_archive_builds_the_same_wheel_and_twine_accepts_both(source, wheel, tmp_path):
+    archive = build("sdist", source)
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    rebuilt = build("wheel", unpacked)
+    with ZipFile(rebuilt) as second:
+        assert {e.filename: e.CRC for e in second.infolist()} == {e.filename: e.CRC for e in wheel.infolist()}
+    checked = [sys.executable, "-m", "twine", "check", "--strict", str(archive), wheel.filename]
+    done = subprocess.run(checked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2, done.stdout
+
+
 def test_wheel_has_assets_well_under_a_megabyte(wheel):
     sizes = [entry.file_size for entry in wheel.infolist() if entry.filename.startswith("dpp_lightning/assets/")]
     assert sizes
@@ -71,10 +105,45 @@ def test_wheel_declares_the_command_and_the_license(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 
+def test_metadata_says_what_the_package_needs_and_offers(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_bytes(wheel.read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {"completion", "dev", "eval", "tensorboard"}
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def requirements(group):
+    """Normalised distribution names of a list of requirements."""
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in group}
+
+
+def imported_distributions():
+    """Normalised names of the distributions that the package's modules import, wherever in a module they do."""
+    modules = set()
+    for path in (path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module.partition(".")[0])
+    known = packages_distributions()
+    third_party = modules - sys.stdlib_module_names - {"dpp_lightning"}
+    return requirements(known.get(module, [module])[0] for module in third_party)
+
+
+def test_every_import_is_declared_and_every_dependency_is_imported():
+    project = PROJECT["project"]
+    required, extra = requirements(project["dependencies"]), requirements(project["optional-dependencies"]["eval"])
+    imported = imported_distributions()
+    assert imported - extra == required
+
+
 def test_declared_packages_are_those_on_disk():
     settings = PROJECT["tool"]["setuptools"]
-    own = {path.parent for path in (ROOT / "dpp_lightning").rglob("__init__.py")}
-    on_disk = {".".join(folder.relative_to(ROOT).parts) for folder in own}
+    folders = {path.parent for path in (ROOT / "dpp_lightning").rglob("__init__.py")}
+    on_disk = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     mapped = {
         ".".join(["dpp_lightning", *path.parent.relative_to(ROOT).parts])
         for name in ("callbacks", "configs")
