@@ -1,4 +1,4 @@
-"""What a delta folder holds and what it costs: bytes by part, density, distance to the entropy limit."""
+"""What a delta folder holds and what it costs: bytes by kind, density, distance to the entropy limit."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ class DeltaCost:
         method, pruning_rate, seed, q, base, coding: from the config; ``coding`` is that of the positions.
         tensors: one row each.
         entries, kept, density: of the fine-tuned model; stored entries, carried ones too; their share.
-        positions, values, carried, config, overhead, total: bytes of the model and config file by part; ``overhead``
+        positions, values, carried, config, overhead, total: bytes of the model and config file by kind; ``overhead``
             is the heads of file and chunks.
         side_files: bytes of the configuration and tokenizer files beside the delta, not in the total.
         entropy: bytes of entropy of the positions, 0 where the seed gives them.
         above_entropy: bytes of positions over their entropy, minus 1; 0 where nothing is stored.
-        ratio_fp32, ratio_bf16: bytes of a dense delta in these over the total.
+        dense_bytes: of the fine-tuned model in its own dtype.
+        ratio: dense bytes over the total.
     """
 
     method: str
@@ -75,8 +76,8 @@ class DeltaCost:
     side_files: int
     entropy: float
     above_entropy: float
-    ratio_fp32: float
-    ratio_bf16: float
+    dense_bytes: int
+    ratio: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -92,10 +93,10 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
     """
     reader = DeltaReader.open(source, revision)
     pruned, positions, values = _pruned_rows(reader)
-    dense = list(_dense_rows(reader))
+    unpruned = list(_dense_rows(reader))
     total, config = delta_bytes(reader.folder), (reader.folder / CONFIG_FILE).stat().st_size
-    carried, entropy = sum(row.carried for row in dense), sum(row.entropy for row in pruned)
-    kept = sum(row.kept for row in (*pruned, *dense))
+    carried, entropy = sum(row.carried for row in unpruned), sum(row.entropy for row in pruned)
+    kept = sum(row.kept for row in (*pruned, *unpruned))
     info = reader.info
     return DeltaCost(
         method=info.method,
@@ -104,7 +105,7 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         q=info.q,
         base=info.base_name,
         coding="seed" if reader.chunks.seeded else "index",
-        tensors=[*pruned, *dense],
+        tensors=[*pruned, *unpruned],
         entries=info.entries,
         kept=kept,
         density=kept / max(info.entries, 1),
@@ -117,8 +118,8 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         side_files=further_bytes(reader.folder),
         entropy=entropy,
         above_entropy=positions / entropy - 1 if entropy else 0.0,
-        ratio_fp32=4 * info.entries / total,
-        ratio_bf16=2 * info.entries / total,
+        dense_bytes=info.dense_bytes,
+        ratio=info.dense_bytes / total,
     )
 
 
@@ -129,9 +130,9 @@ def _pruned_rows(reader: DeltaReader) -> tuple[list[TensorCost], int, int]:
     for first, chunk in reader.chunks.chunks():
         sizes = chunk.head.stored(values=False), chunk.head.stored(values=True)
         positions, values = positions + sizes[0], values + sizes[1]
-        for row, part in zip(pruned[first:], chunk.positions, strict=False):
-            share = len(part) / max(chunk.head.kept, 1)
-            row.kept += len(part)
+        for row, kept_positions in zip(pruned[first:], chunk.positions, strict=False):
+            share = len(kept_positions) / max(chunk.head.kept, 1)
+            row.kept += len(kept_positions)
             row.positions += share * sizes[0]
             row.values += share * sizes[1]
     for row in pruned:

@@ -16,6 +16,8 @@ from math import ceil, floor, isfinite
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from dpp_lightning.tensors.blocks import block_of
+
 Dtype = Literal["float32", "bfloat16"]
 
 GIB = 2**30
@@ -26,11 +28,19 @@ READS = 3  # of the kept entries of one pruned model: theta and theta_0 as it is
 
 
 class ModelShape(NamedTuple):
-    """A decoder's size: all parameters, its blocks, and the parameters outside them (embeddings, untied head)."""
+    """A model's size.
+
+    Attributes:
+        parameters: of the whole model.
+        blocks: numbered blocks, such as a decoder's layers.
+        outside: parameters in no block: embeddings, a head that is not tied to them.
+        unit: parameters of the largest block; None where all blocks are of one size.
+    """
 
     parameters: float
     blocks: int
     outside: float = 0
+    unit: float | None = None
 
 
 MODELS: Mapping[str, ModelShape] = MappingProxyType(
@@ -149,6 +159,57 @@ def plan_memory(
     )
 
 
+def shape_of(entries: Mapping[str, int]) -> ModelShape:
+    """A model's size from its tensors.
+
+    Args:
+        entries: name to number of entries of every tensor, tied ones once. A model whose names have no numbered blocks
+            counts as one block.
+    """
+    blocks: dict[str, int] = {}
+    outside = 0
+    for name, count in entries.items():
+        block = block_of(name)
+        if block is None:
+            outside += count
+        else:
+            blocks[block] = blocks.get(block, 0) + count
+    if not blocks:
+        return ModelShape(outside, 1)
+    return ModelShape(outside + sum(blocks.values()), len(blocks), outside, max(blocks.values()))
+
+
+def fewest_devices(
+    shape: ModelShape,
+    device_gib: float,
+    *,
+    weights: Dtype = "float32",
+    theta0: Dtype | None = None,
+    compute: Dtype | None = None,
+    most: int = 1024,
+) -> int | None:
+    """The least number of devices on each of which what :func:`plan_memory` counts stays within a memory.
+
+    Args:
+        shape: of the model.
+        device_gib: memory of one device in GiB, > 0.
+        weights, theta0, compute: as in :func:`plan_memory`.
+        most: devices tried at most.
+
+    Returns:
+        None where ``most`` devices are not enough: what is gathered does not shrink with their number.
+
+    Raises:
+        ValueError: as :func:`plan_memory`, or a memory that is not above 0.
+    """
+    if not device_gib > 0:
+        raise ValueError(f"device_gib is the memory of a device in GiB, above 0, such as 80; got {device_gib!r}")
+    parameters, blocks, outside, unit = shape
+    plan = partial(plan_memory, parameters, weights=weights, theta0=theta0, compute=compute, blocks=blocks)
+    fitting = (n for n in range(1, most + 1) if plan(n, outside=outside, unit=unit).total <= device_gib * GIB)
+    return next(fitting, None)
+
+
 def table(
     models: Mapping[str, ModelShape] = MODELS,
     devices: Sequence[int] = (1, 8, 64),
@@ -172,11 +233,12 @@ def table(
         "| **total**, θ0 float32 / bfloat16 | callback: received once a run | a pruned model, by seed / by rank |"
     )
     lines = [head, "|---" * 10 + "|"]
-    for label, (parameters, blocks, outside) in models.items():
+    for label, (parameters, blocks, outside, unit) in models.items():
         for count in devices:
             plan = partial(plan_memory, parameters, count, weights=weights, compute=compute, blocks=blocks)
             wide, narrow = (
-                plan(theta0=theta0, outside=outside, pruning_rate=pruning_rate) for theta0 in ("float32", "bfloat16")
+                plan(theta0=theta0, outside=outside, unit=unit, pruning_rate=pruning_rate)
+                for theta0 in ("float32", "bfloat16")
             )
             lines.append(f"| {label} | {count} | {' | '.join(_cells(wide, narrow))} |")
     return "\n".join(lines)

@@ -1,52 +1,229 @@
-"""What the commands on files have in common: a parser, one line for what went wrong, a progress bar."""
+"""A command of ``dpp`` made from one Python function: its signature and docstring are the command line."""
 
 from __future__ import annotations
 
-import argparse
+import inspect
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-MODEL = "a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id"
-_FAILED, _WRONG = 1, 2
+from dpp_lightning.cli.exit_codes import DONE, FAILED, SHOW_TRACEBACK, USAGE_ERROR
+from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repeated
+from dpp_lightning.cli.near_miss import explain
+from dpp_lightning.cli.packaged_configs import UsageError
+
+_CONFIG = "YAML file with any of these parameters by name, positional ones too; what is typed beside it wins"
 
 
-def parser_of(command: str, summary: str) -> argparse.ArgumentParser:
-    """The parser of ``dpp COMMAND``."""
-    return argparse.ArgumentParser(prog=f"dpp {command}", description=summary)
+@dataclass(frozen=True)
+class FunctionCommand:
+    """A command whose parameters are those of a function.
+
+    Attributes:
+        function: a parameter that may be positional is an argument of the command, which may be left out where it has a
+            default; a keyword-only one is an option. Annotations give the types, the docstring's ``Args`` the help. A
+            ``bool`` is a flag, and a ``Sequence`` takes several words.
+        example: a command line that the help shows.
+        groups: heading of the help to the first option under it; an option belongs to the heading before it.
+    """
+
+    function: Callable[..., None]
+    example: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def parser(self, name: str) -> ArgumentParser:
+        """The parser of ``dpp NAME``, which raises :class:`argparse.ArgumentError` in place of leaving the process."""
+        documented = parse_docstring(inspect.getdoc(self.function) or "")
+        description = [documented.short_description, documented.long_description]
+        parser = ArgumentParser(
+            f"dpp {name}",
+            usage=self._usage(name),
+            description=_plain("\n\n".join(filter(None, description))),
+            epilog=f"example:\n  {self.example}",
+            formatter_class=_HelpFormatter,
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+        parser.add_argument("--config", action=ActionConfigFile, help=_CONFIG)
+        help_of = {parameter.arg_name: _plain(parameter.description or "") for parameter in documented.params}
+        titles = {first: title for title, first in self.groups.items()}
+        types, group = get_type_hints(self.function), parser
+        for parameter in inspect.signature(self.function).parameters.values():
+            if parameter.name in titles:
+                group = parser.add_argument_group(titles[parameter.name])
+            _add_argument(group, parameter, types[parameter.name], help_of[parameter.name])
+        return parser
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Parse the command line, call the function, and say in one line what went wrong.
+
+        Args:
+            arguments: the command line from the command's name on.
+
+        Returns:
+            The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
+        """
+        name, words = arguments[0], list(arguments[1:])
+        parser, words = self.parser(name), self._join_lists(words)
+        try:
+            _check_configs(words)
+            refuse_repeated(read_settings(parser, words))
+            options = parser.parse_args(words)
+        except SystemExit as stop:  # after --help and --print_config
+            return stop.code if isinstance(stop.code, int) else USAGE_ERROR
+        except UsageError as error:
+            say(f"dpp {name}: error: {error}")
+            return USAGE_ERROR
+        except ArgumentError as error:
+            say(f"dpp {name}: error: {explain(error, parser, words)}")
+            return USAGE_ERROR
+        try:
+            self.function(
+                **{parameter: options[parameter] for parameter in inspect.signature(self.function).parameters}
+            )
+        except (ValueError, OSError, MemoryError) as error:
+            if os.environ.get(SHOW_TRACEBACK):
+                raise
+            wrong_use = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+            say(f"dpp {name}: {'error' if wrong_use else 'failed, nothing is left half-written'}: {error}")
+            return USAGE_ERROR if wrong_use else FAILED
+        return DONE
+
+    def _usage(self, name: str) -> str:
+        """Arguments and required options; the help lists the others."""
+        words, types = [], get_type_hints(self.function)
+        for parameter in inspect.signature(self.function).parameters.values():
+            metavar, required = _metavar(parameter.name, types[parameter.name]), parameter.default is parameter.empty
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                words.append(metavar if required else f"[{metavar}]")
+            elif required:
+                words.append(f"--{parameter.name} {metavar}")
+        return " ".join(["dpp", name, *words, "[options]"])
+
+    def _join_lists(self, words: Sequence[str]) -> list[str]:
+        """``--carry a b`` as ``--carry=["a", "b"]``: jsonargparse takes the items of a list in one word."""
+        types = get_type_hints(self.function)
+        lists = {f"--{name}" for name, kind in types.items() if get_origin(kind) is Sequence}
+        joined: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            items = []
+            while word in lists and rest and not rest[0].startswith("--"):
+                items.append(rest.pop(0))
+            joined.append(f"{word}={_as_list(items)}" if items else word)
+        return joined
 
 
-def run_command(
-    parser: argparse.ArgumentParser, arguments: list[str], act: Callable[[argparse.Namespace], None]
-) -> int:
-    """Parse, act, and say in one line what went wrong."""
+def _as_list(items: list[str]) -> str:
+    """The words as a list in YAML; those of ``[a, b]`` are one already."""
+    text = " ".join(items)
     try:
-        options = parser.parse_args(arguments[1:])
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else _WRONG
-    try:
-        act(options)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        say(f"dpp {arguments[0]}: error: {error}")
-        return _WRONG
-    except (OSError, MemoryError) as error:
-        say(f"dpp {arguments[0]}: failed, nothing was written: {error}")
-        return _FAILED
-    return 0
+        whole = text.startswith("[") and isinstance(yaml.safe_load(text), list)
+    except yaml.YAMLError:  # a glob such as [ab]*.weight
+        whole = False
+    return text if whole else json.dumps(items)
+
+
+def _check_configs(words: Sequence[str]) -> None:
+    """Refuse a config file that is not there, before what it should have held is missed.
+
+    Raises:
+        UsageError: with its name.
+    """
+    files = [value for word, value in pairwise(words) if word == "--config"]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    for file in files:
+        if not INLINE.search(file) and not Path(file).exists():
+            raise UsageError(f"the config file {file!r} does not exist")
+
+
+def _add_argument(group: Any, parameter: inspect.Parameter, kind: Any, text: str) -> None:
+    """Add one parameter of a function to a parser or to a group of it."""
+    name, default = parameter.name, parameter.default
+    required, several = default is parameter.empty, get_origin(kind) is Sequence
+    if parameter.kind is not parameter.KEYWORD_ONLY:
+        item = get_args(kind)[0] if several else kind
+        nargs = {"nargs": "+"} if several else {} if required else {"nargs": "?", "default": default}
+        group.add_argument(name, type=item, metavar=name.upper(), help=text, **nargs)
+    elif kind is bool:
+        group.add_argument(f"--{name}", action=ActionYesNo, default=default, help=text)
+    else:
+        given = {"required": True} if required else {"default": list(default) if several else default}
+        group.add_argument(f"--{name}", type=kind, metavar=_metavar(name, kind), help=text, **given)
+
+
+def _metavar(name: str, kind: Any) -> str:
+    """How help and usage write the value of a parameter."""
+    return f"{name.upper()} [{name.upper()} ...]" if get_origin(kind) is Sequence else name.upper()
+
+
+def _plain(text: str) -> str:
+    """A docstring as a terminal shows it."""
+    return text.replace("``", "")
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help whose paragraphs are filled one by one, and whose indented lines stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = []
+        for paragraph in text.split("\n\n"):
+            lines = paragraph.splitlines()
+            if any(line.startswith(" ") for line in lines):
+                blocks.append(textwrap.indent(paragraph, indent))
+            else:
+                blocks.append(textwrap.fill(" ".join(lines), width, initial_indent=indent, subsequent_indent=indent))
+        return "\n\n".join(blocks)
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
+    """One line on standard error."""
     sys.stderr.write(text + "\n")
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], Any]]:
-    """A bar on the terminal with bytes a second; called with bytes done and bytes in all."""
+def hub_errors() -> Iterator[None]:
+    """Errors of the hub's client in one line, as OSError.
+
+    Raises:
+        OSError: the hub refuses or does not answer.
+        ValueError: a malformed repository id.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # the client's HTTP library has errors of its own that are no OSError
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        cure = "; log in with hf auth login, or set HF_TOKEN" if status in (401, 403) else ""
+        raise OSError(f"the hub: {' '.join(str(error).split()) or type(error).__name__}{cure}") from error
+
+
+@contextmanager
+def progress_bar(action: str) -> Iterator[Callable[[int, int], Any]]:
+    """A bar on the terminal with bytes a second.
+
+    Args:
+        action: what is being done, such as ``"pruning"``.
+
+    Yields:
+        A function to call with the bytes done and the bytes in all.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,5 +232,5 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Any]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(action, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

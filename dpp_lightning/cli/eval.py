@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,90 +18,129 @@ from rich.console import Console
 from rich.table import Table
 
 from dpp_lightning._version import __version__
-from dpp_lightning.cli.command import parser_of, run_command, say
-from dpp_lightning.delta.apply_to_checkpoint import dense_side_files
+from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.reader import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
-from dpp_lightning.storage.checkpoints import side_files
+from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.tensors.names import canonical_names
 
 _SHOWN = 5
-_TOLD = ("method", "pruning_rate", "seed", "q", "base_fingerprint")  # of the delta, in the result
-_SETTINGS = ("num_fewshot", "limit", "batch_size", "device", "log_samples", "apply_chat_template")
+_OF_DELTA = ("method", "pruning_rate", "seed", "q", "base_fingerprint")  # of the delta, in the result
 
 
-def evaluate(arguments: list[str]) -> int:
-    """``dpp eval MODEL --tasks TASK … --output FILE.json``."""
-    return run_command(_parser(), arguments, _evaluate)
+def evaluate_model(
+    model: str,
+    *,
+    tasks: Sequence[str],
+    output: str,
+    log_samples: bool = False,
+    delta: str | None = None,
+    task: str | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    device: str | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+) -> None:
+    """Score a causal language model with lm-evaluation-harness, which pip install 'dpp_lightning[eval]' brings.
 
+    With --delta the delta is put onto MODEL in memory, as dpp apply would write it.
 
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(
-        "eval",
-        "Score a causal language model with lm-evaluation-harness (pip install 'dpp_lightning[eval]'). With --delta "
-        "the delta is put onto MODEL in memory, as dpp apply would write it.",
+    Args:
+        model: a folder in Hugging Face's layout or a hub id
+        tasks: the harness's tasks, groups, tags or patterns, such as gsm8k
+        output: JSON file for the whole result; an older file is replaced
+        log_samples: also write every prompt and answer into the file
+        delta: a delta folder or hub id whose base is MODEL
+        task: of a merged delta, the task whose head is used
+        dtype: of the weights; null for the checkpoint's
+        device: cpu, cuda, cuda:1; null for cuda where there is one
+        batch_size: examples at a time
+        max_length: tokens of prompt and answer at most; null for the model's own limit
+        include_path: folder with task YAMLs of your own
+        num_fewshot: worked examples in the prompt; null for the task's own number
+        limit: only the first examples of each task, for a quick look; null for all
+        apply_chat_template: put prompts into the tokenizer's chat template
+    """
+    at_least = {"num_fewshot": (num_fewshot, 0), "limit": (limit, 1), "batch_size": (batch_size, 1)}
+    _check_numbers({**at_least, "max_length": (max_length, 2)})
+    _check_paths(delta, task, include_path, output)
+    device = _usable_device(device)
+    _check_harness()
+    sparse_delta = read_delta(delta, task) if delta else None
+    with side_folder(model, delta, task) as folder:
+        tokenizer = load_tokenizer(folder, apply_chat_template)
+        loaded_tasks = load_tasks([name for word in tasks for name in word.split(",") if name], include_path)
+        loaded = load_model(model, sparse_delta, folder, dtype).to(device)
+    harness = _make_harness(model, loaded, tokenizer, loaded_tasks, batch_size, max_length)
+    result = _score(
+        harness,
+        loaded_tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        log_samples=log_samples,
+        apply_chat_template=apply_chat_template,
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder in Hugging Face's layout or a hub id")
-    add("--delta", metavar="DIR", help="a delta folder or hub id whose base is MODEL")
-    add("--task", metavar="NAME", help="of a merged delta, the task whose head is used")
-    add("--tasks", nargs="+", required=True, metavar="T", help="the harness's tasks, groups, tags or patterns: gsm8k")
-    add("--include-path", metavar="DIR", help="folder with task YAMLs of your own")
-    add("--num-fewshot", type=int, metavar="N", help="worked examples in the prompt (default: the task's own)")
-    add("--limit", type=int, metavar="N", help="only the first N examples of each task, for a quick look")
-    add("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
-    add("--max-length", type=int, metavar="N", help="tokens of prompt and answer at most (default: the model's own)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: the checkpoint's)")
-    add("--apply-chat-template", action="store_true", help="put prompts into the tokenizer's chat template")
-    add("--log-samples", action="store_true", help="also write every prompt and answer into the file")
-    add("--output", required=True, metavar="FILE.json", help="the whole result; an older file is replaced")
-    return parser
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    _check(options)
-    delta = read_delta(options.delta, options.task) if options.delta else None
-    with side_folder(options.model, options.delta, options.task) as folder:
-        tokenizer = load_tokenizer(folder, options.apply_chat_template)
-        tasks = load_tasks([name for word in options.tasks for name in word.split(",") if name], options.include_path)
-        model = load_model(options.model, delta, folder, options.dtype).to(options.device)
-    result = _score(model, tokenizer, tasks, options)
-    result["dpp"] = {"version": __version__, "model": options.model, "delta": options.delta, "task": options.task}
-    if delta:
-        result["dpp"] |= {name: getattr(delta.info, name) for name in _TOLD}
-    with atomic_file(Path(options.output)) as temporary:
-        text = json.dumps(result, indent=1, default=lambda o: o.item() if isinstance(o, np.generic) else str(o))
-        temporary.write_text(text + "\n", encoding="utf-8")
+    result["dpp"] = {"version": __version__, "model": model, "delta": delta, "task": task}
+    if sparse_delta:
+        result["dpp"] |= {name: getattr(sparse_delta.info, name) for name in _OF_DELTA}
+    _write(result, Path(output))
     _show(result)
-    asked = options.num_fewshot
-    fixed = {task: used for task, used in result["n-shot"].items() if asked is not None and used != asked}
+    fixed = {name: used for name, used in result["n-shot"].items() if num_fewshot is not None and used != num_fewshot}
     if fixed:
-        say(f"--num-fewshot {asked} is not used where a task fixes its own: {fixed}")
-    say(f"{options.output}: the whole result")
+        say(f"--num_fewshot {num_fewshot} is not used where a task fixes its own: {fixed}")
+    say(f"{output}: the whole result")
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong before anything is read, and set the device."""
-    for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1), ("max_length", 2)):
-        value = getattr(options, name)
+COMMAND = FunctionCommand(
+    evaluate_model,
+    example="dpp eval BASE --delta DELTA --tasks gsm8k --output gsm8k.json",
+    groups={
+        "what is scored and written": "tasks",
+        "the model": "delta",
+        "how it is run": "device",
+        "the tasks": "include_path",
+    },
+)
+
+
+def _check_numbers(numbers: Mapping[str, tuple[int | None, int]]) -> None:
+    """Refuse an option's number below its least value."""
+    for name, (value, least) in numbers.items():
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
-    if options.task and not options.delta:
-        raise ValueError(f"--task {options.task} chooses a task of a merged delta: give --delta DIR too, or leave it")
-    if options.include_path and not Path(options.include_path).is_dir():
-        raise FileNotFoundError(f"--include-path {options.include_path}: no such folder")
-    if Path(options.output).is_dir():
-        raise ValueError(f"--output {options.output} is a folder, expected a file such as {options.output}/eval.json")
-    check_writable(Path(options.output).parent)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            raise ValueError(f"--{name} is {value}, expected {least} or more")
+
+
+def _check_paths(delta: str | None, task: str | None, include_path: str | None, output: str) -> None:
+    """Refuse what can be known to be wrong of paths, before anything is read."""
+    if task and not delta:
+        raise ValueError(f"--task {task} chooses a task of a merged delta: give --delta DELTA too, or leave it")
+    if include_path and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"--include_path {include_path}: no such folder")
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder, expected a file such as {output}/eval.json")
+    check_writable(Path(output).parent)
+
+
+def _usable_device(device: str | None) -> str:
+    """The device asked for, or the best one here; refused where it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {options.device} cannot be used here ({reason}); try --device cpu") from error
+        raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def _check_harness() -> None:
     try:
         import lm_eval
         import lm_eval.models.huggingface  # noqa: F401
@@ -129,10 +167,10 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> list[Any]:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         near = {name: get_close_matches(name, manager.all_tasks, n=3) for name in unknown}
-        hints = [f"{name!r}" + (f" (near: {', '.join(found)})" if found else "") for name, found in near.items()]
+        hints = [f"{name!r}" + (f" (near: {', '.join(names)})" if names else "") for name, names in near.items()]
         raise ValueError(
             f"lm-evaluation-harness has no task {', '.join(hints) or 'without a name'}; "
-            "`lm_eval ls tasks` lists all, --include-path DIR adds your own"
+            "`lm_eval ls tasks` lists all, --include_path DIR adds your own"
         )
     wanted = manager.match_tasks(list(names))
     try:
@@ -151,23 +189,37 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> list[Any]:
     return [*groups, *(task for name, task in loaded["tasks"].items() if name not in inside)]
 
 
-def _score(model: Any, tokenizer: Any, tasks: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:
-    import lm_eval
+def _make_harness(
+    source: str, model: Any, tokenizer: Any, tasks: Sequence[Any], batch_size: int, max_length: int | None
+) -> Any:
+    """The harness's wrapper of the model; refused where a task's answers leave no room for a prompt."""
     from lm_eval.models.huggingface import HFLM
 
     # an object in place of a name is meant here, so the harness need not warn of it
     logging.getLogger(HFLM.__module__).addFilter(lambda record: "`pretrained`" not in str(record.msg))
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length)
-    harness.pretrained = options.model  # by which the result names the commit
-    for task in (leaf for item in tasks for leaf in (item.get_all_tasks() if hasattr(item, "child_names") else [item])):
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    harness.pretrained = source  # by which the result names the commit
+    leaves = (leaf for item in tasks for leaf in (item.get_all_tasks() if hasattr(item, "child_names") else [item]))
+    for task in leaves:
         room = (task.config.generation_kwargs or {}).get("max_gen_toks", harness.max_gen_toks)
         if task.OUTPUT_TYPE == "generate_until" and room >= harness.max_length:
             raise ValueError(
                 f"{task.task_name} writes up to {room} tokens, no room for a prompt within {harness.max_length}: raise "
-                "--max-length, or lower max_gen_toks in a task YAML of your own"
+                "--max_length, or lower max_gen_toks in a task YAML of your own"
             )
-    settings = {key: getattr(options, key) for key in _SETTINGS}
+    return harness
+
+
+def _score(harness: Any, tasks: Sequence[Any], **settings: Any) -> dict[str, Any]:
+    import lm_eval
+
     return lm_eval.simple_evaluate(model=harness, tasks=list(tasks), **settings)
+
+
+def _write(result: Mapping[str, Any], path: Path) -> None:
+    text = json.dumps(result, indent=1, default=lambda o: o.item() if isinstance(o, np.generic) else str(o))
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -185,7 +237,12 @@ def _show(result: Mapping[str, Any]) -> None:
 
 
 def read_delta(folder: str, task: str | None) -> SparseDelta:
-    """The delta, of a merged one as ``task`` uses it; refused here where a task must be chosen."""
+    """The delta, of a merged one as ``task`` uses it.
+
+    Raises:
+        ValueError: the delta is merged and its heads differ, but no task is named; or it has no such task.
+        FileNotFoundError: no such folder, or a folder without a delta.
+    """
     delta = SparseDelta.from_pretrained(folder)
     of_task(delta.info, delta.carried, task)
     return delta.for_task(task) if task else delta
@@ -206,8 +263,7 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
         return
     tasks = task_names(DeltaReader.open(delta).info)
     with TemporaryDirectory() as folder:
-        for name, path in dense_side_files(model, None, delta, None, tasks, task).items():
-            (Path(folder) / name).write_bytes(path.read_bytes())
+        copy_files(dense_side_files(model, delta, tasks=tasks, task=task), Path(folder))
         yield folder
 
 
@@ -216,7 +272,7 @@ def load_tokenizer(folder: str, chat: bool) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if chat and not tokenizer.chat_template:
-        raise ValueError("--apply-chat-template: the tokenizer has no chat template; leave the option out")
+        raise ValueError("--apply_chat_template: the tokenizer has no chat template; leave the option out")
     return tokenizer
 
 
@@ -234,10 +290,10 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    own, config = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(folder)
+    base_config, config = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(folder)
     final, rows = dtype or config.dtype, config.get_text_config().vocab_size
     if delta is not None:  # the base as it is: the delta is checked against its values and may add rows
-        config.dtype, config.get_text_config().vocab_size = own.dtype, own.get_text_config().vocab_size
+        config.dtype, config.get_text_config().vocab_size = base_config.dtype, base_config.get_text_config().vocab_size
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, config=config, dtype=dtype if dtype and delta is None else "auto", output_loading_info=True
     )

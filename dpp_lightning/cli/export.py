@@ -1,110 +1,133 @@
-"""dpp export: a trainer's checkpoint to a folder that from_pretrained loads, or to a delta folder."""
+"""``dpp export``: a trainer's checkpoint to a folder that from_pretrained loads, or to a delta folder."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+import inspect
+from typing import Any
 
-from dpp_lightning.cli.command import parser_of, progress_bar, run_command, say
+from dpp_lightning.cli.choices import DtypeName, MethodName
+from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
-from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.checkpoints import load_tensors
-from dpp_lightning.tensors.dtypes import DTYPES, FLOATS
-
-if TYPE_CHECKING:
-    from dpp_lightning.export.write import Export
-
-_DELTA_OPTIONS = {"method": "dare", "pruning_rate": 0.9, "seed": 0}  # and what they are if not given
+from dpp_lightning.tensors.dtypes import FLOATS
 
 
-def export(arguments: list[str]) -> int:
-    """``dpp export CKPT --output DIR``."""
-    return run_command(_parser(), arguments, _export)
+def export_to_folder(
+    checkpoint: str,
+    *,
+    output: str,
+    dtype: DtypeName | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    config_from: str | None = None,
+    config_revision: str | None = None,
+    architecture: str | None = None,
+    prefix: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    method: MethodName = "dare",
+    pruning_rate: float = 0.9,
+    seed: int = 0,
+    q: float | None = None,
+    method_settings: dict[str, float | str] | None = None,
+) -> None:
+    """Write a trainer's checkpoint as a folder that from_pretrained loads, or with --base as a delta folder.
 
+    Taken are a Lightning .ckpt, a sharded checkpoint of Lightning (FSDP, ModelParallel) and a
+    torch.distributed.checkpoint folder, block by block, without a GPU or a process group. No code in the checkpoint is
+    run: pickles, .metadata too, are read for tensors and plain values alone. Optimizer states are never read.
 
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of(
-        "export",
-        "Write a Lightning .ckpt, a sharded checkpoint of Lightning (FSDP, ModelParallel) or a "
-        "torch.distributed.checkpoint folder as a folder that from_pretrained loads, block by block, without a GPU or "
-        "a process group; with --base as a delta folder. No code in the checkpoint is run: pickles, .metadata too, are "
-        "read for tensors and plain values alone. Optimizer states are never read.",
-    )
-    add = parser.add_argument
-    config = "of configuration and tokenizer (default: --base, else the checkpoint's hyper-parameter pretrained)"
-    kind = "such as BertForTokenClassification (default: the class of the model type whose tensors these are)"
-    dtype = "of the weights, a float; with --base, how kept values are held (default: the checkpoint's)"
-    add("checkpoint", metavar="CKPT", help="a .ckpt file, or a folder with .metadata and *.distcp files")
-    add("--output", required=True, metavar="DIR", help="a folder that is new or empty")
-    add("--config-from", metavar="MODEL", help=f"folder or hub id {config}")
-    add("--config-revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--architecture", metavar="CLASS", help=kind)
-    add(
-        "--prefix", metavar="NAME.", help="what stands before the model's own names, where the checkpoint holds several"
-    )
-    add("--dtype", choices=DTYPES, help=dtype)
-    add("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest weights file")
-    add = parser.add_argument_group("a delta folder in place of a dense one").add_argument
-    add("--base", metavar="BASE", help="prune the delta to this folder or hub id, as dpp prune does")
-    add("--base-revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--method", help=f"one of {', '.join(METHODS)} (default: dare)")
-    add("--pruning_rate", "--pruning-rate", type=float, metavar="P", help="fraction that is dropped (default: 0.9)")
-    add("--seed", type=int, help="mask seed (default: 0)")
-    return parser
-
-
-def _export(options: argparse.Namespace) -> None:
-    _check(options)
+    Args:
+        checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files
+        output: a folder that is new or empty
+        dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's
+        max_shard_bytes: largest file of weights
+        config_from: folder or hub id of configuration and tokenizer; by default --base, else the checkpoint's
+            hyper-parameter pretrained
+        config_revision: branch, tag or commit where that is a hub id
+        architecture: class of transformers such as BertForTokenClassification; by default the class of the model type
+            whose tensors these are
+        prefix: what stands before the model's own names, where the checkpoint holds several models
+        base: prune the delta to this folder or hub id, as dpp prune does
+        base_revision: branch, tag or commit where the base is a hub id
+        method: the pruning method
+        pruning_rate: fraction of the delta's entries that is dropped, in [0, 1)
+        seed: of the random selections, an integer >= 0
+        q: divide kept values by this; null for the method's own
+        method_settings: the method's own settings, one by one as in --method_settings.budget model
+    """
+    spec = None
+    of_a_delta = {
+        "method": method,
+        "pruning_rate": pruning_rate,
+        "seed": seed,
+        "q": q,
+        "method_settings": method_settings,
+    }
+    if base is None:
+        _check_dense(dtype, {**of_a_delta, "base_revision": base_revision})
+    else:
+        spec = PruningSpec(**{**of_a_delta, "method_settings": method_settings or {}}, dtype=dtype)
+        _check_delta(spec, base, base_revision, output)
     from dpp_lightning.export.plan import plan_export
     from dpp_lightning.export.write import export_checkpoint, export_delta
 
     plan = plan_export(
-        options.checkpoint,
-        config_from=options.config_from or options.base,
-        config_revision=options.base_revision if options.base and not options.config_from else options.config_revision,
-        architecture=options.architecture,
-        prefix=options.prefix,
-        dtype=None if options.base else options.dtype,
+        checkpoint,
+        config_from=config_from or base,
+        config_revision=base_revision if base and not config_from else config_revision,
+        architecture=architecture,
+        prefix=prefix,
+        dtype=None if base else dtype,
     )
-    with progress_bar("exporting") as told:
-        if options.base:
-            spec = PruningSpec(options.method, options.pruning_rate, options.seed, options.dtype)
-            output = export_delta(
-                plan, options.base, options.output, spec, base_revision=options.base_revision, progress=told
-            )
+    with progress_bar("exporting") as progress:
+        if base is None or spec is None:
+            folder = export_checkpoint(plan, output, max_shard_bytes=max_shard_bytes, progress=progress)
+            size = sum(entry.nbytes for entry in plan.entries)
+            written = f"{plan.architecture.name}, {len(plan.tensors)} tensors, {size:,} bytes; files of {plan.source}"
         else:
-            output = export_checkpoint(plan, options.output, max_shard_bytes=options.max_shard_bytes, progress=told)
-    for note in plan.notes:
-        say(note)
-    say(
-        f"{output}: {delta_bytes(output):,} bytes, the delta to {options.base}" if options.base else _told(output, plan)
-    )
+            folder = export_delta(plan, base, output, spec, base_revision=base_revision, progress=progress)
+            written = f"{delta_bytes(folder):,} bytes, the delta to {base}"
+    for line in (*plan.notes, f"{folder}: {written}"):
+        say(line)
 
 
-def _told(output: object, plan: Export) -> str:
-    size = sum(entry.nbytes for entry in plan.entries)
-    return f"{output}: {plan.architecture.name}, {len(plan.tensors)} tensors, {size:,} bytes; files of {plan.source}"
+COMMAND = FunctionCommand(
+    export_to_folder,
+    example="dpp export CHECKPOINT --output DENSE",
+    groups={
+        "what is written": "output",
+        "the model": "config_from",
+        "a delta folder in place of a dense one": "base",
+    },
+)
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything is read; fill in those of a delta."""
-    names = (*_DELTA_OPTIONS, "base-revision")
-    given = [f"--{name}" for name in names if getattr(options, name.replace("-", "_")) is not None]
-    if not options.base:
-        if given:
-            raise ValueError(f"{', '.join(given)}: only of a delta folder; give --base BASE too, or leave it out")
-        if options.dtype not in (None, *FLOATS):
-            raise ValueError(f"--dtype {options.dtype} is of a delta folder; weights are {', '.join(FLOATS)}")
-        return
-    for name, default in _DELTA_OPTIONS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    spec = PruningSpec(options.method, options.pruning_rate, options.seed, options.dtype)
+def _check_dense(dtype: str | None, of_a_delta: dict[str, Any]) -> None:
+    """Refuse what is of a delta folder, where a dense one is to be written.
+
+    Raises:
+        ValueError: with the options' names.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(export_to_folder).parameters.items()}
+    given = [f"--{name}" for name, value in of_a_delta.items() if value != defaults[name]]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only of a delta folder; give --base BASE too, or leave it out")
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"--dtype {dtype} is of a delta folder; weights are {', '.join(FLOATS)}")
+
+
+def _check_delta(spec: PruningSpec, base: str, base_revision: str | None, output: str) -> None:
+    """Refuse a method that needs data, and a base that is not there or not whole, before the checkpoint is read.
+
+    Raises:
+        ValueError: with the cure.
+        FileNotFoundError: no such base.
+    """
     if spec.needs_inputs:
         raise ValueError(
-            f"{options.method} needs calibration data: export without --base, then dpp prune {options.base} "
-            f"{options.output} --method {options.method} --calibration FILE"
+            f"{spec.method} needs calibration data: export without --base, then dpp prune {base} {output} "
+            f"--method {spec.method} --calibration FILE"
         )
     spec.check_calibration(objective=False, inputs=False)
-    load_tensors(options.base, options.base_revision)  # that it is there and whole
+    load_tensors(base, base_revision)

@@ -1,0 +1,51 @@
+"""``dpp apply``: base plus delta to a dense folder."""
+
+from __future__ import annotations
+
+from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
+from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+
+
+def write_dense(
+    base: str,
+    delta: str,
+    *,
+    output: str,
+    max_shard_bytes: int = 5_000_000_000,
+    task: str | None = None,
+    force: bool = False,
+    base_revision: str | None = None,
+    delta_revision: str | None = None,
+) -> None:
+    """Write base plus delta as a dense folder that from_pretrained loads.
+
+    Args:
+        base: a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id
+        delta: a delta folder or hub id
+        output: a folder that is new or empty
+        max_shard_bytes: largest file of weights
+        task: of a merged delta with a head for each task, the one to write
+        force: apply the delta although the base is another one than it was drawn from
+        base_revision: branch, tag or commit where the base is a hub id
+        delta_revision: likewise of the delta
+    """
+    with progress_bar("writing") as progress:
+        folder = apply_checkpoint(
+            base,
+            delta,
+            output,
+            force=force,
+            max_shard_bytes=max_shard_bytes,
+            base_revision=base_revision,
+            delta_revision=delta_revision,
+            task=task,
+            progress=progress,
+        )
+    say(f"{folder}: load it with from_pretrained")
+
+
+COMMAND = FunctionCommand(
+    write_dense,
+    example="dpp apply BASE DELTA --output DENSE",
+    groups={"what is written": "output", "what is applied": "task", "hub": "base_revision"},
+)

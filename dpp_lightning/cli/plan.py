@@ -1,0 +1,89 @@
+"""``dpp plan``: what training a model with AdamR takes on each device, and what the callback moves between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dpp_lightning.analysis.memory_plan import MODELS, ModelShape, fewest_devices, shape_of, table
+from dpp_lightning.cli.command import FunctionCommand, hub_errors, say
+
+
+def plan_devices(
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    parameters: float | None = None,
+    blocks: int = 1,
+    outside: float = 0.0,
+    devices: Sequence[int] = (1, 8, 64),
+    device_gib: float | None = None,
+    weights: Literal["float32", "bfloat16"] = "float32",
+    compute: Literal["float32", "bfloat16"] | None = None,
+    pruning_rate: float = 0.99,
+) -> None:
+    """Print what full fine-tuning with AdamR takes on each device, and what DeltaPruneCallback moves between them.
+
+    A table in GiB with a row for each number of devices, sharded by FSDP2, with the base's weights θ0 in float32 and in
+    bfloat16. Counted are weights, gradients, Adam's moments, θ0 and the layers that are whole at a time; activations,
+    logits and what the allocator wastes are not. Without a model, decoders of four sizes are shown.
+
+    Args:
+        model: a folder, a file or a hub id, of which only the names and shapes of the tensors are read
+        revision: branch, tag or commit where the model is a hub id
+        parameters: size of a model that is not at hand, such as 7e9
+        blocks: numbered blocks of that model, each of which is sharded as a unit
+        outside: parameters of that model in no block, such as its embeddings
+        devices: numbers of devices, each a row
+        device_gib: memory of one device in GiB; also say how many such devices are needed at least
+        weights: dtype of weights, gradients, moments and kept values
+        compute: dtype of gathered layers; null for that of the weights
+        pruning_rate: fraction dropped, in [0, 1), for what the callback moves
+    """
+    if model is not None and parameters is not None:
+        raise ValueError("give MODEL or --parameters, not both: a model's size is read from its tensors")
+    if model is not None:
+        models = {Path(model).name: _read_shape(model, revision)}
+    elif parameters is not None:
+        models = {f"{parameters / 1e9:.3g} B": ModelShape(parameters, blocks, outside)}
+    else:
+        models = dict(MODELS)
+    rows = table(models, devices, weights=weights, compute=compute, pruning_rate=pruning_rate)
+    sys.stdout.write(rows + "\n")
+    if device_gib is None:
+        return
+    for label, shape in models.items():
+        least = [
+            fewest_devices(shape, device_gib, weights=weights, theta0=theta0, compute=compute)
+            for theta0 in ("float32", "bfloat16")
+        ]
+        counts = " / ".join(str(count) if count else "more than any number" for count in least)
+        say(f"{label}: devices of {device_gib:g} GiB at least, θ0 float32 / bfloat16, before activations: {counts}")
+
+
+COMMAND = FunctionCommand(
+    plan_devices,
+    example="dpp plan Qwen/Qwen2-0.5B --devices 1 2 4 --device_gib 24",
+    groups={"the model": "revision", "the devices": "devices", "the training": "weights"},
+)
+
+
+def _read_shape(model: str, revision: str | None) -> ModelShape:
+    """A model's size from the headers of its files, of a hub id without fetching the weights.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        OSError: the hub refuses or does not answer.
+        ValueError: files that cannot be read.
+    """
+    if Path(model).exists() or model.startswith((".", "/", "~")):
+        from dpp_lightning.storage.checkpoints import load_tensors
+
+        return shape_of({name: tensor.numel() for name, tensor in load_tensors(model).items()})
+    from huggingface_hub import get_safetensors_metadata
+
+    with hub_errors():
+        files = get_safetensors_metadata(model, revision=revision).files_metadata.values()
+    return shape_of({name: info.parameter_count for file in files for name, info in file.tensors.items()})

@@ -1,0 +1,125 @@
+"""``dpp prune``: two checkpoints to a delta folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dpp_lightning.cli.choices import DtypeName, MethodName
+from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
+from dpp_lightning.delta.folder import delta_bytes, further_bytes
+from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.storage.checkpoints import total_bytes
+
+
+def prune_to_folder(
+    base: str,
+    finetuned: str,
+    *,
+    output: str,
+    dtype: DtypeName | None = None,
+    weights_only: bool = False,
+    method: MethodName = "dare",
+    pruning_rate: float = 0.9,
+    seed: int = 0,
+    q: float | None = None,
+    method_settings: dict[str, float | str] | None = None,
+    scope: Literal["all", "linear"] = "all",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    carry: Sequence[str] = (),
+    outside: Literal["carry", "revert"] = "carry",
+    calibration: str | None = None,
+    calibration_samples: int = 64,
+    base_revision: str | None = None,
+    finetuned_revision: str | None = None,
+) -> None:
+    """Prune the delta between two checkpoints into a delta folder, tensor by tensor.
+
+    Args:
+        base: a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id
+        finetuned: the model that was fine-tuned from it, in any of these forms
+        output: the delta folder; it is made, or an older delta in it is replaced
+        dtype: how kept values are held; null for the fine-tuned dtype, at most 32 bits
+        weights_only: put no configuration and tokenizer files beside the delta
+        method: the pruning method
+        pruning_rate: fraction of the delta's entries that is dropped, in [0, 1)
+        seed: of the random selections, an integer >= 0
+        q: divide kept values by this; null for the method's own
+        method_settings: the method's own settings, one by one as in --method_settings.budget model
+        scope: prune every floating-point tensor, or only the linear maps inside the numbered blocks
+        include: globs of tensor names: only these are pruned
+        exclude: globs of tensor names: these are never pruned
+        carry: globs of tensor names: these are stored dense, such as a new head
+        outside: a tensor outside the scope is carried (stored dense) or reverted to the base
+        calibration: text (one example a line) or a .safetensors batch, for methods that fit or weigh by data
+        calibration_samples: how many of its examples are used at most
+        base_revision: branch, tag or commit where the base is a hub id
+        finetuned_revision: likewise of the fine-tuned model
+    """
+    spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
+    data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision)
+    with progress_bar("pruning") as progress:
+        folder = prune_checkpoint(
+            base,
+            finetuned,
+            output,
+            spec,
+            scope=Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)),
+            calibration=data,
+            base_revision=base_revision,
+            finetuned_revision=finetuned_revision,
+            weights_only=weights_only,
+            progress=progress,
+        )
+    _report(folder)
+
+
+COMMAND = FunctionCommand(
+    prune_to_folder,
+    example="dpp prune BASE FINETUNED --method darex-q --pruning_rate 0.99 --calibration texts.txt --output DELTA",
+    groups={
+        "what is written": "output",
+        "how it is pruned": "method",
+        "what is pruned": "scope",
+        "calibration": "calibration",
+        "hub": "base_revision",
+    },
+)
+
+
+def _read_calibration(
+    spec: PruningSpec, file: str | None, samples: int, finetuned: str, revision: str | None
+) -> Any | None:
+    """The calibration data of a file; what the method cannot do without, or has no use for, is refused."""
+    if file is None:
+        spec.check_calibration(objective=False, inputs=False)
+        return None
+    if spec.row.fit is None and not spec.needs_inputs:
+        calibrated = ", ".join(name for name, row in METHODS.items() if row.fit or row.inputs)
+        raise ValueError(f"{spec.method} has nothing to calibrate; methods that do: {calibrated}")
+    from dpp_lightning.pruning.file_calibration import FileCalibration
+
+    return FileCalibration(finetuned, file, samples=samples, revision=revision)
+
+
+def _report(folder: Path) -> None:
+    """What was written, from the config and the heads of the chunks: nothing is drawn or decoded again."""
+    reader = DeltaReader.open(folder)
+    info, size, side_bytes = reader.info, delta_bytes(folder), further_bytes(folder)
+    dense = {**reader.carried, **reader.new_rows}
+    kept = sum(head.kept for _, head in reader.chunks.heads) + sum(t.numel() for t in dense.values())
+    say(
+        f"{folder}: {size:,} bytes, {info.dense_bytes / size:.1f} times smaller than the model "
+        f"({info.method}, p={info.pruning_rate:g}, q={info.q:.4g}, density {100 * kept / max(info.entries, 1):.3g} %)"
+    )
+    if dense:
+        names = ", ".join([*dense][:6]) + (", …" if len(dense) > 6 else "")
+        say(f"stored dense, {total_bytes(dense):,} bytes: {names}")
+    if side_bytes:
+        say(f"beside it, {side_bytes:,} bytes: files unlike the base's (--weights_only leaves them out)")
