@@ -30,6 +30,7 @@ from dpp_lightning.cli import main
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+from dpp_lightning.storage.checkpoints import load_tensors
 
 
 def perturb(module, scale=0.01, seed=0):
