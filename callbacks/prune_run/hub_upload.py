@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import get_token, is_offline_mode
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpp_lightning.experiments.grid import delta_name
