@@ -14,6 +14,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dpp_lightning", "callbacks", "configs")
@@ -138,6 +139,18 @@ def test_every_import_is_declared_and_every_dependency_is_imported():
     required, extra = requirements(project["dependencies"]), requirements(project["optional-dependencies"]["eval"])
     imported = imported_distributions()
     assert imported - extra == required
+
+
+def test_continuous_integration_runs_what_the_package_promises():
+    """Each Python of the classifiers, and the oldest torch and transformers that the dependencies allow."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    promised = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert yaml.safe_load(workflow)["jobs"]["run"]["strategy"]["matrix"]["python"] == promised
+    assert PROJECT["project"]["requires-python"] == f">={promised[0]}"
+    oldest = dict(re.findall(r"'([\w-]+)==([\d.]+)\.\*'", workflow))
+    assert oldest.keys() == {"torch", "torchvision", "transformers"}
+    for name, version in oldest.items():
+        assert f"{name}>={version}" in PROJECT["project"]["dependencies"]
 
 
 def test_declared_packages_are_those_on_disk():
