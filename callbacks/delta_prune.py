@@ -73,8 +73,11 @@ class DeltaPruneCallback(pl.Callback):
         forward_fn: ``(module, batch) -> Tensor``, called in place of the evaluation step where outputs are compared. A
             module may instead have ``calibration_steps(batch)``, a generator that runs a forward and yields a mask of
             the tokens that are no padding.
-        scope, include, exclude, outside, carry: which tensors are pruned, see
-            :class:`dpp_lightning.pruning.scope.Scope`.
+        scope: prune ``all`` floating-point tensors, or only the ``linear`` maps inside the numbered blocks.
+        include: glob patterns on canonical names; if given, only matching tensors are pruned.
+        exclude: glob patterns on canonical names of tensors that are never pruned.
+        outside: a tensor outside the scope is stored dense (``carry``) or gets its base value back (``revert``).
+        carry: glob patterns on canonical names of tensors that are always stored dense. New heads and buffers are.
         dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
             bits.
         method_settings: settings of single methods by name, such as ``{"magnitude": {"budget": "model"}}``.
@@ -183,16 +186,15 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the base of a module that made its weights in ``configure_model``, and check the output layer."""
-        settings = self.settings
         if self._base is None:
             restored = trainer.ckpt_path is not None and not trainer.strategy.restore_checkpoint_after_setup
-            if restored and settings.pretrained is None:
-                self._base = BaseWeights({}, explicit=False)  # only an optimizer can still know theta_0
+            if restored and self.settings.pretrained is None:
+                self._base = BaseWeights({}, explicit=False)  # only an optimizer can still hold theta_0
             else:
-                self._base = BaseWeights.take(pl_module, settings.pretrained, settings.revision)
+                self._base = BaseWeights.take(pl_module, self.settings.pretrained, self.settings.revision)
         with self._adapter_view(pl_module):
-            if settings.forward_fn is None:
-                resolve_layer(pl_module, settings.output_layer_of(pl_module))
+            if self.settings.forward_fn is None:
+                resolve_layer(pl_module, self.settings.output_layer_of(pl_module))
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
