@@ -54,11 +54,17 @@ class FunctionCommand:
             usage=self._usage(name),
             description=_plain("\n\n".join(filter(None, description))),
             epilog=f"example:\n  {self.example}",
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             exit_on_error=False,
             allow_abbrev=False,
         )
         parser.add_argument("--config", action=ActionConfigFile, help=_CONFIG)
+        self.add_parameters(parser)
+        return parser
+
+    def add_parameters(self, parser: ArgumentParser) -> None:
+        """Add the function's parameters to a parser, which may have others too."""
+        documented = parse_docstring(inspect.getdoc(self.function) or "")
         help_of = {parameter.arg_name: _plain(parameter.description or "") for parameter in documented.params}
         titles = {first: title for title, first in self.groups.items()}
         types, group = get_type_hints(self.function), parser
@@ -66,7 +72,6 @@ class FunctionCommand:
             if parameter.name in titles:
                 group = parser.add_argument_group(titles[parameter.name])
             _add_argument(group, parameter, types[parameter.name], help_of[parameter.name])
-        return parser
 
     def run(self, arguments: Sequence[str]) -> int:
         """Parse the command line, call the function, and say in one line what went wrong.
@@ -78,7 +83,7 @@ class FunctionCommand:
             The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
         """
         name, words = arguments[0], list(arguments[1:])
-        parser, words = self.parser(name), self._join_lists(words)
+        parser, words = self.parser(name), self.join_lists(words)
         try:
             _check_configs(words)
             refuse_repeated(read_settings(parser, words))
@@ -95,6 +100,8 @@ class FunctionCommand:
             self.function(
                 **{parameter: options[parameter] for parameter in inspect.signature(self.function).parameters}
             )
+        except BrokenPipeError:  # the reader of the output has gone, which is no failure
+            raise
         except (ValueError, OSError, MemoryError) as error:
             if os.environ.get(SHOW_TRACEBACK):
                 raise
@@ -114,7 +121,7 @@ class FunctionCommand:
                 words.append(f"--{parameter.name} {metavar}")
         return " ".join(["dpp", name, *words, "[options]"])
 
-    def _join_lists(self, words: Sequence[str]) -> list[str]:
+    def join_lists(self, words: Sequence[str]) -> list[str]:
         """``--carry a b`` as ``--carry=["a", "b"]``: jsonargparse takes the items of a list in one word."""
         types = get_type_hints(self.function)
         lists = {f"--{name}" for name, kind in types.items() if get_origin(kind) is Sequence}
@@ -177,7 +184,7 @@ def _plain(text: str) -> str:
     return text.replace("``", "")
 
 
-class _HelpFormatter(DefaultHelpFormatter):
+class HelpFormatter(DefaultHelpFormatter):
     """Help whose paragraphs are filled one by one, and whose indented lines stay as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

@@ -59,8 +59,11 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     """
     settings: list[Setting] = []
     for option, values in _options(parser, arguments):
-        keys = tuple(option.lstrip("-").rstrip("+").split(".")) if option else ()
-        if keys in (("config",), ("c",)):
+        action = parser._option_string_actions.get(option)
+        known = action is not None and action.dest != argparse.SUPPRESS
+        name = action.dest if known else option.lstrip("-").rstrip("+")
+        keys = tuple(name.split(".")) if option else ()
+        if keys == ("config",):
             settings += [setting for value in values for setting in _read_config(value)]
             continue
         value = None if not values else values[0] if len(values) == 1 else json.dumps(values)
@@ -148,7 +151,7 @@ def _flatten(loader: yaml.SafeLoader, node: Any, keys: tuple[str | int, ...], na
             if key in children:
                 first = children[key][0].start_mark.line + 1
                 dotted = Setting((*keys, str(key)), None).dotted
-                raise UsageError(f"{name} sets {dotted} twice, in line {first} and in line {line}: keep one")
+                raise UsageError(f"{name} sets {dotted} twice, on lines {first} and {line}: keep one")
             children[key] = key_node, child
         # the class is known before its settings are looked at
         for key in sorted(children, key=lambda key: key != "class_path"):

@@ -6,20 +6,28 @@ import sys
 import time
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
-from pydoc import locate
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
-from dpp_lightning.cli.exit_codes import FAILED, INTERRUPTED, SHOW_TRACEBACK, TERMINATED, USAGE_ERROR
+from dpp_lightning.cli.command import HelpFormatter, say
+from dpp_lightning.cli.commands import COMMANDS
+from dpp_lightning.cli.config_checks import check_config, is_callback, listed
+from dpp_lightning.cli.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, TERMINATED, USAGE_ERROR
+from dpp_lightning.cli.fit_checkpoints import earlier_checkpoint, next_commands
+from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
+from dpp_lightning.cli.near_miss import explain
+from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.adamerging.glue_mix import GLUEMixDataModule
 from dpp_lightning.tasks.adamerging.module import AdaMergingModule
@@ -32,6 +40,7 @@ from dpp_lightning.tasks.vision.images import ImageDataModule
 from dpp_lightning.tasks.vision.module import VisionModule
 from dpp_lightning.trainer.checkpoint_io import AtomicCheckpointIO, SameCheckpoint
 from dpp_lightning.trainer.interruption import how_to_resume, lost_rank
+from dpp_lightning.trainer.strategies import FSDP2Strategy
 
 SHORT_NAMES = (
     AdaMergingModule,
@@ -40,6 +49,7 @@ SHORT_NAMES = (
     CausalLMModule,
     DeltaPruneCallback,
     DigitsDataModule,
+    FSDP2Strategy,
     GLUEDataModule,
     GLUEMixDataModule,
     GLUEModule,
@@ -50,42 +60,106 @@ SHORT_NAMES = (
     WritePredictions,
 )
 
+_REFUSING = ("dpp_lightning.", "lightning.pytorch.trainer.")  # packages whose ValueErrors are about settings
+
+_EPILOG = f"""Classes have settings of their own, which --CLASS_OPTION.help lists:
+  dpp {{command}} --model.help GLUEModule
+  dpp {{command}} --trainer.callbacks.help DeltaPruneCallback
+
+An error is one line. To see where in the code it was raised:
+  {SHOW_TRACEBACK}=1 dpp {{command}} --config NAME
+
+Exit codes:
+{{codes}}
+"""
+
 
 class DPPCLI(LightningCLI):
     """LightningCLI in subclass mode: model, data and callbacks are named by class, in YAML or on the command line.
 
     The command line and the configs are the whole truth: hyper-parameters stored in a checkpoint do not override them.
+
+    Args:
+        args: the command line from the command on.
+
+    Raises:
+        UsageError: a command line or config that the parser refuses, a setting given twice, or one that cannot work;
+            raised before anything is built.
     """
 
     usage = "dpp {name} --config NAME [options]"
+    examples: ClassVar[dict[str, str]] = {
+        "fit": "dpp fit --config bert_cola_adamr.yaml --trainer.max_epochs 2",
+        "validate": "dpp validate --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
+        "test": "dpp test --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
+        "predict": "dpp predict --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
+    }
 
     def __init__(self, args: list[str]) -> None:
-        shared = {"allow_abbrev": False}
-        per_command = {name: {"usage": self.usage.format(name=name), **shared} for name in self.subcommands()}
         super().__init__(
             args=args,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "dpp", **shared, **per_command},
+            parser_kwargs={
+                "prog": "dpp",
+                "allow_abbrev": False,
+                "exit_on_error": False,
+                "formatter_class": HelpFormatter,
+                **{command: self._help_texts(command) for command in self.subcommands()},
+            },
         )
 
+    def summary(self, command: str) -> str:
+        """What the command does, in a sentence for its help."""
+        summary = COMMANDS[command].summary
+        return f"{summary[0].upper()}{summary[1:]}."
+
+    def _help_texts(self, command: str) -> dict[str, str]:
+        codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
+        return {
+            "usage": self.usage.format(name=command),
+            "description": f"{self.summary(command)}\n\nexample:\n  {self.examples[command]}",
+            "epilog": _EPILOG.format(command=command, codes=codes),
+        }
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As LightningCLI's, without its warning about a command line beside ``args``."""
-        self.config = parser.parse_args(cast(list[str], args))
+        """As LightningCLI's, with every refusal in one line."""
+        command, *words = cast(list[str], args)
+        command_parser = self._subcommand_parsers[command]
+        command_parser.prog = self.usage.split(" --")[0].format(name=command)
+        settings = read_settings(command_parser, words)
+        refuse_repeated(settings)
+        try:
+            self.config = parser.parse_args([command, *words])
+        except ArgumentError as error:
+            if f"required: {command}.model" in str(error) and not any(s.keys[:1] == ("model",) for s in settings):
+                raise UsageError(
+                    "no model is named: give a config, --config NAME (dpp configs lists them), or --model CLASS"
+                ) from error
+            raise UsageError(explain(error, command_parser, words)) from error
+        self.check(command, self.config[command])
+
+    def check(self, command: str, config: Namespace) -> None:
+        """Refuse what cannot work, before anything is built."""
+        check_config(command, config)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would let the checkpoint's hyper-parameters silently replace what the user wrote."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """With ``--delta`` and ``--task`` where weights are used and not trained."""
+        """With the options that this package adds to a command."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":
+        self.add_options(parser, subcommand)
+        return parser
+
+    def add_options(self, parser: LightningArgumentParser, command: str) -> None:
+        """``--delta`` and ``--task`` where weights are used and not trained, ``--output`` of predictions."""
+        if command != "fit":
             parser.add_argument("--delta", type=str | None, help="delta folder or hub id that is put onto the base")
             parser.add_argument("--task", type=str | None, help="of a merged delta, the one whose head is taken")
-        if subcommand == "predict":
+        if command == "predict":
             parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
-        return parser
 
     def before_instantiate_classes(self) -> None:
         """Keep the config of a fit when its folder is validated or tested later; place the callbacks of options."""
@@ -103,8 +177,12 @@ class DPPCLI(LightningCLI):
         self.trainer.callbacks.insert(0, SameCheckpoint(self.config[self.subcommand].get("ckpt_path")))  # type: ignore[attr-defined]
 
     def fit(self, **arguments: Any) -> None:
-        """``Trainer.fit``; one stopped by a signal or the loss of another rank says how to go on."""
+        """``Trainer.fit``, which says where its checkpoint is; stopped by a signal or a lost rank, how to go on."""
         started = time.time()
+        if arguments.get("ckpt_path") is None and rank_zero_only.rank == 0:
+            warning = earlier_checkpoint(self.trainer)
+            if warning is not None:
+                say(f"dpp fit: {warning}")
         try:
             self.trainer.fit(**arguments)
         except SystemExit as stop:
@@ -115,6 +193,9 @@ class DPPCLI(LightningCLI):
             if lost_rank(error):
                 error.add_note(how_to_resume(self.trainer, started).strip())
             raise
+        message = next_commands(self.trainer, self.model) if self.trainer.is_global_zero else None
+        if message is not None:
+            say(message)
 
 
 def place_delta(config: Namespace) -> None:
@@ -130,27 +211,19 @@ def place_delta(config: Namespace) -> None:
         return
     if config.get("ckpt_path") is not None:
         raise ValueError("--delta goes onto the base, --ckpt_path loads fine-tuned weights: give one of them")
-    given = config.trainer.get("callbacks") or []
-    kept = [c for c in (given if isinstance(given, list) else [given]) if not is_callback(c, DeltaPruneCallback)]
+    kept = [c for c in listed(config.trainer.get("callbacks")) if not is_callback(c, DeltaPruneCallback)]
     path = f"{ApplyDelta.__module__}.{ApplyDelta.__name__}"
     config.trainer.callbacks = [*kept, Namespace(class_path=path, init_args=Namespace(delta=delta, task=task))]
 
 
 def place_writer(config: Namespace) -> None:
     """Give the config of ``dpp predict`` the callback that writes predictions, where it has none."""
-    given = config.trainer.get("callbacks") or []
-    callbacks = given if isinstance(given, list) else [given]
+    callbacks = listed(config.trainer.get("callbacks"))
     if config.get("output") is None and any(is_callback(c, BasePredictionWriter) for c in callbacks):
         return
     others = [c for c in callbacks if not is_callback(c, WritePredictions)]
     path = f"{WritePredictions.__module__}.{WritePredictions.__name__}"
     config.trainer.callbacks = [*others, Namespace(class_path=path, init_args=Namespace(path=config.get("output")))]
-
-
-def is_callback(callback: Any, cls: type) -> bool:
-    """Whether a callback, as a config or an object, is of a class."""
-    found = locate(callback.class_path) if isinstance(callback, Namespace) else type(callback)
-    return isinstance(found, type) and issubclass(found, cls)
 
 
 def run(arguments: list[str]) -> int:
@@ -160,29 +233,29 @@ def run(arguments: list[str]) -> int:
         arguments: the command line from the command on, config names already resolved to paths.
 
     Returns:
-        The exit code: 0, 1 where another rank was lost, 2 for a wrong command line or setting, 130 or 143 where a
-        signal stopped it.
+        The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
     return guarded(arguments[0], lambda: DPPCLI(arguments))
 
 
 def guarded(command: str, act: Callable[[], object]) -> int:
-    """Do what a command does, and turn what the user can cure and signals into messages and exit codes, as `run`."""
+    """Do what a command does, and turn signals and what the user can cure into one line and an exit code, as `run`."""
     _silence_what_no_user_can_cure()
     try:
         act()
     except SystemExit as stop:
         return signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
-        message, code = _for_the_user(error), USAGE_ERROR
+        message, code = _message(error), USAGE_ERROR
         if message is None and (message := lost_rank(error)):
             code = FAILED
         if message is None or os.environ.get(SHOW_TRACEBACK):
             raise
-        sys.stderr.write(f"dpp {command}: error: {message}\n({SHOW_TRACEBACK}=1 shows where it was raised)\n")
-        sys.stderr.writelines(f"{note}\n" for note in getattr(error, "__notes__", ()))
+        say(f"dpp {command}: error: {' '.join(message.split())}")
+        for note in getattr(error, "__notes__", ()):
+            say(note)
         return code
-    return 0
+    return DONE
 
 
 def _silence_what_no_user_can_cure() -> None:
@@ -196,25 +269,27 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
-def _for_the_user(error: BaseException | None) -> str | None:
+def _message(error: BaseException | None) -> str | None:
     """The message of the outermost error in the chain that speaks to the user, ``None`` where it may be a bug.
 
-    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package.
-    jsonargparse wraps whatever a constructor raises in a ValueError of its own, hence the chain.
+    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package or by
+    Lightning's trainer. jsonargparse wraps whatever a constructor raises in a ValueError of its own, hence the chain.
     """
     while error is not None:
-        if isinstance(error, (OSError, MisconfigurationException)) or (isinstance(error, ValueError) and _ours(error)):
+        if isinstance(error, (OSError, MisconfigurationException)):
+            return str(error)
+        if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
             return str(error)
         error = error.__cause__
     return None
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether the innermost frame of the traceback is this package's."""
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose code is the innermost of the traceback."""
     module = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == __name__.partition(".")[0]
+    return module
 
 
 def signal_code(stop: SystemExit) -> int:

@@ -30,7 +30,7 @@ from dpp_lightning.cli.signatures import (
 
 Keys = tuple[str | int, ...]
 
-_FAULTS_SHOWN, _NAMES_SHOWN = 3, 12
+_FAULTS_SHOWN = 3
 
 
 def explain(error: BaseException | str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
@@ -203,7 +203,7 @@ class _Checker:
 
     def _unknown_key(self, setting: Setting, rest: Keys, known: Iterable[str], owner: str, base: Keys) -> str:
         """A key that is none of the known ones; ``rest`` begins with it."""
-        whose = f"no setting of {owner}" if owner else "no option" if setting.option else "no setting"
+        whose = f"not a setting of {owner}" if owner else "not an option" if setting.option else "not a setting"
         before = setting.keys[: -len(rest)]
         self._unknown_keys.add((*before, rest[0]))
         near = nearest(str(rest[0]), known)
@@ -256,7 +256,7 @@ def _unknown_class(setting: Setting, name: str, bases: tuple[type, ...]) -> str:
     kind = " or ".join(dict.fromkeys(cls.__name__ for cls in bases))
     given = f" {name}" if setting.option else f": {name}"
     cure = f"did you mean {near}?" if near else "give its import path, such as package.module.Name"
-    return f"{_where(setting)}{given} is no {kind} that is known here: {cure}"
+    return f"{_where(setting)}{given} is not a known {kind}: {cure}"
 
 
 def _where(setting: Setting) -> str:

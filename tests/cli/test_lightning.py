@@ -198,8 +198,7 @@ def test_our_refusal_is_one_block(here, capsys):
     error = capsys.readouterr().err
     assert error.startswith("dpp fit: error: ")
     assert "1.5" in error
-    assert "Traceback" not in error
-    assert "DPP_TRACEBACK=1" in error
+    assert error.count("\n") == 1
 
 
 def test_lightnings_refusal_of_a_setting_is_one_block(here, capsys):
@@ -223,8 +222,9 @@ def test_traceback_on_request(here, monkeypatch):
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(here):
+    wrong = [argument.replace("lr=0.1", "lr=-1") for argument in TOY]
     with pytest.raises(ValueError, match="Invalid learning rate"):
-        main(["fit", *TOY, "--model.optimizer.lr=-1"])
+        main(["fit", *wrong])
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
