@@ -40,7 +40,7 @@ def write_report(results: Sequence[Result], folder: Path, subject: Subject) -> l
     table = folder / TABLE_FILE
     with atomic_file(table) as temporary:
         heading = f"# {subject.task}, {Path(subject.checkpoint).name}\n\n"
-        temporary.write_text(heading + markdown_table(results) + "\n" + caption(results, subject))
+        temporary.write_text(heading + markdown_table(results) + "\n" + caption(results, subject), encoding="utf-8")
     score = f"{subject.monitor} ({results[0].split} split)"
     title = f"{subject.task}, {Path(subject.checkpoint).name}; {_seeds(results)}"
     return [

@@ -80,7 +80,7 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
                 f"{folder} has no config.json, which timm needs to know the architecture; name the .safetensors file "
                 "in it and model_name, or save the folder with timm.models.save_for_hf"
             )
-        own = json.loads((folder / "config.json").read_text()).get("architecture")
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
     elif pretrained.count("/") != 1 or pretrained.startswith((".", "/", "~")):
         raise ValueError(
             f"pretrained {pretrained!r} is no local folder; hub ids look like timm/vit_tiny_patch16_224.augreg_in21k"
