@@ -1,4 +1,4 @@
-"""DeltaPruneCallback on a LightningModule that is not ours: refusals, exact weights, resume, validate, metrics."""
+"""DeltaPruneCallback on a LightningModule of a user: refusals, exact weights, scores, metrics, what an error leaves."""
 
 import json
 import os
@@ -8,37 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from prune_fits import Spy, adamr, callback, equal, weights
 from tiny import Foreign, blobs, train_loader, trainer, val_loader
 from torch.utils.data import DataLoader
 
 from dpp_lightning import SparseDelta
-from dpp_lightning.callbacks import DeltaPruneCallback
-from dpp_lightning.optim import AdamR
-
-
-def adamr(parameters, lr):
-    return AdamR(parameters, lr=lr, delta_decay=0.01)
-
-
-def callback(folder, **settings):
-    return DeltaPruneCallback(**{"method": "dare", "monitor": "acc", "output_dir": str(folder), **settings})
-
-
-def weights(module):
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def equal(a, b):
-    return all(torch.equal(a[n], b[n]) for n in b)
-
-
-class Spy(pl.Callback):
-    """The weights at the very end of training, before the callback under test, and every optimizer state tensor."""
-
-    def on_train_end(self, trainer, pl_module):
-        self.weights = weights(pl_module)
-        self.theta0 = [s["pretrained"].clone() for s in trainer.optimizers[0].state.values() if "pretrained" in s]
-        self.training = pl_module.training
 
 
 def test_a_methods_own_settings_and_integers_reach_the_deltas(tmp_path):
@@ -104,17 +78,6 @@ def test_every_row_is_the_score_of_the_saved_delta_and_the_weights_come_back(tmp
     assert metrics["dpp/dare/0.9/acc_std"] == pytest.approx(float(scores.std()))
     logged = (tmp_path / "logs" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
     assert "dpp/darex-q/0.5/acc_std" in logged
-
-
-def test_the_copy_of_the_base_in_adamrs_state_is_used_and_no_second_one_made(tmp_path):
-    module, pruned = Foreign(optimizer=adamr), callback(tmp_path)
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            held = {id(s["pretrained"]) for s in trainer.optimizers[0].state.values()}
-            assert {id(t) for t in pruned._base.tensors.values()} == held
-
-    trainer(pruned, Look(), max_epochs=1).fit(module, train_loader(100), val_loader())
 
 
 def test_loggers_checkpoints_and_stopping_do_not_notice_the_extra_passes(tmp_path):
@@ -191,19 +154,6 @@ def test_prunes_the_best_checkpoint_on_request(tmp_path):
 def test_best_without_a_checkpoint_callback_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="ModelCheckpoint"):
         trainer(callback(tmp_path, ckpt="best")).fit(Foreign(), train_loader(), val_loader())
-
-
-def test_a_head_that_the_named_base_lacks_is_carried(tmp_path):
-    from safetensors.torch import save_file
-
-    module = Foreign()
-    body = {name.removeprefix("net."): t for name, t in weights(module).items() if not name.startswith("net.5")}
-    save_file(body, tmp_path / "body.safetensors")
-    pruned = callback(tmp_path / "d", pretrained=str(tmp_path / "body.safetensors"))
-    trainer(pruned).fit(module, train_loader(), val_loader())
-    delta = SparseDelta.from_pretrained(tmp_path / "d" / "dare-p0.9-seed0")
-    assert set(delta.carried) == {"5.weight", "5.bias"}
-    assert torch.equal(delta.carried["5.weight"], module.net[5].weight)
 
 
 def test_several_validation_loaders_and_limits(tmp_path):
@@ -283,6 +233,13 @@ def test_bad_settings_are_refused_at_construction(tmp_path, settings, message):
         callback(tmp_path, **settings)
 
 
+def test_all_faults_of_the_settings_are_in_one_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"did you mean 'dare'.*\[0, 1\).*mode must be.*none twice.*calibration_samples"
+    ):
+        callback(tmp_path, method="dares", pruning_rate=1, mode="best", seeds=[0, 0], calibration_samples=0)
+
+
 @pytest.mark.parametrize("sanity_steps", [0, 2])
 def test_a_monitor_that_is_not_logged_is_refused_before_training(tmp_path, sanity_steps):
     module = Foreign()
@@ -307,147 +264,6 @@ def test_missing_validation_and_unwritable_folders_are_refused_before_training(t
     with pytest.raises(ValueError, match="matches none"):
         trainer(callback(tmp_path, carry=["classifier.*"])).fit(module, train_loader(), val_loader())
     assert equal(weights(module), before)
-
-
-def fit_and_resume(tmp_path, monkeypatch_seed, resumed_module, optimizer=adamr, **settings):
-    """One epoch, then a second one in a new Trainer from the checkpoint; returns the callback and the base."""
-    torch.manual_seed(monkeypatch_seed)
-    module = Foreign(optimizer=optimizer)
-    base = weights(module)
-    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
-    trainer(callback(tmp_path / "a"), keep, max_epochs=1, enable_checkpointing=True).fit(
-        module, train_loader(), val_loader()
-    )
-    second = callback(tmp_path / "b", pruning_rate=0.5, **settings)
-    other = resumed_module(base)
-    trainer(second, max_epochs=2).fit(other, train_loader(), val_loader(), ckpt_path=keep.last_model_path)
-    return second, base, other
-
-
-@pytest.mark.parametrize("optimizer", [None, adamr])
-def test_resume_keeps_the_original_base(tmp_path, optimizer):
-    def rebuilt(base):
-        module = Foreign(optimizer=optimizer)
-        module.load_state_dict(base)
-        return module
-
-    second, base, _ = fit_and_resume(tmp_path, 0, rebuilt, optimizer)
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    delta = SparseDelta.from_pretrained(tmp_path / "b" / "dare-p0.5-seed0")
-    delta.apply_(fresh)  # refuses any base but the original one
-    assert second.results[1].score > 0.7
-
-
-def test_adamr_finds_the_original_base_in_the_checkpoint_even_if_the_module_was_built_otherwise(tmp_path):
-    _, base, _ = fit_and_resume(tmp_path, 0, lambda base: Foreign(optimizer=adamr))
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    SparseDelta.from_pretrained(tmp_path / "b" / "dare-p0.5-seed0").apply_(fresh)
-
-
-def test_resume_from_another_base_is_refused_and_pretrained_cures_it(tmp_path):
-    with pytest.raises(ValueError, match="not the one the checkpoint's training started from"):
-        fit_and_resume(tmp_path, 0, lambda base: Foreign(), None)
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    save_file(weights(Foreign()), tmp_path / "base.safetensors")
-    _, base, _ = fit_and_resume(
-        tmp_path / "x", 0, lambda base: Foreign(), None, pretrained=str(tmp_path / "base.safetensors")
-    )
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    SparseDelta.from_pretrained(tmp_path / "x" / "b" / "dare-p0.5-seed0").apply_(fresh)
-
-
-class Late(Foreign):
-    """Makes its weights in configure_model."""
-
-    def __init__(self, optimizer=None):
-        super().__init__(optimizer=optimizer)
-        self.made, self.net = self.net, None
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = self.made
-
-
-@pytest.mark.parametrize("optimizer", [None, adamr])
-def test_modules_with_configure_model(tmp_path, optimizer):
-    torch.manual_seed(0)
-
-    class Empty(Late):
-        def __init__(self):
-            super().__init__(optimizer)
-            object.__setattr__(self, "blueprint", self._modules.pop("made"))
-            self._modules.pop("net", None)
-            object.__setattr__(self, "net", None)
-
-        def configure_model(self):
-            if "net" not in self._modules:
-                object.__delattr__(self, "net")
-                self.net = self.blueprint
-
-    pruned = callback(tmp_path / "d")
-    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
-    trainer(pruned, keep, enable_checkpointing=True, max_epochs=1).fit(Empty(), train_loader(), val_loader())
-    assert pruned.results[0].score < pruned.results[1].score
-    again = callback(tmp_path / "e")
-    run = trainer(again, max_epochs=2)
-    if optimizer is None:
-        with pytest.raises(ValueError, match=r"restored before they could be seen.*pretrained="):
-            run.fit(Empty(), train_loader(), val_loader(), ckpt_path=keep.last_model_path)
-    else:
-        run.fit(Empty(), train_loader(), val_loader(), ckpt_path=keep.last_model_path)
-        assert again.state_dict() == pruned.state_dict() != {"base_fingerprint": None}
-
-
-def test_validate_gives_the_same_table_without_training(tmp_path):
-    torch.manual_seed(0)
-    module = Foreign()
-    base = weights(module)
-    keep = ModelCheckpoint(tmp_path / "ck", save_last=True)
-    settings = {"method": ["dare", "darex-q"], "pruning_rate": [0.5, 0.9], "seeds": [0, 1]}
-    first = callback(tmp_path / "a", calibration_dataloader=DataLoader(blobs(64, 1500), 64), **settings)
-    trainer(first, keep, enable_checkpointing=True).fit(module, train_loader(), val_loader())
-    second = callback(tmp_path / "b", calibration_dataloader=DataLoader(blobs(64, 1500), 64), **settings)
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    scores = trainer(second).validate(fresh, val_loader(), ckpt_path=keep.last_model_path, verbose=False)
-    assert scores[0]["acc"] == pytest.approx(second.results[1].score, abs=1e-6)
-    assert fresh.training
-    for one, other in zip(first.results, second.results, strict=True):
-        assert (one.method, one.score, one.q, one.num_bytes) == (other.method, other.score, other.q, other.num_bytes)
-    assert equal(weights(fresh), weights(module))
-
-
-def test_validate_and_test_after_fit_do_not_prune_again_and_without_a_base_warn(tmp_path):
-    class Tested(Foreign):
-        def test_step(self, batch, batch_idx):
-            self.log("test_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    pruned, module = callback(tmp_path), Tested()
-    run = trainer(pruned)
-    run.fit(module, train_loader(), val_loader())
-    before = os.stat(tmp_path / "results.jsonl").st_mtime_ns
-    run.validate(module, val_loader(), verbose=False)
-    run.test(module, val_loader(), verbose=False)
-    assert os.stat(tmp_path / "results.jsonl").st_mtime_ns == before
-    with pytest.warns(UserWarning, match="did not prune"):
-        trainer(callback(tmp_path / "w")).validate(module, val_loader(), verbose=False)
-
-
-def test_a_second_fit_starts_afresh(tmp_path):
-    pruned = callback(tmp_path)
-    one, two = Foreign(), Foreign()
-    trainer(pruned, max_epochs=1).fit(one, train_loader(100), val_loader())
-    base = weights(two)
-    trainer(pruned, max_epochs=1).fit(two, train_loader(100), val_loader())
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    SparseDelta.from_pretrained(tmp_path / "dare-p0.9-seed0").apply_(fresh)
-    assert len(pruned.results) == 3
 
 
 def test_an_interrupted_fit_says_what_was_not_done_and_leaves_no_delta(tmp_path):
@@ -492,36 +308,3 @@ def test_an_error_in_the_extra_passes_leaves_the_finetuned_weights(tmp_path):
             module, train_loader(), val_loader()
         )
     assert equal(weights(module), spy.weights)
-
-
-def test_late_unfreezing_and_several_optimizers(tmp_path):
-    class Two(Foreign):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.net[0].requires_grad_(False)
-
-        def on_train_epoch_start(self):
-            self.net[0].requires_grad_(self.current_epoch > 0)
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return AdamR(self.net[:3].parameters(), lr=3e-3), torch.optim.Adam(self.net[3:].parameters(), lr=3e-3)
-
-    torch.manual_seed(0)
-    module = Two()
-    base, pruned = weights(module), callback(tmp_path, pruning_rate=0.5)
-    trainer(pruned, max_epochs=3).fit(module, train_loader(), val_loader())
-    fresh = Foreign()
-    fresh.load_state_dict(base)
-    delta = SparseDelta.from_pretrained(tmp_path / "dare-p0.5-seed0")
-    delta.apply_(fresh)
-    assert "0.weight" in delta.tensors
-    assert pruned.results[1].score > 0.7

@@ -16,7 +16,7 @@ from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
 
 
 class Doubles(pl.LightningModule):
-    """Predicts twice its input, as a tensor, a list, or what it is told."""
+    """Predicts twice its input, in the form that ``form`` makes of it."""
 
     def __init__(self, form=lambda value: value):
         super().__init__()
@@ -91,8 +91,8 @@ def test_dpp_predict_writes_them_by_itself(tmp_path, monkeypatch, capsys):
         f"data: {{class_path: InstructionDataModule, init_args: {{path: {write_rows(tmp_path / 'train.jsonl', rows)}, "
         f"test_path: {write_rows(tmp_path / 'test.jsonl', rows)}, prompt: plain}}}}\n"
     )
-    assert main(["predict", "--config", "run.yaml", "--output", "found.jsonl", "--data.max_length", "64"]) == 0
-    lines = lines_of(tmp_path / "found.jsonl")
+    assert main(["predict", "--config", "run.yaml", "--output", "out.jsonl", "--data.max_length", "64"]) == 0
+    lines = lines_of(tmp_path / "out.jsonl")
     assert [line["question"] for line in lines] == [row["question"] for row in rows]
     assert set(lines[0]) == {"index", "question", "generated", "answer", "expected", "correct"}
     assert [line["expected"] for line in lines] == [row["answer"].split("#### ")[1] for row in rows]

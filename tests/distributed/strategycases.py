@@ -1,8 +1,10 @@
 """Jobs for the tests of strategies: a small net fitted as any strategy shares it out, always on the same batches."""
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
@@ -56,8 +58,8 @@ class Shared(Foreign):
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.net, FSDPModule):
             mesh = self.device_mesh["data_parallel"]
-            for part in [*(part for part in self.net if isinstance(part, nn.Linear)), self.net]:
-                fully_shard(part, mesh=mesh)
+            for module in [*(layer for layer in self.net if isinstance(layer, nn.Linear)), self.net]:
+                fully_shard(module, mesh=mesh)
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -101,7 +103,7 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         self.ends.append("train")
         reshard(pl_module)
-        self.weights, self.state = parts(pl_module), states(trainer)
+        self.weights, self.state = local_weights(pl_module), optimizer_states(trainer)
 
     def on_fit_end(self, trainer, pl_module):
         self.ends.append("fit")
@@ -110,13 +112,15 @@ class Watch(pl.Callback):
         self.ends.append(f"teardown {stage}")
 
 
-def parts(module):
+def local_weights(module):
+    """This rank's shard of every tensor."""
     return {name: local_tensor(t).detach().clone() for name, t in module.state_dict().items()}
 
 
-def states(trainer):
+def optimizer_states(trainer):
+    """This rank's shard of every tensor of the optimizers' state, by parameter."""
     return [
-        {name: local_tensor(entry).clone() for name, entry in state.items()}
+        {name: local_tensor(tensor).clone() for name, tensor in state.items()}
         for optimizer in trainer.optimizers
         for state in optimizer.state.values()
     ]
@@ -141,21 +145,37 @@ def prune(folder, **settings):
     )
 
 
+@contextmanager
+def recorded_uploads():
+    """Inside the block nothing is uploaded: the ids of the repositories go to a list."""
+    uploads = []
+
+    def record(folder, repo_id, *, private):
+        assert Path(folder, "delta_config.json").exists()
+        uploads.append(repo_id)
+        return "somewhere"
+
+    room = "dpp_lightning.callbacks.prune_run"
+    with patch(f"{room}.hub_upload.upload_folder", record), patch(f"{room}.trainer_checks.check_can_upload"):
+        yield uploads
+
+
 def watched_fit(strategy, folder, pruned):
     """A fit with all that might notice the extra passes, then a test; what they saw, and what is left."""
     os.makedirs(folder, exist_ok=True)
-    watch, module, delta = Watch(), Shared(), prune(f"{folder}/deltas")
+    watch, module, delta = Watch(), Shared(), prune(f"{folder}/deltas", push_to_hub="user/name")
     saved = ModelCheckpoint(f"{folder}/saved", "{step}", monitor=MONITOR, mode="max", save_top_k=-1)
     stop = EarlyStopping(MONITOR, patience=100, mode="max")
     trainer = make_trainer(
         strategy, [delta] * pruned + [saved, stop, watch], logger=CSVLogger(folder, "log", "0"), log_every_n_steps=5,
         limit_val_batches=2, limit_test_batches=2, accumulate_grad_batches=2, gradient_clip_val=0.5, val_check_interval=0.5,
     )  # fmt: skip
-    trainer.fit(module, datamodule=Data())
+    with recorded_uploads() as uploads:
+        trainer.fit(module, datamodule=Data())
     ends = list(watch.ends)
     reshard(module)
     weights = {name: full_tensor(t).detach().clone() for name, t in module.state_dict().items()}
-    kept = same(parts(module), watch.weights)
+    kept = same(local_weights(module), watch.weights)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     tested = trainer.test(module, datamodule=Data(), verbose=False)[0]["test_acc"]
     return {
@@ -164,6 +184,7 @@ def watched_fit(strategy, folder, pruned):
         "weights": weights,
         "metrics": metrics,
         "tested": tested,
+        "uploads": uploads,
         "stop": (stop.wait_count, float(stop.best_score)),
         "best": (Path(saved.best_model_path).name, float(saved.best_model_score), len(saved.best_k_models)),
         "rows": [(r.method, r.q, r.score, r.num_kept) for r in delta.results],
@@ -200,8 +221,8 @@ def best_fit(strategy, folder):
     trainer.fit(module, datamodule=Data())
     reshard(module)
     return {
-        "kept": same(parts(module), watch.weights),
-        "state": all(same(a, b) for a, b in zip(states(trainer), watch.state, strict=True)),
+        "kept": same(local_weights(module), watch.weights),
+        "state": all(same(a, b) for a, b in zip(optimizer_states(trainer), watch.state, strict=True)),
         "best": float(best.best_model_score),
         "path": best.best_model_path,
         "scores": [row.score for row in delta.results],
@@ -241,10 +262,10 @@ def glue_fit(strategy, base, data, epochs, resumed_from, saved_to):
     module = GLUEModule("sst2", base, optimizer=lambda groups: AdamR(groups, lr=1e-2), scheduler="constant", seed=0)
     trainer.fit(module, GLUEDataModule(path=data, batch_size=16 // world, seed=0), ckpt_path=resumed_from)
     reshard(module)
-    held = {name: trainer.optimizers[0].state[p].get("pretrained") for name, p in module.named_parameters()}
+    theta0 = {name: trainer.optimizers[0].state[p].get("pretrained") for name, p in module.named_parameters()}
     trainer.save_checkpoint(saved_to)
     return {
         "weights": {name: full_tensor(p).detach().clone() for name, p in module.named_parameters()},
-        "pretrained": {name: full_tensor(t).detach().clone() for name, t in held.items() if t is not None},
+        "pretrained": {name: full_tensor(t).detach().clone() for name, t in theta0.items() if t is not None},
         "rows": [(row.method, row.q, row.score) for row in delta.results],
     }

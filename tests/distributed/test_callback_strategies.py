@@ -20,21 +20,23 @@ ROUNDING = 1e-6  # of weights and of kept values, whose sizes are about 1
 ENDS = ["train", "fit", "teardown TrainerFn.FITTING"]
 
 
-def same_deltas(ours, theirs):
+def assert_same_deltas(folder, expected_folder):
     """Equal positions and base; values up to rounding."""
-    names = sorted(path.name for path in theirs.iterdir() if path.is_dir())
-    assert names == sorted(path.name for path in ours.iterdir() if path.is_dir())
+    names = sorted(path.name for path in expected_folder.iterdir() if path.is_dir())
+    assert names == sorted(path.name for path in folder.iterdir() if path.is_dir())
     for name in names:
-        a, b = SparseDelta.from_pretrained(ours / name), SparseDelta.from_pretrained(theirs / name)
-        assert a.base_fingerprint == b.base_fingerprint
-        assert a.tensors.keys() == b.tensors.keys()
-        for tensor, part in b.tensors.items():
-            assert torch.equal(a.tensors[tensor].indices, part.indices)
-            assert torch.allclose(a.tensors[tensor].values, part.values, atol=ROUNDING)
+        delta, expected = (SparseDelta.from_pretrained(parent / name) for parent in (folder, expected_folder))
+        assert delta.base_fingerprint == expected.base_fingerprint
+        assert delta.tensors.keys() == expected.tensors.keys()
+        for tensor, kept in expected.tensors.items():
+            assert torch.equal(delta.tensors[tensor].indices, kept.indices)
+            assert torch.allclose(delta.tensors[tensor].values, kept.values, atol=ROUNDING)
 
 
-def close(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.allclose(ours[n], t, atol=ROUNDING) for n, t in theirs.items())
+def close(weights, expected):
+    return weights.keys() == expected.keys() and all(
+        torch.allclose(weights[name], tensor, atol=ROUNDING) for name, tensor in expected.items()
+    )
 
 
 def logged(folder):
@@ -61,27 +63,35 @@ def watched(tmp_path_factory):
 )
 def test_every_rank_gives_the_rows_and_deltas_of_one_process(watched, tmp_path, strategy, world):
     folder, (_, expected) = watched
-    found = distjobs.run(strategycases.watched_fits, world, strategy, str(tmp_path), lightning=True)
-    assert len(found) == world
-    for without, pruned in found.values():
-        for (method, q, *ours), (name, other, *theirs) in zip(pruned["rows"], expected["rows"], strict=True):
-            assert method == name
-            assert q == (other and pytest.approx(other, rel=1e-4))
-            assert ours == pytest.approx(theirs, abs=1e-6)
+    results = distjobs.run(strategycases.watched_fits, world, strategy, str(tmp_path), lightning=True)
+    assert len(results) == world
+    for without, pruned in results.values():
+        assert_same_rows(pruned["rows"], expected["rows"])
         assert close(pruned["weights"], expected["weights"])
-        unnoticed(without, pruned)
-    same_deltas(tmp_path / "with" / "deltas", folder / "with" / "deltas")
-    left_alone(tmp_path)
+        assert_unnoticed(without, pruned)
+    uploads = [pruned["uploads"] for _, pruned in results.values()]
+    assert uploads == [["user/name-dare-p0.9-seed0", "user/name-darex-q-p0.9-seed0"]] + [[]] * (world - 1)
+    assert_same_deltas(tmp_path / "with" / "deltas", folder / "with" / "deltas")
+    assert_left_alone(tmp_path)
+
+
+def assert_same_rows(rows, expected_rows):
+    """Of the same methods and kept entries; q and scores up to rounding."""
+    for (method, q, score, num_kept), (*expected, expected_num) in zip(rows, expected_rows, strict=True):
+        expected_method, expected_q, expected_score = expected
+        assert (method, num_kept) == (expected_method, expected_num)
+        assert q == (expected_q and pytest.approx(expected_q, rel=1e-4))
+        assert score == pytest.approx(expected_score, abs=1e-6)
 
 
 def test_one_process_does_not_notice_the_extra_passes(watched):
     folder, (without, pruned) = watched
     assert [row[0] for row in pruned["rows"]] == ["base", "fine-tuned", "dare", "darex-q"]
-    unnoticed(without, pruned)
-    left_alone(folder)
+    assert_unnoticed(without, pruned)
+    assert_left_alone(folder)
 
 
-def unnoticed(without, pruned):
+def assert_unnoticed(without, pruned):
     """What the trainer, its callbacks and its module are left with is what they are without the callback."""
     assert pruned["kept"], "the fine-tuned weights are back bit for bit"
     assert pruned["weights"].keys() == without["weights"].keys()
@@ -89,13 +99,13 @@ def unnoticed(without, pruned):
     assert pruned["ends"] == without["ends"] == ENDS
     assert pruned["best"] == without["best"]
     assert pruned["stop"] == without["stop"]
-    own = {name: value for name, value in pruned["metrics"].items() if not name.startswith("dpp/")}
-    assert own == without["metrics"]
+    of_training = {name: value for name, value in pruned["metrics"].items() if not name.startswith("dpp/")}
+    assert of_training == without["metrics"]
     assert pruned["tested"] == without["tested"] == pytest.approx(pruned["rows"][1][2], abs=1e-6)
     assert pruned["rows"][1][2] > 0.6 > pruned["rows"][2][2]
 
 
-def left_alone(folder):
+def assert_left_alone(folder):
     """As many checkpoints, and the same rows in the log, but for the one of the pruned models."""
     saved = [sorted(path.name for path in (folder / name / "saved").iterdir()) for name in ("without", "with")]
     assert saved[0] == saved[1]
@@ -106,24 +116,22 @@ def left_alone(folder):
 @pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.distributed)])
 def test_a_fit_that_starts_its_own_ranks_leaves_deltas_rows_and_metrics(tmp_path, strategy):
     expected = strategycases.launching_fit("single", str(tmp_path / "single"))
-    found = distjobs.run(strategycases.launching_fit, 1, strategy, str(tmp_path / "many"), lightning=True)[0]
-    same_deltas(tmp_path / "many" / "deltas", tmp_path / "single" / "deltas")
-    rows = [
-        [json.loads(line) for line in (tmp_path / kind / "deltas" / "results.jsonl").read_text().splitlines()]
-        for kind in ("many", "single")
-    ]
-    for ours, theirs in zip(*rows, strict=True):
-        assert [ours[key] for key in ("method", "q", "score")] == [
-            theirs["method"],
-            theirs["q"] and pytest.approx(theirs["q"], rel=1e-4),
-            pytest.approx(theirs["score"], abs=1e-6),
+    launched = distjobs.run(strategycases.launching_fit, 1, strategy, str(tmp_path / "many"), lightning=True)[0]
+    assert_same_deltas(tmp_path / "many" / "deltas", tmp_path / "single" / "deltas")
+    rows, expected_rows = (
+        [
+            [json.loads(line)[column] for column in ("method", "q", "score", "num_kept")]
+            for line in (tmp_path / kind / "deltas" / "results.jsonl").read_text().splitlines()
         ]
-    del found["metrics"]["loss"], expected["metrics"]["loss"]  # of one rank's samples
-    assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
-    assert close(found["weights"], expected["weights"])
-    assert found["tested"] == pytest.approx(expected["tested"], abs=1e-6)
-    assert not found["again"], "a test after the fit makes no second table"
-    assert (found["results"], expected["results"]) == (0, 4), "the rows are on disk, the attribute was the ranks'"
+        for kind in ("many", "single")
+    )
+    assert_same_rows(rows, expected_rows)
+    del launched["metrics"]["loss"], expected["metrics"]["loss"]  # of one rank's samples
+    assert launched["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+    assert close(launched["weights"], expected["weights"])
+    assert launched["tested"] == pytest.approx(expected["tested"], abs=1e-6)
+    assert not launched["again"], "a test after the fit makes no second table"
+    assert (launched["results"], expected["results"]) == (0, 4), "the rows are on disk, the attribute was the ranks'"
 
 
 SAME_MEMORY = r"all ranks on a CPU train the same memory: take start_method"
@@ -156,13 +164,13 @@ def best(tmp_path_factory):
 def test_the_best_weights_are_pruned_and_the_last_ones_come_back(best, tmp_path, strategy):
     folder, expected = best
     results = distjobs.run(strategycases.best_fit, 2, strategy, str(tmp_path), lightning=True)
-    for found in [expected, *results.values()]:
-        assert found["kept"]
-        assert found["state"]
-        assert found["scores"][1] == pytest.approx(found["best"], abs=1e-6)
-        assert found["scores"] == pytest.approx(expected["scores"], abs=1e-6)
-        assert close(found["weights"], expected["weights"])
-    same_deltas(tmp_path / "deltas", folder / "deltas")
+    for fit in [expected, *results.values()]:
+        assert fit["kept"]
+        assert fit["state"]
+        assert fit["scores"][1] == pytest.approx(fit["best"], abs=1e-6)
+        assert fit["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+        assert close(fit["weights"], expected["weights"])
+    assert_same_deltas(tmp_path / "deltas", folder / "deltas")
     last = {name.removeprefix("net."): tensor for name, tensor in expected["weights"].items()}
     delta = SparseDelta.from_pretrained(folder / "deltas" / "dare-p0.9-seed0")
     base = {name.removeprefix("net."): t for name, t in strategycases.Shared().state_dict().items()}
@@ -175,9 +183,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     module(torch.randn(8, 3))
     torch.save({"state_dict": module.state_dict()}, tmp_path / "best.ckpt")
-    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    load_into_shards(other, tmp_path / "best.ckpt")
-    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    loaded = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    load_into_shards(loaded, tmp_path / "best.ckpt")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
     wrong = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"2\.weight is missing.*1\.weight is not of this model.*\(2, 3\), expected"):
         load_into_shards(wrong, tmp_path / "best.ckpt")
@@ -187,11 +195,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
 def test_fsdp1_trains_with_adamr_and_goes_on_from_shards_as_one_process_does(tmp_path):
     expected = strategycases.plain_fit("single", 2, None, None)
     whole = distjobs.run(strategycases.plain_fit, 2, "fsdp1", 2, None, None, lightning=True)
-    assert all(close(found, expected) for found in whole.values())
+    assert all(close(weights, expected) for weights in whole.values())
     distjobs.run(strategycases.plain_fit, 2, "fsdp1", 1, None, str(tmp_path / "first"), lightning=True)
     for world in (1, 2, 4):
-        found = distjobs.run(strategycases.plain_fit, world, "fsdp1", 2, str(tmp_path / "first"), None, lightning=True)
-        assert all(close(part, expected) for part in found.values())
+        first = str(tmp_path / "first")
+        resumed = distjobs.run(strategycases.plain_fit, world, "fsdp1", 2, first, None, lightning=True)
+        assert all(close(weights, expected) for weights in resumed.values())
 
 
 @pytest.mark.distributed
@@ -199,21 +208,19 @@ def test_fsdp1_trains_with_adamr_and_goes_on_from_shards_as_one_process_does(tmp
     ("strategy", "message"), [("fsdp1", "(FSDP1) flattens its parts"), ("fsdp1-flat", "in flat padded pieces")]
 )
 def test_the_callback_refuses_fsdp1_before_training(tmp_path, strategy, message):
-    for said, steps in distjobs.run(
-        strategycases.refused_fit, 2, strategy, str(tmp_path), True, lightning=True
-    ).values():
-        assert message in said
-        assert "FSDP2Strategy" in said
+    refusals = distjobs.run(strategycases.refused_fit, 2, strategy, str(tmp_path), True, lightning=True)
+    for error, steps in refusals.values():
+        assert message in error
+        assert "FSDP2Strategy" in error
         assert steps == 0
 
 
 @pytest.mark.distributed
 def test_adamr_refuses_flat_parameters_in_any_module(tmp_path):
-    for said, steps in distjobs.run(
-        strategycases.refused_fit, 2, "fsdp1-flat", str(tmp_path), False, lightning=True
-    ).values():
-        assert "flat parameter of FSDP1" in said
-        assert "use_orig_params=True" in said
+    refusals = distjobs.run(strategycases.refused_fit, 2, "fsdp1-flat", str(tmp_path), False, lightning=True)
+    for error, steps in refusals.values():
+        assert "flat parameter of FSDP1" in error
+        assert "use_orig_params=True" in error
         assert steps == 0
 
 

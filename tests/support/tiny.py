@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def pair(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.01):
-    """A base and a fine-tuned network of odd shapes: a matrix, biases, a norm, an embedding, a scalar, an empty tensor."""
+    """A base and a fine-tuned network of odd shapes: matrices, biases, a norm, an embedding, a scalar, an empty tensor."""
     torch.manual_seed(seed)
     base, finetuned = Net().to(dtype), Net().to(dtype)
     with torch.no_grad():
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Foreign(pl.LightningModule):
-    """A LightningModule that is not ours, with nothing but what Lightning asks for."""
+    """A LightningModule as any user may write one, with nothing but what Lightning asks for."""
 
     def __init__(self, learning_rate=3e-3, optimizer=None, dropout=0.0):
         super().__init__()
@@ -54,6 +54,7 @@ class Foreign(pl.LightningModule):
 
 
 def blobs(samples: int, start: int = 0):
+    """Some of 2000 points in 20 dimensions, in three classes that a linear map tells apart."""
     generator = torch.Generator().manual_seed(1)
     x, w = torch.randn(2000, 20, generator=generator), torch.randn(20, 3, generator=generator)
     y = (x @ w).argmax(1)
@@ -69,10 +70,11 @@ def val_loader(samples: int = 200):
 
 
 def trainer(*callbacks, **settings):
-    quiet = {
+    """A trainer on the CPU that prints, logs and saves nothing, unless the settings say so."""
+    defaults = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **settings})
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{"max_epochs": 2, **defaults, **settings})
