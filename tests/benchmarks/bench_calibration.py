@@ -24,7 +24,7 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.rescaling import layer_q, phi
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tensors.names import canonical_tensors
 
 MASKS, MISSES, SAMPLES = 4, 4, 64
@@ -47,11 +47,11 @@ def outputs(module, batch) -> list[Tensor]:
 
 @torch.no_grad()
 def score(module, data) -> float:
-    scores = module._scores("val")
+    scores = module.scores("val")
     scores.reset()
     for batch in data.val_dataloader():
-        module._update("val", batch)
-    return float(scores.scores()["score"])
+        module.score_batch("val", batch)
+    return float(scores.compute()["score"])
 
 
 class ReleasedGrid:

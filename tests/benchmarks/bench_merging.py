@@ -49,8 +49,8 @@ class Bench:
         loader = self.data[task].test_dataloader() if split == "test" else self.data[task].calibration_dataloader()
         with delta.applied(module):
             for batch in loader:
-                scores.add(module(batch), batch["labels"])
-        return float(scores.scores()["score"])
+                scores.update(module(batch), batch["labels"])
+        return float(scores.compute()["score"])
 
     def delta(self, task, method, rate, seed) -> SparseDelta:
         """The delta of one task, made or read once."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpp_lightning.callbacks import WritePredictions
 from dpp_lightning.cli import main
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
 
 class Doubles(pl.LightningModule):

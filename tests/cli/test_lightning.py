@@ -105,7 +105,7 @@ def test_packaged_config_takes_overrides_in_subclass_mode(here, capsys):
     cfg = composed(
         capsys, "fit", "--config", "bert_cola_adamr", "--model.pretrained=./encoder", "--data.path", "./glue"
     )
-    assert cfg["model"]["class_path"] == "dpp_lightning.tasks.glue.GLUEModule"
+    assert cfg["model"]["class_path"] == "dpp_lightning.tasks.GLUEModule"
     assert cfg["model"]["init_args"]["pretrained"] == "./encoder"
     assert cfg["data"]["init_args"]["path"] == "./glue"
 

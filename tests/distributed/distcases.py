@@ -142,7 +142,7 @@ def fit_glue(strategy, folder, base, data, settings):
     import lightning.pytorch as pl
 
     from dpp_lightning.callbacks import DeltaPruneCallback
-    from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+    from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
     from dpp_lightning.trainer.strategies import FSDP2Strategy
 
     callback = DeltaPruneCallback(
@@ -186,7 +186,7 @@ def fit_epochs(strategy, base, data, epochs, resumed_from, saved_to, every=None)
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+    from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
     from dpp_lightning.trainer.strategies import FSDP2Strategy
 
     world = int(os.environ.get("WORLD_SIZE", 1)) if strategy != "single" else 1

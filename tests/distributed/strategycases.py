@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.optim import AdamR
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tensors.names import without_wrappers
 from dpp_lightning.tensors.shards import full_tensor, local_tensor, reshard
 from dpp_lightning.trainer.strategies import FSDP2Strategy

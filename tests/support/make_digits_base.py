@@ -1,6 +1,6 @@
 """Makes ``dpp_lightning/assets/vit_digits_base.safetensors``, the base of the quickstart: python tests/support/make_digits_base.py
 
-A ViT of two blocks, 160 wide, trained from a seed on the training part of the digits 0 to 4 that ``DigitsDataModule``
+A ViT of two blocks, 160 wide, trained from a seed on the training split of the digits 0 to 4 that ``DigitsDataModule``
 makes. It names the digit and by how many quarters the image is turned, 20 classes in all: the turns make a better body
 out of 541 images. It has never seen a 5 to 9, nor the held-out images of 0 to 4. Its tensors, the head's too, are stored
 as float16: under 1 MB. On one thread of one machine the file is the same byte for byte.
@@ -21,7 +21,7 @@ from dpp_lightning.tasks.vision.digits import DigitsDataModule
 
 ASSET = Path(__file__).parents[2] / "dpp_lightning" / "assets" / "vit_digits_base.safetensors"
 CLASSES = [0, 1, 2, 3, 4]
-TURNS = 4  # label = 4 * place of the digit + quarter turns
+TURNS = 4  # label = 4 * index of the digit + quarter turns
 MODEL_NAME = "vit_tiny_patch16_224"
 MODEL_KWARGS = {
     "img_size": 8,
@@ -78,18 +78,18 @@ def pretrain(seed: int = 0, epochs: int = EPOCHS) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: str) -> float:
-    """Share of the upright digits 0 to 4 of one part that the model names, whatever turn it takes them for."""
+    """Fraction of a split's upright digits 0 to 4 that the model names, whatever turn it takes them for."""
     data = DigitsDataModule(classes=CLASSES)
     data.setup()
-    part = data.splits[split]
-    return (model(part.images).argmax(-1) // TURNS == part.labels).float().mean().item()
+    samples = data.splits[split]
+    return (model(samples.images).argmax(-1) // TURNS == samples.labels).float().mean().item()
 
 
 def save(model: nn.Module, path: Path) -> None:
     """Write the tensors as float16, and what they are into the file's metadata."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    made = {"model_name": MODEL_NAME, "model_kwargs": MODEL_KWARGS, "classes": CLASSES}
-    save_file(tensors, path, metadata={"base": json.dumps(made)})  # one entry: several come in any order
+    base = {"model_name": MODEL_NAME, "model_kwargs": MODEL_KWARGS, "classes": CLASSES}
+    save_file(tensors, path, metadata={"base": json.dumps(base)})  # one entry, as several are written in any order
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import Blends
 from dpp_lightning.tasks.adamerging.glue_mix import GLUEMixDataModule
 from dpp_lightning.tasks.adamerging.module import AdaMergingModule, prediction_entropy
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
 LABELS = {"sst2": 2, "mnli": 3, "stsb": 1}
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -38,24 +38,28 @@ def test_gradients_are_those_of_dense_sums_and_the_base_comes_back(rows):
     blends = Blends(base.requires_grad_(False), MergeSource.all(list(deltas.values()), list(deltas)))
     torch.manual_seed(0)
     shape = (len(blends.names) if rows == "layer" else 1, len(deltas))
-    ours, twin = (torch.rand(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    coefficients, twin = (
+        torch.rand(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)
+    )
     x = torch.randint(37, (16, 5))
 
-    parts = [dense(delta, base) for delta in deltas.values()]
+    dense_deltas = [dense(delta, base) for delta in deltas.values()]
     whole = dict(before)
     for i, name in enumerate(blends.names):
         row = twin[i if rows == "layer" else 0]
-        whole[name] = before[name] + sum(row[k] * part[name].float() for k, part in enumerate(parts))
+        whole[name] = before[name] + sum(row[k] * delta[name].float() for k, delta in enumerate(dense_deltas))
     loss = prediction_entropy(functional_call(base, whole, (x,)))
     loss.backward()
 
-    blends.write(ours)
-    merged = prediction_entropy(functional_call(base, blends.tensors(ours), (x,)))
+    blends.write(coefficients)
+    merged = prediction_entropy(functional_call(base, blends.tensors(coefficients), (x,)))
     merged.backward()
     assert merged.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert torch.allclose(ours.grad, twin.grad, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(coefficients.grad, twin.grad, rtol=1e-3, atol=1e-6)
     assert all(p.grad is None for p in base.parameters())
-    assert all(t.data_ptr() == base.get_parameter(n).data_ptr() for n, t in blends.tensors(ours).items())  # no copies
+    assert all(
+        t.data_ptr() == base.get_parameter(n).data_ptr() for n, t in blends.tensors(coefficients).items()
+    )  # no copies
     blends.restore()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
@@ -117,10 +121,10 @@ def test_a_fit_lowers_the_entropy_and_leaves_coefficients_and_the_merge_by_them(
     trainer.test(module, mix, verbose=False)
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert scores["test_score"] == pytest.approx(sum(scores[f"test_{t}_score"] for t in LABELS) / 3, abs=1e-6)
-    one = GLUEModule("mnli", base, optimizer=torch.optim.SGD)
+    mnli = GLUEModule("mnli", base, optimizer=torch.optim.SGD)
     apply = ApplyDelta(str(tmp_path / "m" / "delta"))  # the module's own task is taken
     alone = make_trainer(tmp_path, callbacks=[apply])
-    alone.test(one, GLUEDataModule(path=data), verbose=False)
+    alone.test(mnli, GLUEDataModule(path=data), verbose=False)
     assert float(alone.callback_metrics["test_score"]) == pytest.approx(scores["test_mnli_score"], abs=1e-6)
     checkpoint = tmp_path / "c.ckpt"
     trainer.save_checkpoint(checkpoint)

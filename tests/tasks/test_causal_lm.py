@@ -101,26 +101,26 @@ def test_labels_are_the_answer_and_its_end_alone(base, files, tmp_path):
         assert tokens[mask == 0].eq(1).all()
 
 
-def test_the_parts_are_disjoint_whole_and_of_the_seed(base, files, tmp_path):
+def test_the_splits_are_disjoint_complete_and_of_the_split_seed(base, files, tmp_path):
     rows = make_rows(200)
     for i, row in enumerate(rows):
         row["answer"] = f"{i}\n{row['answer']}"
     numbered = {**files, "path": write_rows(tmp_path / "numbered.jsonl", rows)}
-    parts = []
+    cuts = []
     for settings in ({}, {"seed": 5}, {"split_seed": 1}, {"val_samples": 3}):
         data = attached(base, numbered, tmp_path, **settings)[1]
-        parts.append(
+        cuts.append(
             {
                 name: [int(a.split("\n")[0]) for a in data.texts[name]["answer"]]
                 for name in ("train", "val", "calibration")
             }
         )
-    assert sorted(i for part in parts[0].values() for i in part) == list(range(200))
-    assert {name: len(part) for name, part in parts[0].items()} == {"train": 170, "val": 20, "calibration": 10}
-    assert parts[1] == parts[0]
-    assert parts[2]["val"] != parts[0]["val"]
-    assert set(parts[3]["val"]) < set(parts[0]["val"])
-    assert len(parts[3]["val"]) == 3
+    assert sorted(row for rows in cuts[0].values() for row in rows) == list(range(200))
+    assert {name: len(rows) for name, rows in cuts[0].items()} == {"train": 170, "val": 20, "calibration": 10}
+    assert cuts[1] == cuts[0]
+    assert cuts[2]["val"] != cuts[0]["val"]
+    assert set(cuts[3]["val"]) < set(cuts[0]["val"])
+    assert len(cuts[3]["val"]) == 3
 
 
 def test_columns_are_found_and_a_parquet_file_will_do(base, files, tmp_path):
@@ -173,9 +173,9 @@ def broken(**changes):
     ],
 )
 def test_what_is_wrong_is_said_in_setup(base, files, tmp_path, rows, settings, message):
-    own = {**files, "path": write_rows(tmp_path / "rows.jsonl", rows)}
+    faulty = {**files, "path": write_rows(tmp_path / "rows.jsonl", rows)}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        attached(base, own, tmp_path, **settings)
+        attached(base, faulty, tmp_path, **settings)
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(base, files, tmp_path):
@@ -184,8 +184,8 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused(base, files, tmp_p
 
 
 def test_samples_that_are_too_long_are_left_out_on_request(base, files, tmp_path):
-    own = {**files, "path": write_rows(tmp_path / "rows.jsonl", broken(question="What is " + "1+" * 20))}
-    data = attached(base, own, tmp_path, val_fraction=0.0, calibration_fraction=0.0, too_long="drop")[1]
+    with_long = {**files, "path": write_rows(tmp_path / "rows.jsonl", broken(question="What is " + "1+" * 20))}
+    data = attached(base, with_long, tmp_path, val_fraction=0.0, calibration_fraction=0.0, too_long="drop")[1]
     assert len(data.splits["train"]) == 39
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match="calibration_fraction"):
@@ -295,16 +295,16 @@ def test_scores_do_not_depend_on_batches_or_fillers(base, files, tmp_path):
     module.log = lambda *args, **kwargs: None
     split = data.splits["test"]
     collate = data.test_dataloader().collate_fn
-    found = []
+    values = []
     for batches in ([range(21)], [range(8), range(8, 21)], [[*range(21), -1, -2]]):
-        scores = module._scores("test")
+        scores = module.scores("test")
         scores.reset()
         for batch in batches:
             module.test_step(collate([split[i] for i in batch]), 0)
-        found.append({name: float(value) for name, value in scores.compute().items()})
+        values.append({name: float(value) for name, value in scores.compute().items()})
         assert int(scores.samples) == 21
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert found[0] == pytest.approx(found[2], rel=1e-5)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[2], rel=1e-5)
 
 
 # ---------------------------------------------------------------- training
@@ -335,7 +335,7 @@ def test_packing_in_a_model_that_mixes_samples_is_refused(base, files, tmp_path,
     def refuse(model, first, second):
         raise ValueError("mixes")
 
-    monkeypatch.setattr("dpp_lightning.tasks.causal_lm.module.check_kept_apart", refuse)
+    monkeypatch.setattr("dpp_lightning.tasks.causal_lm.module.check_packing_isolates", refuse)
     with pytest.raises(ValueError, match="mixes"):
         trainer_of(tmp_path).fit(module_of(base), data_of(files, packing=True))
 
@@ -379,8 +379,8 @@ def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_whole_one(base, files, tmp_
 def test_evaluation_by_loss_generates_nothing(base, files, tmp_path, monkeypatch):
     monkeypatch.setattr(CausalLMModule, "generate", lambda *args: pytest.fail("generated"))
     rows = [{**row, "answer": row["answer"].split("\n")[0]} for row in make_rows(40)]
-    own = {**files, "path": write_rows(tmp_path / "rows.jsonl", rows)}
-    scores = trainer_of(tmp_path).validate(module_of(base, evaluate_by="loss"), data_of(own), verbose=False)[0]
+    unmarked = {**files, "path": write_rows(tmp_path / "rows.jsonl", rows)}
+    scores = trainer_of(tmp_path).validate(module_of(base, evaluate_by="loss"), data_of(unmarked), verbose=False)[0]
     assert set(scores) == {"val_loss"}
 
 
@@ -414,8 +414,8 @@ def test_the_decoders_scope_prunes_linear_maps_and_carries_the_rest_once(base, f
 
 @pytest.mark.parametrize("layer", [None, "last_hidden"])
 def test_q_does_not_depend_on_the_padding_of_the_calibration_batch(base, files, tmp_path, layer):
-    found = []
-    for width in (32, 8):  # samples a forward: other groups, other paddings
+    qs = []
+    for width in (32, 8):  # samples in a forward: other groups, other paddings
         callback = DeltaPruneCallback(
             method="darex-q", pruning_rate=0.5, scope="linear", output_layer=layer, calibration_samples=10,
             output_measure="mean" if layer else "top-logits", output_dir=str(tmp_path / str(width)),
@@ -424,8 +424,8 @@ def test_q_does_not_depend_on_the_padding_of_the_calibration_batch(base, files, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dpp_lightning.tasks.causal_lm.module._CALIBRATION_SAMPLES", width)
             trainer_of(tmp_path, callback, max_epochs=2, limit_val_batches=1).fit(module, data_of(files))
-        found.append(callback.results[-1].q)
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        qs.append(callback.results[-1].q)
+    assert qs[0] == pytest.approx(qs[1], rel=1e-4)
 
 
 def test_lora_trains_adapters_and_prunes_them(base, files, tmp_path):

@@ -1,4 +1,4 @@
-"""The digits: parts, labels, order and refusals."""
+"""The digits: splits, labels, order and refusals."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from dpp_lightning.tasks.vision.digits import DigitsDataModule
 
-PARTS = ("train", "val", "calibration", "test")
+SPLITS = ("train", "val", "calibration", "test")
 
 
 def digits(**settings):
@@ -16,18 +16,18 @@ def digits(**settings):
 
 
 @pytest.mark.parametrize("classes", [None, [5, 6, 7, 8, 9], [9, 3]])
-def test_parts_are_disjoint_whole_and_stratified(classes):
+def test_splits_are_disjoint_complete_and_stratified(classes):
     data, truth = digits(classes=classes), torch.from_numpy(load_digits().target)
-    chosen = torch.cat([data.splits[part].positions for part in PARTS])
+    chosen = torch.cat([data.splits[split].positions for split in SPLITS])
     kept = list(range(10)) if classes is None else classes
     assert sorted(chosen.tolist()) == torch.isin(truth, torch.tensor(kept)).nonzero().flatten().tolist()
     for digit in kept:
         total = int((truth == digit).sum())
-        for part, share in zip(PARTS, (0.6, 0.2, 0.1, 0.1), strict=True):
-            assert abs(int((truth[data.splits[part].positions] == digit).sum()) - share * total) <= 1.5
+        for split, fraction in zip(SPLITS, (0.6, 0.2, 0.1, 0.1), strict=True):
+            assert abs(int((truth[data.splits[split].positions] == digit).sum()) - fraction * total) <= 1.5
 
 
-def test_labels_are_places_in_classes_and_images_are_those_of_the_file():
+def test_labels_are_indices_in_classes_and_images_are_those_of_the_file():
     data, bundled = digits(classes=[9, 3]), load_digits()
     train = data.splits["train"]
     assert [[9, 3][label] for label in train.labels.tolist()] == bundled.target[train.positions.numpy()].tolist()
@@ -36,18 +36,18 @@ def test_labels_are_places_in_classes_and_images_are_those_of_the_file():
     assert label.dtype == torch.long
     original = torch.from_numpy(bundled.images[train.positions[4]]).float()
     assert torch.allclose((image[0] * 0.3761 + 0.3055) * 16, original, atol=1e-4)
-    pixels = torch.cat([digits().splits[part].images for part in PARTS])
+    pixels = torch.cat([digits().splits[split].images for split in SPLITS])
     assert pixels.mean().abs() < 1e-3
     assert abs(pixels.std() - 1) < 1e-3
 
 
-def test_an_image_keeps_its_part_whatever_the_other_classes():
+def test_an_image_keeps_its_split_whatever_the_other_classes():
     some, everything = digits(classes=[0, 1, 2, 3, 4]), digits()
-    other = digits(split_seed=1)
-    for part in PARTS:
-        positions = set(everything.splits[part].positions.tolist())
-        assert set(some.splits[part].positions.tolist()) <= positions
-        assert set(other.splits[part].positions.tolist()) != positions
+    reseeded = digits(split_seed=1)
+    for split in SPLITS:
+        positions = set(everything.splits[split].positions.tolist())
+        assert set(some.splits[split].positions.tolist()) <= positions
+        assert set(reseeded.splits[split].positions.tolist()) != positions
 
 
 def test_calibration_comes_in_a_fixed_order_of_mixed_classes():
@@ -59,7 +59,7 @@ def test_calibration_comes_in_a_fixed_order_of_mixed_classes():
         digits(calibration_fraction=0.0).calibration_dataloader()
 
 
-def test_predictions_are_told_as_digits():
+def test_predictions_are_described_as_digits():
     data = digits(classes=[9, 3])
     index = data.splits["test"].labels.tolist().index(1)
     assert data.describe_prediction(index, torch.tensor(0)) == {"label": 3, "prediction": 9}
@@ -76,7 +76,7 @@ def test_bad_classes_are_refused(settings):
     "settings", [{"val_fraction": -0.1}, {"val_fraction": 0.8}, {"test_fraction": 1.0}, {"val_fraction": float("nan")}]
 )
 def test_bad_fractions_are_refused(settings):
-    with pytest.raises(ValueError, match="shares of the data"):
+    with pytest.raises(ValueError, match="expected fractions of at least 0, together below 1"):
         DigitsDataModule(**settings)
 
 

@@ -28,8 +28,8 @@ from transformers import (
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.cli import main
 from dpp_lightning.optim import AdamR
-from dpp_lightning.tasks.glue.data import IGNORED_LABEL
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tasks.glue.task_table import TASKS
 
 HEAD = ("model.classifier.bias", "model.classifier.weight")
@@ -48,7 +48,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -146,20 +146,20 @@ def test_checkpointed_gradients_are_the_same_and_blocks_run_twice(base):
     assert all(torch.allclose(gradients[1][name], tensor, atol=1e-6) for name, tensor in gradients[0].items())
 
 
-def test_train_is_cut_into_disjoint_parts_that_depend_on_the_split_seed_alone(base, tmp_path):
+def test_train_is_cut_into_disjoint_splits_that_depend_on_the_split_seed_alone(base, tmp_path):
     path = make_data(tmp_path, "cola", n_train=200)
     first = data_module(path, "cola", base)
-    assert {name: len(part) for name, part in first.splits.items()} == {
+    assert {name: len(rows) for name, rows in first.splits.items()} == {
         "train": 170,
         "val": 20,
         "calibration": 10,
         "validation": 20,
     }
-    parts = [sentences_of(first, name) for name in ("train", "val", "calibration")]
-    assert len(set.union(*parts)) == sum(map(len, parts)) == 200
+    sentences = {name: sentences_of(first, name) for name in ("train", "val", "calibration")}
+    assert len(set.union(*sentences.values())) == sum(map(len, sentences.values())) == 200
     again = data_module(path, "cola", base, seed=5, batch_size=4, calibration_fraction=0.2)
-    assert sentences_of(again, "val") == parts[1]
-    assert sentences_of(data_module(path, "cola", base, split_seed=1), "val") != parts[1]
+    assert sentences_of(again, "val") == sentences["val"]
+    assert sentences_of(data_module(path, "cola", base, split_seed=1), "val") != sentences["val"]
 
 
 def test_calibration_data_is_labelled_fixed_and_refused_where_none_is_held_out(base, tmp_path):
@@ -207,18 +207,19 @@ def test_fillers_of_a_shared_evaluation_are_not_scored(base, tmp_path, monkeypat
     data = data_module(make_data(tmp_path, "cola", n_test=7), "cola", base)
     labels = []
     for rank in range(2):
-        place = {"num_replicas": 2, "rank": rank}
-        monkeypatch.setattr(data, "trainer", SimpleNamespace(distributed_sampler_kwargs=place, lightning_module=None))
+        replica = {"num_replicas": 2, "rank": rank}
+        trainer = SimpleNamespace(distributed_sampler_kwargs=replica, lightning_module=None)
+        monkeypatch.setattr(data, "trainer", trainer)
         labels.append(torch.cat([batch["labels"] for batch in data.test_dataloader()]))
-    assert [len(part) for part in labels] == [4, 4]
+    assert [len(of_rank) for of_rank in labels] == [4, 4]
     rows = data.splits["validation"]
     by_length = sorted(range(7), key=[len(tokens) for tokens in rows["input_ids"]].__getitem__)
     assert torch.stack(labels, 1).flatten()[:7].tolist() == [rows["labels"][i] for i in by_length]
     assert labels[1][3] == IGNORED_LABEL
     module = make_module("cola", base)
     batch = next(iter(data.test_dataloader()))
-    module._update("test", batch)
-    assert int(module.metrics["test"]["matthews"].confmat.sum()) == 3
+    module.score_batch("test", batch)
+    assert int(module.scores("test").metrics["matthews"].confmat.sum()) == 3
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_unknown_task_suggests_the_nearest(name, near):
 
 @pytest.mark.parametrize("fractions", [(0.6, 0.4), (-0.1, 0.1), (0.1, -0.1), (float("nan"), 0.1)])
 def test_impossible_fractions_are_refused(fractions):
-    with pytest.raises(ValueError, match="shares of train"):
+    with pytest.raises(ValueError, match="expected fractions of at least 0, together below 1"):
         GLUEDataModule("cola", val_fraction=fractions[0], calibration_fraction=fractions[1])
 
 
@@ -291,8 +292,8 @@ def test_base_comes_from_the_files_and_the_head_from_the_seed(base):
     second = make_module("cola", base, seed=3).model
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    other = make_module("cola", base, seed=4).model
-    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    reseeded = make_module("cola", base, seed=4).model
+    assert not torch.equal(first.classifier.weight, reseeded.classifier.weight)
     saved = BertModel.from_pretrained(base).state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in first.bert.state_dict().items())
     assert first.training

@@ -1,4 +1,4 @@
-"""Images as data: columns, classes, parts, transforms, augmentation, refusals; on small PNGs made here."""
+"""Images as data: columns, classes, splits, transforms, augmentation, refusals; on small PNGs made here."""
 
 import datasets
 import lightning.pytorch as pl
@@ -22,7 +22,7 @@ AUGMENT = ["shift", "flip"]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -72,7 +72,7 @@ def trainer(folder, **settings):
     return pl.Trainer(**{"accelerator": "cpu", "devices": 1, "default_root_dir": folder, **quiet, **settings})
 
 
-# ---------------------------------------------------------------- columns, classes, parts
+# ---------------------------------------------------------------- columns, classes, splits
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "label"), ("image", "label"), ("img", "fine_label")])
@@ -101,26 +101,27 @@ def test_a_folder_of_images_is_data_too(tmp_path):
 
 def test_parts_are_disjoint_and_whole_and_calibration_mixes_the_classes(animals):
     data = ready(animals, val_fraction=0.3, calibration_fraction=0.2)
-    parts = [data.splits[part].positions.tolist() for part in ("train", "val", "calibration")]
-    assert [len(part) for part in parts] == [30, 18, 12]
-    assert sorted(row for part in parts for row in part) == list(range(60))
+    splits = [data.splits[name].positions.tolist() for name in ("train", "val", "calibration")]
+    assert [len(rows) for rows in splits] == [30, 18, 12]
+    assert sorted(row for rows in splits for row in rows) == list(range(60))
     first, again = (torch.cat([y for _, y in data.calibration_dataloader()]) for _ in range(2))
     assert torch.equal(first, again)
     assert len(set(first[:6].tolist())) > 2
 
 
 def test_an_image_keeps_its_part_whatever_does_not_concern_it(animals):
-    parts = {"val_fraction": 0.3, "calibration_fraction": 0.2}
-    plain = ready(animals, **parts)
-    some = ready(animals, classes=["dog", "ant"], **parts)
-    for part in ("train", "val", "calibration", "test"):
-        rows, kept = plain.splits[part].positions.tolist(), some.splits[part].positions.tolist()
-        assert kept == [row for row, y in zip(rows, plain.splits[part].labels.tolist(), strict=True) if y in (0, 3)]
+    fractions = {"val_fraction": 0.3, "calibration_fraction": 0.2}
+    plain = ready(animals, **fractions)
+    some = ready(animals, classes=["dog", "ant"], **fractions)
+    for split in ("train", "val", "calibration", "test"):
+        rows, kept = plain.splits[split].positions.tolist(), some.splits[split].positions.tolist()
+        assert kept == [row for row, y in zip(rows, plain.splits[split].labels.tolist(), strict=True) if y in (0, 3)]
     fewer = ready(animals, val_fraction=0.3, calibration_fraction=0.0, seed=5, batch_size=3)
     assert torch.equal(fewer.splits["val"].positions, plain.splits["val"].positions)
     less = ready(animals, val_fraction=0.0, calibration_fraction=0.2)
     assert torch.equal(less.splits["calibration"].positions, plain.splits["calibration"].positions)
-    assert not torch.equal(ready(animals, split_seed=1, **parts).splits["val"].positions, plain.splits["val"].positions)
+    reseeded = ready(animals, split_seed=1, **fractions)
+    assert not torch.equal(reseeded.splits["val"].positions, plain.splits["val"].positions)
 
 
 @pytest.mark.parametrize("classes", [["dog", "bee"], [3, 1], ["dog", 1]])
@@ -155,7 +156,7 @@ def test_data_without_a_test_split(tmp_path):
 def test_parts_of_no_size(animals):
     data = ready(animals, val_fraction=0.0, calibration_fraction=0.0)
     assert data.val_dataloader() == []
-    with pytest.raises(ValueError, match=r"calibration_fraction 0\.0 holds out no image"):
+    with pytest.raises(ValueError, match=r"calibration_fraction 0\.0 holds out no sample"):
         data.calibration_dataloader()
 
 
@@ -184,7 +185,7 @@ def test_images_are_those_of_the_file_normalised_by_the_models_config(animals):
 def test_any_image_gets_the_models_size_and_channels(tmp_path, size, mode, channels):
     path = write(tmp_path / "data", size=size, mode=mode, train=[0, 1] * 4, test=[0])
     data = ready(path, module=vit(in_chans=channels), image_size=None, augment=["crop", "shift", "flip"])
-    assert {tuple(image.shape) for part in data.splits.values() for image, _ in part} == {(channels, 8, 8)}
+    assert {tuple(image.shape) for images in data.splits.values() for image, _ in images} == {(channels, 8, 8)}
 
 
 def test_a_large_image_loses_the_border_that_the_config_says_and_a_small_one_none():
@@ -230,9 +231,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image_alone(animals):
     assert torch.equal(images, with_workers)
     torch.set_rng_state(state)
     assert torch.equal(images, epoch_of(animals, 1, batch_size=20)[0])
-    for other in (epoch_of(animals, 2), epoch_of(animals, 1, seed=1)):
-        assert sorted(other[1].tolist()) == sorted(labels.tolist())
-        assert not torch.equal(other[0].sort(0).values, images.sort(0).values)
+    for other_images, other_labels in (epoch_of(animals, 2), epoch_of(animals, 1, seed=1)):
+        assert sorted(other_labels.tolist()) == sorted(labels.tolist())
+        assert not torch.equal(other_images.sort(0).values, images.sort(0).values)
 
 
 def test_augmentation_draws_anew_for_every_image_and_leaves_the_generator_alone(tmp_path):
@@ -252,8 +253,8 @@ def test_augmentation_draws_anew_for_every_image_and_leaves_the_generator_alone(
 
 def test_only_training_images_are_augmented(animals):
     plain, augmented = (ready(animals, augment=augment) for augment in ([], AUGMENT))
-    for part in ("val", "calibration", "test"):
-        pairs = zip(plain.splits[part], augmented.splits[part], strict=True)
+    for split in ("val", "calibration", "test"):
+        pairs = zip(plain.splits[split], augmented.splits[split], strict=True)
         assert all(torch.equal(a, b) for (a, _), (b, _) in pairs)
 
 
@@ -333,7 +334,7 @@ def test_what_the_data_have_not_is_refused_in_setup(animals, settings, message):
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature", "found"),
+    ("labels", "feature", "outside"),
     [
         ([0, 1, -1] * 4, ClassLabel(names=list(NAMES)), "-1"),
         ([0, 1, None] * 4, ClassLabel(names=list(NAMES)), "None"),
@@ -341,10 +342,10 @@ def test_what_the_data_have_not_is_refused_in_setup(animals, settings, message):
     ],
 )
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_out_of_range_are_refused_in_setup(tmp_path, labels, feature, found, split):
+def test_labels_out_of_range_are_refused_in_setup(tmp_path, labels, feature, outside, split):
     good = [0, 1, 2, 3] * 4
     path = write(tmp_path / "data", feature=feature, **{"train": good, "test": good, split: labels})
-    with pytest.raises(ValueError, match=rf"split {split}: 'label' holds \['{found}'\], expected labels from 0 to 3"):
+    with pytest.raises(ValueError, match=rf"split {split}: 'label' holds \['{outside}'\], expected labels from 0 to 3"):
         ready(path, module=vit())
 
 
@@ -400,9 +401,9 @@ def test_a_wrong_folder_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"val_fraction": 0.8, "calibration_fraction": 0.2}, "together below 1"),
-        ({"val_fraction": -0.1}, "at least 0"),
+        ({"val_fraction": -0.1}, "fractions of at least 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"image_size": 0}, "image_size 0"),
+        ({"image_size": 0}, "image_size is 0"),
         ({"augment": ["rotate"]}, r"\['rotate'\], expected any of crop, shift and flip"),
     ],
 )

@@ -18,7 +18,7 @@ from dpp_lightning.callbacks.prune_run.lora_view import adapter_view, find_adapt
 from dpp_lightning.cli import main
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.common.lora import LoRA
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tensors.names import canonical_tensors
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -53,8 +53,8 @@ def state(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @torch.no_grad()
@@ -87,10 +87,10 @@ def test_only_adapters_and_head_are_trained_and_adamr_pulls_adapters_to_their_fi
 
 
 def test_adapters_are_a_function_of_the_seed_and_leave_the_first_outputs_alone(base):
-    one, plain = make_module(base), GLUEModule("sst2", base, seed=0)
-    assert same(state(one), state(make_module(base)))
-    assert torch.equal(logits(one), logits(plain))
-    assert one.output_layer.endswith(plain.output_layer.removeprefix("model."))
+    adapted, plain = make_module(base), GLUEModule("sst2", base, seed=0)
+    assert same(state(adapted), state(make_module(base)))
+    assert torch.equal(logits(adapted), logits(plain))
+    assert adapted.output_layer.endswith(plain.output_layer.removeprefix("model."))
 
 
 def test_a_checkpoint_knows_its_adapters(base, tmp_path):
@@ -215,7 +215,9 @@ def test_a_head_of_several_layers(tmp_path):
     assert module.max_length == 128
     fit(module, tmp_path, callback(tmp_path, "merged", "darex-q", output_layer="last_hidden"))
     names = SparseDelta.from_pretrained(tmp_path / "out" / "darex-q-p0.5-seed0").carried
-    assert set(names) == {f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
+    assert set(names) == {
+        f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")
+    }
 
 
 def stopped(module):
@@ -252,7 +254,7 @@ def test_target_modules_that_are_not_there_are_refused(base):
         make_module(base, target_modules=["query", "q_proj"])
     with pytest.raises(ValueError, match="the list is empty"):
         make_module(base, target_modules=[])
-    with pytest.raises(ValueError, match=r"outside its new parts: \['classifier'\]"):
+    with pytest.raises(ValueError, match=r"outside its new submodules: \['classifier'\]"):
         make_module(base, target_modules=["classifier"])
 
 

@@ -63,7 +63,7 @@ def test_the_first_number_exactly(answer, expected):
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "same"),
+    ("answer", "expected", "same"),
     [
         ("18", "18", True),
         ("18.00", "18", True),
@@ -78,5 +78,5 @@ def test_the_first_number_exactly(answer, expected):
         ("x", "y", False),
     ],
 )
-def test_equal_numbers_or_equal_texts(found, expected, same):
-    assert same_answer(found, expected) is same
+def test_equal_numbers_or_equal_texts(answer, expected, same):
+    assert same_answer(answer, expected) is same

@@ -8,7 +8,7 @@ from tiny_causal import make_decoder
 from torch import nn
 
 from dpp_lightning.tasks.causal_lm.batches import Collate
-from dpp_lightning.tasks.causal_lm.packing import check_kept_apart, pack, packed_row
+from dpp_lightning.tasks.causal_lm.packing import check_packing_isolates, pack, packed_row
 from dpp_lightning.tasks.causal_lm.scores import answer_loss
 
 SAMPLES = [([5, 6, 7, 8], [-100, -100, 7, 8]), ([9, 10, 11], [-100, 10, 11]), ([4, 12], [4, 12])]
@@ -61,6 +61,6 @@ class Leaky(nn.Module):
 
 
 def test_a_model_that_mixes_packed_samples_is_refused():
-    check_kept_apart(make_decoder(), [3, 4, 5], [6, 7])
-    with pytest.raises(ValueError, match=r"Leaky lets a packed sample see.*data\.packing"):
-        check_kept_apart(Leaky(), [3, 4, 5], [6, 7])
+    check_packing_isolates(make_decoder(), [3, 4, 5], [6, 7])
+    with pytest.raises(ValueError, match=r"Leaky lets a packed sample attend to.*data\.packing"):
+        check_packing_isolates(Leaky(), [3, 4, 5], [6, 7])

@@ -22,7 +22,7 @@ from dpp_lightning.tasks.common.reproducible import (
     restore_positions,
     seed_step,
 )
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
 
 def order(n, seed, epoch, **settings):
@@ -45,10 +45,9 @@ def test_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(lengths):
 @pytest.mark.parametrize("n", [1, 2, 7, 16])
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_ranks_share_one_order_and_take_equally_many_steps(n, replicas):
-    parts = [order(n, 0, 1, num_replicas=replicas, rank=rank) for rank in range(replicas)]
-    assert len({len(part) for part in parts}) == 1
-    assert [len(EpochSampler(n, 0, num_replicas=replicas)) for _ in parts] == [len(part) for part in parts]
-    dealt = [sample for step in zip(*parts, strict=True) for sample in step]
+    shares = [order(n, 0, 1, num_replicas=replicas, rank=rank) for rank in range(replicas)]
+    assert {len(share) for share in shares} == {len(EpochSampler(n, 0, num_replicas=replicas))}
+    dealt = [sample for step in zip(*shares, strict=True) for sample in step]
     assert dealt[:n] == order(n, 0, 1)
     assert set(dealt) == set(range(n))
 
@@ -87,10 +86,10 @@ def test_sampler_refuses_what_cannot_be(settings, message):
 @pytest.mark.parametrize("n", [1, 7, 8])
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_evaluation_meets_every_sample_once_and_marks_the_fillers(n, replicas):
-    parts = [list(EvaluationSampler(n, num_replicas=replicas, rank=rank)) for rank in range(replicas)]
-    assert len({len(part) for part in parts}) == 1
-    assert sorted(i for part in parts for i in part if i >= 0) == list(range(n))
-    assert all(-n <= i for part in parts for i in part)
+    shares = [list(EvaluationSampler(n, num_replicas=replicas, rank=rank)) for rank in range(replicas)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for i in share if i >= 0) == list(range(n))
+    assert all(-n <= i for share in shares for i in share)
 
 
 def test_random_numbers_of_a_step_depend_on_seed_epoch_step_and_rank():

@@ -62,11 +62,11 @@ def test_checkpointed_gradients_are_the_same_and_blocks_run_twice(base):
 @pytest.mark.parametrize("num_classes", [5, 7])
 def test_new_parameters_are_exactly_the_head(base, num_classes):
     module = VisionModule(VIT, num_classes, base, TINY, seed=0)
-    stored, own = load_file(base), module.model.state_dict()
+    stored, state = load_file(base), module.model.state_dict()
     assert module.new_parameter_names == HEAD
     assert module.pretrained == base
-    assert all(torch.equal(own[name], tensor) for name, tensor in stored.items() if not name.startswith("head."))
-    assert not (num_classes == 7 and torch.equal(own["head.weight"], stored["head.weight"]))
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items() if not name.startswith("head."))
+    assert not (num_classes == 7 and torch.equal(state["head.weight"], stored["head.weight"]))
     assert {p.shape[0] for p in module.model.head.parameters()} == {num_classes}
 
 
@@ -220,12 +220,12 @@ def test_fillers_take_no_part_in_the_scores(base):
     split = data.splits["val"]
     whole, filled = (torch.utils.data.default_collate(split.__getitems__(i)) for i in (range(50), [*range(50), -1, -2]))
     assert filled[1][-2:].tolist() == [-100, -100]
-    found = []
+    values = []
     for batch in (whole, filled):
         module.on_validation_epoch_start()
         module.validation_step(batch, 0)
-        found.append({name: float(m.compute()) for name, m in module.metrics["val"].items()})
-    assert found[0] == pytest.approx(found[1])
+        values.append({name: float(value) for name, value in module.scores("val").compute().items()})
+    assert values[0] == pytest.approx(values[1])
 
 
 def test_a_fit_resumed_at_the_end_of_an_epoch_is_the_whole_one(base, tmp_path):

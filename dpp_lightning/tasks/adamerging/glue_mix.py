@@ -1,4 +1,4 @@
-"""Several GLUE tasks at once: unlabelled batches to adapt on, labelled ones to score."""
+"""Several GLUE tasks at once: unlabelled batches for adaptation, labelled ones for scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from dpp_lightning.tasks.common.splits import of_module
+from dpp_lightning.tasks.common.data import module_attribute
 from dpp_lightning.tasks.glue.data import GLUEDataModule
 from dpp_lightning.tasks.glue.task_table import glue_task
 
@@ -15,14 +15,14 @@ class GLUEMixDataModule(LightningDataModule):
     """A :class:`GLUEDataModule` for each task of a merge. Training batches are task to a batch without labels.
 
     Args:
-        tasks: names of GLUE tasks; default those of the module it is used with.
+        tasks: names of GLUE tasks; by default those of the module it is used with.
         path: hub id or local folder, as for GLUEDataModule.
-        tokenizer: hub id or local folder; default the module's ``pretrained``.
-        unlabelled: split whose texts are adapted on: ``val`` (a tenth of train that fine-tuning held out), or ``test``
-            as AdaMerging was published, where the very samples are scored afterwards.
+        tokenizer: hub id or local folder; by default the module's ``pretrained``.
+        unlabelled: split whose texts the merge adapts to: ``val`` (a tenth of train, which fine-tuning held out), or
+            ``test`` as AdaMerging was published, where the same samples are scored afterwards.
         batch_size: samples of each task in a training batch.
         eval_batch_size, max_length, val_fraction, calibration_fraction, split_seed, num_workers: as GLUEDataModule's;
-            the splits must be those of the fine-tuning.
+            take those of the fine-tuning, so that the splits are the same.
 
     Raises:
         ValueError: no tasks, an unknown one; in ``setup`` as GLUEDataModule.
@@ -69,21 +69,21 @@ class GLUEMixDataModule(LightningDataModule):
             data.setup()
 
     def train_dataloader(self) -> Mapping[str, DataLoader[Any]]:
-        """Shuffled batches of every task, without labels; the shorter sets start again."""
+        """Shuffled batches of every task, without labels; smaller data sets start again until the largest ends."""
         return {task: data.unlabelled_dataloader(self.unlabelled, self.batch_size) for task, data in self._data.items()}
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The calibration part of every task, in the order of the tasks."""
+        """The calibration split of every task, in the order of the tasks."""
         return [data.calibration_dataloader() for data in self._data.values()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """GLUE's validation split of every task, in the order of the tasks; MNLI's matched one."""
+        """GLUE's validation split of every task, in the order of the tasks; of MNLI the matched one."""
         loaders = [data.test_dataloader() for data in self._data.values()]
         return [loader[0] if isinstance(loader, list) else loader for loader in loaders]
 
     def _modules(self) -> dict[str, GLUEDataModule]:
-        tokenizer = self.tokenizer or of_module(self.trainer, "pretrained")
-        tasks = self.tasks or of_module(self.trainer, "tasks")
+        tokenizer = self.tokenizer or module_attribute(self.trainer, "pretrained")
+        tasks = self.tasks or module_attribute(self.trainer, "tasks")
         if not tasks or tokenizer is None:
             raise ValueError(
                 "GLUEMixDataModule needs tasks=[...] and tokenizer=..., as the module it is used with has no 'tasks' "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import Blends
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.tasks.common.module import ScoredModule
 from dpp_lightning.tasks.glue.scores import GLUEScores
 from dpp_lightning.tasks.glue.task_table import TASKS
 from dpp_lightning.tensors.names import match_names, source_names
@@ -29,7 +29,7 @@ from dpp_lightning.tensors.names import match_names, source_names
 COEFFICIENTS_FILE, DELTA_FOLDER = "coefficients.json", "delta"
 
 
-class AdaMergingModule(LightningModule):
+class AdaMergingModule(ScoredModule):
     """A base plus sum_k lambda_k delta_k, where only the coefficients lambda are trained.
 
     The loss is the mean entropy of the predictions, summed over tasks; for causal language models that of the next
@@ -37,22 +37,22 @@ class AdaMergingModule(LightningModule):
     (for ``dpp merge --method adamerging --weights``) and the merged delta folder ``delta``. For GLUE tasks it logs
     ``val_{task}_score`` and ``test_{task}_score``, and the mean over tasks as ``val_score`` and ``test_score``.
 
-    A regression task (STS-B) has no entropy: its coefficients stay at ``start``.
+    The predictions of a regression task (STS-B) have no entropy: its coefficients stay at ``start``.
 
     Args:
-        deltas: task to delta folder or hub id, all of one base; heads and other carried tensors stay per task.
+        deltas: task to delta folder or hub id, all of one base; each task keeps its head and other carried tensors.
         pretrained: hub id or local folder of the base.
         revision: branch, tag or commit on the hub.
         granularity: one coefficient for each ``task``, or for each ``layer`` (weight tensor) and task.
-        start: first value of the coefficients.
-        optimizer: of the coefficients; by default Adam with learning rate 1e-3.
+        start: initial value of the coefficients.
+        optimizer: makes the optimizer of the coefficients; by default Adam with learning rate 1e-3.
         architecture: ``classification`` or ``causal-lm``.
-        output_dir: default ``merged`` in the trainer's log folder.
+        output_dir: by default ``merged`` in the trainer's log folder.
 
     Raises:
-        ValueError: fewer than one delta, a start that is no number; when the model is made: deltas of another base, a
-            delta without the head that the base lacks, vocabularies that grew.
-        FileNotFoundError: when the model is made: no such delta or base.
+        ValueError: no delta of a task with classes, a start that is no number; when the model is made: deltas of
+            another base, a delta without the head that the base lacks, vocabularies that grew.
+        FileNotFoundError: when the model is made: a delta or base that does not exist.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class AdaMergingModule(LightningModule):
         self.automatic_optimization = self.strict_loading = False
         self.model: PreTrainedModel | None = None
         self._heads: dict[str, dict[str, Tensor]] = {}
-        splits = {split: {t: GLUEScores(TASKS[t]) for t in self.tasks if t in TASKS} for split in ("val", "test")}
-        self.metrics = nn.ModuleDict({split: nn.ModuleDict(scores) for split, scores in splits.items()})
+        scored = [(f"{split}_{task}", TASKS[task]) for split in ("val", "test") for task in self.tasks if task in TASKS]
+        self.metrics = nn.ModuleDict({prefix: GLUEScores(task) for prefix, task in scored})
 
     def configure_model(self) -> None:
         """Load the base and the deltas."""
@@ -87,13 +87,14 @@ class AdaMergingModule(LightningModule):
         readers = [DeltaReader.open(folder) for folder in self.deltas.values()]
         sources = MergeSource.all(readers, self.tasks)
         model, missing = self._load()
-        own = source_names(model)
+        model_names = source_names(model)
         for source in sources:
             if source.new_rows:
                 raise ValueError(f"{source.task} grew {sorted(source.new_rows)}: prune it again with that carried")
-            names = match_names(source.carried, own)
-            self._heads[source.task] = {own[names[n]]: t.clone() for n, t in source.carried.items() if n in names}
-            if lacking := sorted(missing - set(self._heads[source.task])):
+            names = match_names(source.carried, model_names)
+            head = {model_names[names[n]]: tensor.clone() for n, tensor in source.carried.items() if n in names}
+            self._heads[source.task] = head
+            if lacking := sorted(missing - set(head)):
                 raise ValueError(f"neither the base nor the delta of {source.task} holds {', '.join(lacking)}")
         self.model = model
         self.blends = Blends(model, sources)
@@ -111,18 +112,18 @@ class AdaMergingModule(LightningModule):
         return model.requires_grad_(False).eval(), set(info["missing_keys"])
 
     def train(self, mode: bool = True) -> "AdaMergingModule":
-        """Without dropout: the model's predictions are what is adapted."""
+        """Set the mode of the module, but never that of the model: its predictions are adapted without dropout."""
         super().train(mode)
         if self.model is not None:
             self.model.eval()
         return self
 
     def forward(self, batch: Mapping[str, Tensor], task: str) -> Tensor:
-        """Logits of a batch by the model as it stands, with a task's head."""
+        """Logits (samples, classes) of a batch, by the merged weights as they were last written and a task's head."""
         return self._call(batch, self._head(task))
 
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> None:
-        """One step of the coefficients: backward task by task, so that one tensor's gradient is held at a time."""
+        """A step of the coefficients. Backward runs task by task, so that one tensor's gradient is held at a time."""
         optimizer = cast(Any, self.optimizers())
         optimizer.zero_grad()
         self.blends.write(self.coefficients)
@@ -146,59 +147,39 @@ class AdaMergingModule(LightningModule):
 
     # ------------------------------------------------------------------ scores
 
-    def on_validation_epoch_start(self) -> None:
-        """Merge by the coefficients as they are."""
-        self._begin("val")
+    def prefixes(self, split: str) -> list[str]:
+        """One loader for each task, in the order of the tasks."""
+        return [f"{split}_{task}" for task in self.tasks]
 
-    def on_test_epoch_start(self) -> None:
-        """Merge by the coefficients as they are."""
-        self._begin("test")
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch of one task to its scores."""
-        self._score("val", batch, dataloader_idx)
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch of one task to its scores."""
-        self._score("test", batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log every task's score and their mean."""
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log every task's score and their mean."""
-        self._log_scores("test")
-
-    def _begin(self, split: str) -> None:
+    def start_scoring(self, split: str) -> None:
+        """Merge by the coefficients as they are, and forget the batches of earlier passes."""
         self.blends.write(self.coefficients)
-        for scores in self._scores(split).values():
-            scores.reset()
+        super().start_scoring(split)
 
-    def _score(self, split: str, batch: Mapping[str, Tensor], place: int) -> None:
-        task = self.tasks[place]
-        if task in self._scores(split):
-            self._scores(split)[task].add(self(batch, task), batch["labels"])
+    def score_batch(self, split: str, batch: Mapping[str, Tensor], dataloader_idx: int = 0) -> None:
+        """Add a batch of one task to its scores; tasks outside GLUE have none."""
+        scores = self.scores(split, dataloader_idx)
+        if scores is not None:
+            scores.update(self(batch, self.tasks[dataloader_idx]), batch["labels"])
 
-    def _log_scores(self, split: str) -> None:
-        values = {task: scores.scores()["score"] for task, scores in self._scores(split).items()}
-        for task, value in values.items():
-            self.log(f"{split}_{task}_score", value, sync_dist=True)
+    def log_scores(self, split: str) -> None:
+        """Log every task's score and their mean."""
+        scores = {prefix: self.scores(split, index) for index, prefix in enumerate(self.prefixes(split))}
+        values = {prefix: s.compute()["score"] for prefix, s in scores.items() if s is not None}
+        for prefix, value in values.items():
+            self.log(f"{prefix}_score", value, sync_dist=True)
         if values:
             self.log(f"{split}_score", torch.stack(list(values.values())).mean(), prog_bar=True, sync_dist=True)
-
-    def _scores(self, split: str) -> dict[str, GLUEScores]:
-        return cast(dict[str, GLUEScores], dict(cast(nn.ModuleDict, self.metrics[split])))
 
     # ------------------------------------------------------------------ the result
 
     def on_fit_start(self) -> None:
-        """Refuse a folder that cannot be written now, not after hours."""
+        """Check now, not after hours, that the output folder can be written."""
         if self.trainer.is_global_zero:
             check_writable(self._folder())
 
     def on_train_end(self) -> None:
-        """Write coefficients and merged delta."""
+        """Write the coefficients and the merged delta."""
         if not self.trainer.is_global_zero:
             return
         folder, weights = self._folder(), self.coefficients_by_task()
@@ -210,13 +191,13 @@ class AdaMergingModule(LightningModule):
         rank_zero_info(f"coefficients and merged delta are in {folder}")
 
     def coefficients_by_task(self) -> dict[str, dict[str, float]]:
-        """Task to (canonical name of a tensor, or ``*``, to its coefficient)."""
+        """For each task the coefficient of every tensor by canonical name, or one under ``*``."""
         names = self.blends.names if self.granularity == "layer" else ["*"]
         columns = self.coefficients.detach().t().tolist()
         return {task: dict(zip(names, column, strict=True)) for task, column in zip(self.tasks, columns, strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the coefficients alone: all else lies in the base and the deltas."""
+        """Save the coefficients alone: all else is in the base and the deltas."""
         checkpoint["state_dict"] = {"coefficients": checkpoint["state_dict"]["coefficients"]}
 
     def _folder(self) -> Path:
@@ -237,15 +218,15 @@ def _is_regression(task: str) -> bool:
 
 
 def prediction_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of -sum_c p_c log p_c over the predictions, p the softmax of the logits; in nats.
+    """Mean entropy of predictions, -sum_c p_c log p_c with p the softmax of the logits, in nats.
 
     Args:
-        logits: (samples, classes); or, of a causal language model, (samples, tokens, vocabulary).
-        mask: for the latter, 1 at real tokens and 0 at padding, (samples, tokens): a prediction counts where the next
-            token is real.
+        logits: (samples, classes); of a causal language model (samples, tokens, vocabulary).
+        mask: for a causal language model, (samples, tokens), 1 at tokens and 0 at padding. A prediction counts where
+            the next token is no padding.
 
     Returns:
-        A scalar, differentiable; 0 where no prediction counts.
+        A differentiable scalar; 0 where no prediction counts.
     """
     logs = logits.float().log_softmax(-1)
     entropy = -(logs.exp() * logs).sum(-1)

@@ -9,25 +9,25 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from dpp_lightning.tasks.common.splits import of_module
+from dpp_lightning.tasks.common.data import module_attribute
 
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class TextMixDataModule(LightningDataModule):
-    """Training batches are task to a batch of tokens (``input_ids``, ``attention_mask``), for AdaMergingModule.
+    """Unlabelled texts for AdaMergingModule: a training batch is task to a batch of tokens.
 
     Args:
-        files: task to a file: ``.txt`` (a text a line), ``.json``, ``.jsonl`` or ``.parquet``.
-        column: of JSON and parquet files, the one that holds the text.
-        tokenizer: hub id or local folder; default the module's ``pretrained``.
+        files: task to a file: ``.txt`` (one text in each line), ``.json``, ``.jsonl`` or ``.parquet``.
+        column: column of JSON and parquet files that holds the text.
+        tokenizer: hub id or local folder; by default the module's ``pretrained``.
         batch_size: texts of each task in a batch.
         max_length: texts are cut to this many tokens.
         num_workers: loader processes.
 
     Raises:
         ValueError: a file of another kind; in ``setup``: a missing column, a file without texts, no tokenizer.
-        FileNotFoundError: no such file.
+        FileNotFoundError: a file that does not exist.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class TextMixDataModule(LightningDataModule):
         self._collate = DataCollatorWithPadding(tokenizer)
 
     def train_dataloader(self) -> Mapping[str, DataLoader[Any]]:
-        """Shuffled batches of every task; the shorter files start again."""
+        """Shuffled batches (``input_ids``, ``attention_mask``) of every task; smaller files start again until the
+        largest ends."""
         return {
             task: DataLoader(
                 data,  # type: ignore[arg-type]
@@ -83,10 +84,10 @@ class TextMixDataModule(LightningDataModule):
         }
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.tokenizer or of_module(self.trainer, "pretrained")
+        name = self.tokenizer or module_attribute(self.trainer, "pretrained")
         if name is None:
             raise ValueError("TextMixDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        if tokenizer.pad_token is None:  # what is padded is masked out, so any token will do
+        if tokenizer.pad_token is None:  # padding is masked, so that any token will do
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

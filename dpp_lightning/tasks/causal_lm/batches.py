@@ -1,4 +1,4 @@
-"""Questions and answers as tokens, and tokens as batches: padded or packed to train on, with prompts to be scored."""
+"""Questions and answers as tokens, and tokens as batches: padded or packed for training, with prompts for scoring."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,10 +26,10 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt: Prompt | N
         prompt: ``None`` for the chat template.
 
     Returns:
-        Columns ``input_ids`` (prompt, answer, end), ``answer_start`` (tokens of the prompt in it), ``length``,
+        Columns ``input_ids`` (prompt, answer, end), ``answer_start`` (how many of them are the prompt), ``length``, and
         ``prompt_ids`` (what is generated from).
     """
-    tokenizer("a")  # the first call changes the state that the cache's key is of
+    tokenizer("a")  # the first call changes the tokenizer's state, which is hashed into the key of the cache
     settings = {"tokenizer": tokenizer, "prompt": prompt}
     return rows.map(_encode, batched=True, fn_kwargs=settings, remove_columns=rows.column_names)
 
@@ -37,22 +37,22 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt: Prompt | N
 def _encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None) -> dict[str, list[Any]]:
     trained, generated = prompt_tokens(tokenizer, prompt, rows["question"])
     answers = tokenizer(rows["answer"], add_special_tokens=False)["input_ids"]
-    whole = [[*first, *answer, tokenizer.eos_token_id] for first, answer in zip(trained, answers, strict=True)]
+    samples = [[*question, *answer, tokenizer.eos_token_id] for question, answer in zip(trained, answers, strict=True)]
     return {
-        "input_ids": whole,
-        "answer_start": [len(first) for first in trained],
-        "length": [len(tokens) for tokens in whole],
+        "input_ids": samples,
+        "answer_start": [len(question) for question in trained],
+        "length": [len(tokens) for tokens in samples],
         "prompt_ids": generated,
     }
 
 
 class Samples(TorchDataset[Mapping[str, Any]]):
-    """Encoded rows. A negative index is a filler of EvaluationSampler: its row, marked as not ``real``.
+    """Encoded rows; a negative index, EvaluationSampler's filler, gives its row marked as not ``real``.
 
     Args:
         rows: what :func:`encode` returns.
-        references: the answers' texts, for rows that are scored.
-        max_length: tokens behind this many are cut off.
+        max_length: tokens beyond this many are cut off.
+        references: the answers as texts, for rows that are scored.
     """
 
     def __init__(self, rows: Dataset, max_length: int, references: Sequence[str] | None = None) -> None:
@@ -63,8 +63,8 @@ class Samples(TorchDataset[Mapping[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        place = index % len(self.rows)
-        row = self.rows[place]
+        position = index % len(self.rows)
+        row = self.rows[position]
         tokens = row["input_ids"][: self.max_length]
         labels = [IGNORED_LABEL if i < row["answer_start"] else token for i, token in enumerate(tokens)]
         sample = {"input_ids": tokens, "labels": labels}
@@ -73,17 +73,22 @@ class Samples(TorchDataset[Mapping[str, Any]]):
         return {
             **sample,
             "prompt_ids": row["prompt_ids"],
-            "reference": self.references[place],
+            "reference": self.references[position],
             "real": index >= 0,
         }
+
+    def select(self, indices: Sequence[int]) -> "Samples":
+        """The samples at some indices, in their order."""
+        references = None if self.references is None else [self.references[i] for i in indices]
+        return Samples(self.rows.select(indices), self.max_length, references)
 
 
 class PackedSamples(TorchDataset[list[Mapping[str, Any]]]):
     """Rows of several samples each.
 
     Args:
-        samples: what is packed.
-        lengths: tokens of each.
+        samples: the samples that are packed.
+        lengths: tokens of each sample, at most ``capacity``.
         capacity: tokens of a row.
     """
 
@@ -98,14 +103,15 @@ class PackedSamples(TorchDataset[list[Mapping[str, Any]]]):
 
 
 class Collate:
-    """Samples to a batch. Tensors of token numbers are (samples, longest) or, packed, (rows, capacity).
+    """Makes a batch of samples: integer tensors (samples, longest), or (rows, capacity) where samples are packed.
 
-    Samples that are scored also give ``prompt_ids`` and ``prompt_mask``, padded on the left, ``references`` (texts) and
-    ``real`` (booleans).
+    A batch holds ``input_ids``, ``labels`` and ``attention_mask``, in place of which packed samples have
+    ``position_ids``. Samples that are scored also give ``prompt_ids`` and ``prompt_mask``, padded on the left,
+    ``references`` (texts) and ``real`` (booleans).
 
     Args:
-        pad: token of the padding.
-        capacity: tokens of a packed row.
+        pad: token that fills up a row.
+        capacity: tokens of a packed row; ``None`` where no samples are packed.
     """
 
     def __init__(self, pad: int, capacity: int | None = None) -> None:

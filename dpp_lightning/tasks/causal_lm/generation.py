@@ -19,10 +19,10 @@ def generate_texts(
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
 ) -> list[str]:
-    """What the model writes behind each prompt, the most likely token each time.
+    """The model's continuation of each prompt, by the most likely token at each step.
 
-    Each sample ends at an end-of-sequence token, at a stop string (which is cut off with all behind it) or after
-    ``max_new_tokens``. What the model's own generation config says of sampling and penalties plays no part.
+    A text ends at an end-of-sequence token, at a stop string (which is cut off) or after ``max_new_tokens``. Sampling
+    and penalties are off, whatever the model's generation config says.
 
     Args:
         model: a causal language model of transformers, or peft's around one, in evaluation mode.
@@ -33,7 +33,7 @@ def generate_texts(
         stop_strings: texts that end a sample.
 
     Returns:
-        One text a sample, without special tokens.
+        One text for each prompt, without special tokens.
     """
     config = _greedy(model, tokenizer, max_new_tokens, stop_strings)
     tokens = model.generate(
@@ -50,7 +50,7 @@ def generate_texts(
 def _greedy(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, stop_strings: Sequence[str]
 ) -> GenerationConfig:
-    """Every value that transformers would otherwise take from the model's own config."""
+    """The config of greedy decoding. What it leaves out, transformers would take from the model's own config."""
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     return GenerationConfig(
@@ -72,11 +72,11 @@ def _greedy(
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end-of-sequence token and those of the model's generation config (a chat model has several)."""
-    own = model.generation_config.eos_token_id
-    known = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *known) if token is not None))
+    setting = model.generation_config.eos_token_id
+    model_ends = setting if isinstance(setting, list) else [setting]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *model_ends) if token is not None))
 
 
 def _before(text: str, stop_strings: Sequence[str]) -> str:
-    ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
+    starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
+    return text[: min(starts)] if starts else text

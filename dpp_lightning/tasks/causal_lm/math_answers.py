@@ -14,7 +14,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _MIXED = re.compile(r"(?P<sign>[-−]?)(?P<whole>\d+)\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)")
-_MOST_DIGITS = 1000  # of one number; a model may repeat a digit without end
+_MOST_DIGITS = 1000  # read of one answer; a model may repeat a digit without end
 
 
 def final_answer(text: str) -> str | None:
@@ -23,7 +23,7 @@ def final_answer(text: str) -> str | None:
     Args:
         text: a worked solution, as in GSM8K (``#### 18``) or MetaMathQA (``The answer is: 18``).
     """
-    ends = [found.end() for found in _MARKER.finditer(text)]
+    ends = [marker.end() for marker in _MARKER.finditer(text)]
     if not ends:
         return None
     line = text[ends[-1] :].strip().partition("\n")[0].strip()
@@ -33,43 +33,44 @@ def final_answer(text: str) -> str | None:
 def number_in(answer: str) -> Fraction | None:
     """The first number of an answer, exactly; ``None`` where there is none.
 
-    Understood are thousands' commas, signs, decimals, ``3/4``, ``1 1/2``, ``\\frac{3}{4}`` and a currency's sign before
-    the number; units behind it are ignored, so that ``50 %`` is 50.
+    It reads commas between thousands, signs, decimals, ``3/4``, ``1 1/2``, ``\\frac{3}{4}`` and a currency sign before
+    the number. Units behind the number are ignored, so that ``50 %`` is 50.
     """
     answer = _LATEX_FRACTION.sub(r"\1/\2", answer)
     if len(answer) > _MOST_DIGITS:
         answer = answer[:_MOST_DIGITS]
-    for found in _NUMBER.finditer(answer):
-        if found["whole"] is None and found["decimals"] is None:
+    for match in _NUMBER.finditer(answer):
+        if match["whole"] is None and match["decimals"] is None:
             continue
-        if mixed := _MIXED.match(answer, found.start()):
+        if mixed := _MIXED.match(answer, match.start()):
             return _mixed(mixed)
-        value = Fraction(f"{(found['whole'] or '0').replace(',', '')}{found['decimals'] or ''}")
-        below = int((found["below"] or "1").replace(",", ""))
-        negative = any(found[part] in ("-", "−") for part in ("sign", "inner"))
+        value = Fraction(f"{(match['whole'] or '0').replace(',', '')}{match['decimals'] or ''}")
+        below = int((match["below"] or "1").replace(",", ""))
+        negative = any(match[sign] in ("-", "−") for sign in ("sign", "inner"))
         return (-value if negative else value) / below if below else None
     return None
 
 
-def same_answer(found: str | None, expected: str) -> bool:
+def same_answer(answer: str | None, expected: str) -> bool:
     """Exact match: equal numbers, or, where the expected answer holds none, equal texts up to spaces, case and ``$``.
 
     Args:
-        found: a final answer, ``None`` where the model gave none.
+        answer: a final answer, ``None`` where the model gave none.
         expected: the reference's.
     """
-    if found is None:
+    if answer is None:
         return False
-    wanted = number_in(expected)
-    return _plain(found) == _plain(expected) if wanted is None else number_in(found) == wanted
+    number = number_in(expected)
+    return _plain(answer) == _plain(expected) if number is None else number_in(answer) == number
 
 
-def _mixed(found: re.Match[str]) -> Fraction | None:
-    below = int(found["below"])
+def _mixed(match: re.Match[str]) -> Fraction | None:
+    """The value of a mixed number such as ``1 1/2``; ``None`` for a denominator of 0."""
+    below = int(match["below"])
     if not below:
         return None
-    value = int(found["whole"]) + Fraction(int(found["above"]), below)
-    return -value if found["sign"] else value
+    value = int(match["whole"]) + Fraction(int(match["above"]), below)
+    return -value if match["sign"] else value
 
 
 def _plain(answer: str) -> str:

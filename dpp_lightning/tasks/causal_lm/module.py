@@ -7,62 +7,57 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpp_lightning.calibration.output_change import resolve_layer
 from dpp_lightning.optim import AdamR
-from dpp_lightning.tasks.causal_lm.data import InstructionDataModule
 from dpp_lightning.tasks.causal_lm.generation import generate_texts
-from dpp_lightning.tasks.causal_lm.packing import check_kept_apart
+from dpp_lightning.tasks.causal_lm.packing import check_packing_isolates
 from dpp_lightning.tasks.causal_lm.sample_log import log_samples
 from dpp_lightning.tasks.causal_lm.scores import CausalScores, answer_loss, final_answers
-from dpp_lightning.tasks.common.activation_checkpointing import checkpoint_activations
-from dpp_lightning.tasks.common.lora import LoRA, with_adapters
-from dpp_lightning.tasks.common.optimization import Schedule, parameter_groups, with_schedule
-from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL, ReproducibleModule, resolve_seed
-from dpp_lightning.tasks.common.sharding import shard_for_strategy
+from dpp_lightning.tasks.common.lora import LoRA
+from dpp_lightning.tasks.common.module import FineTuningModule
+from dpp_lightning.tasks.common.optimization import Schedule
+from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
 
-__all__ = ["CausalLMModule", "InstructionDataModule"]
-
-_CALIBRATION_SAMPLES = 8  # of one forward: logits of a large vocabulary are what takes memory
+_CALIBRATION_SAMPLES = 8  # in one forward: the logits of a large vocabulary take much memory
 
 
-class CausalLMModule(ReproducibleModule):
+class CausalLMModule(FineTuningModule):
     """A pre-trained decoder, trained on the answers to questions and scored by exact match of what it generates.
 
-    Logs ``val_score`` (share of generated final answers that equal the reference's, in [0, 1]), its standard error
-    ``val_score_stderr``, ``val_answered`` (share with a final answer at all) and ``val_loss`` (cross entropy per token
-    of the answers), over the whole split and all ranks; the same as ``test_...``.
+    Logs ``val_score`` (fraction of generated final answers that equal the reference's, in [0, 1]), its standard error
+    ``val_score_stderr``, ``val_answered`` (fraction with a final answer at all) and ``val_loss`` (cross entropy per
+    token of the answers), over the whole split and all ranks; the same as ``test_...``.
 
     Args:
         pretrained: hub id or local folder of the base; with ``dpp validate`` or ``test`` the model that is scored.
         revision: branch, tag or commit on the hub.
         tokenizer: hub id or local folder; by default the base's.
-        dtype: of the weights in memory; AdamW and AdamR lose small updates in bfloat16, so train in float32 with
+        dtype: dtype of the weights in memory; AdamW and AdamR lose small updates in bfloat16, so train in float32 with
             ``trainer.precision: bf16-mixed``.
         attention: transformers' name of the attention, such as ``sdpa`` or ``flash_attention_2``; default its choice.
         optimizer: makes the optimizer from the groups of ``dpp_lightning.tasks.common.optimization.parameter_groups``.
         scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
-        scheduler_interval: whether a scheduler of your own is stepped each ``step`` or each ``epoch``.
-        warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+        scheduler_interval: whether a scheduler that you name is stepped each ``step`` or each ``epoch``.
+        warmup_fraction: fraction of all steps, in [0, 1], that ``linear`` warms up in.
         lora: train adapters with the base frozen; by default everything is trained.
         gradient_checkpointing: compute activations twice to save memory.
         compile: train through ``torch.compile``.
         evaluate_by: ``generation`` scores by exact match; ``loss`` logs the loss alone, which is fast.
-        max_new_tokens: of a generated answer, at least 1.
+        max_new_tokens: most tokens of a generated answer, at least 1.
         stop_strings: texts that end a generated answer.
         logged_samples: generated texts of each validation that go to the loggers.
-        seed: of dropout and adapters; by default the one of ``seed_everything``, else 0.
+        seed: seed of dropout and adapters; by default the one of ``seed_everything``, else 0.
 
     Attributes:
-        new_parameter_names: with LoRA none are new: adapters are pulled to their initial values.
+        new_parameter_names: empty; AdamR pulls adapters to their initial values, as it does the base's parameters.
         output_layer: submodule whose output is the last hidden representation, e.g. ``model.model.norm``.
 
     Raises:
-        ValueError: a base without all of the decoder's weights, a setting outside its range, or adapters for layers
-            that it has not.
+        ValueError: a base without all of the decoder's weights, or that cannot compute activations twice; a setting
+            outside its range; adapters for layers that the base does not have.
     """
 
     def __init__(
@@ -85,36 +80,28 @@ class CausalLMModule(ReproducibleModule):
         logged_samples: int = 4,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler, scheduler_interval, warmup_fraction, seed)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1, such as 512")
-        self.pretrained, self.revision, self.seed = pretrained, revision, resolve_seed(seed)
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.scheduler_interval, self.warmup_fraction = scheduler_interval, warmup_fraction
+        self.pretrained, self.revision = pretrained, revision
         self.evaluate_by, self.max_new_tokens = evaluate_by, max_new_tokens
         self.stop_strings, self.logged_samples = list(stop_strings or ()), logged_samples
         self.save_hyperparameters("pretrained", "revision", "seed")
-        self.lora = LoRA.of(lora)
+        self.lora = LoRA.from_setting(lora)
         self.hparams["lora"] = self.lora.plain() if self.lora else None  # a checkpoint holds plain values alone
-        source = revision if tokenizer is None else None
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=source or "main")
+        source = {"revision": revision or "main"} if tokenizer is None else {}
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **source)
         model = _load(pretrained, revision, dtype, attention)
-        if gradient_checkpointing:
-            checkpoint_activations(model)
-        layer = _last_hidden_layer(model)
-        self.model: nn.Module = model
-        if self.lora is not None:
-            self.model, _, layer = with_adapters(model, self.lora, (), layer, self.seed, "CAUSAL_LM")
-        self.new_parameter_names: tuple[str, ...] = ()
-        self.output_layer = f"model.{layer}"
-        # beside the module, not in it: its parts would get other names, and generation takes shapes of all kinds
+        self.set_model(model, (), _last_hidden_layer(model), gradient_checkpointing, self.lora, "CAUSAL_LM")
+        # in a list: as a submodule it would give every parameter a second name. Generation uses the plain model, as the
+        # compiler would start again for each of its many shapes
         self._trained = [torch.compile(self.model) if compile else self.model]
         self.metrics = nn.ModuleDict({split: CausalScores() for split in ("val", "test")})
-        self._samples: list[dict[str, Any]] = []
+        self._generated: list[dict[str, Any]] = []
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens the model takes, ``None`` where its config does not say."""
+        """Most tokens that the model takes; ``None`` where its config does not say."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return limit if limit and limit > 0 else None
 
@@ -125,15 +112,11 @@ class CausalLMModule(ReproducibleModule):
         return cast(Tensor, logits if mask is None else logits.masked_fill(mask[..., None] == 0, 0.0))
 
     def on_fit_start(self) -> None:
-        """Check that packed samples stay apart in this model, where the data packs them."""
+        """Check, where the data packs samples, that none attends to another in this model."""
         if getattr(self.trainer.datamodule, "packing", False):  # type: ignore[attr-defined]
             tokens = range(min(5, cast(Any, self.model).config.vocab_size))
             with self.trainer.precision_plugin.forward_context():
-                check_kept_apart(self.model, [*tokens], [*reversed(tokens)])
-
-    def configure_model(self) -> None:
-        """Share the model out where the strategy is ``ModelParallelStrategy``."""
-        shard_for_strategy(self, self.model)
+                check_packing_isolates(self.model, [*tokens], [*reversed(tokens)])
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Cross entropy per token of the answers."""
@@ -143,20 +126,12 @@ class CausalLMModule(ReproducibleModule):
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the scores of the validation split."""
-        self._update("val", batch)
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the scores of the test split."""
-        self._update("test", batch)
-
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[str]:
-        """Generated answers, one a sample."""
+        """Generated answers, one text for each sample."""
         return self.generate(batch)
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
-        """Greedy answers to the prompts of a batch, one a sample."""
+        """Greedy answers to the prompts of a batch, one text for each sample."""
         return generate_texts(
             self.model,
             self.tokenizer,
@@ -167,10 +142,13 @@ class CausalLMModule(ReproducibleModule):
         )
 
     def calibration_steps(self, batch: Mapping[str, Any]) -> Iterator[Tensor]:
-        """Run the model on a batch, a few samples at a time, so that hooks see its layers' outputs on the answers.
+        """Run the model on a batch, a few samples at a time, so that hooks see the outputs of its layers.
+
+        Args:
+            batch: as ``InstructionDataModule.calibration_dataloader`` gives it.
 
         Yields:
-            After each forward the places (samples, tokens) that are no padding.
+            After each forward a mask (samples, tokens), true where a token is no padding.
         """
         names = ("input_ids", "attention_mask")
         for start in range(0, len(batch["input_ids"]), _CALIBRATION_SAMPLES):
@@ -180,59 +158,41 @@ class CausalLMModule(ReproducibleModule):
             self.model(**piece, use_cache=False)
             yield piece["attention_mask"].bool()
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted pass has left."""
-        self._scores("val").reset()
-        self._samples = []
+    def start_scoring(self, split: str) -> None:
+        """Forget the batches, and the generated texts, of earlier passes."""
+        super().start_scoring(split)
+        self._generated = []
 
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted pass has left."""
-        self._scores("test").reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the whole split, and some of the generated texts."""
-        self._log_scores("val")
-        if not self.trainer.sanity_checking:
-            self._show_samples()
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of the whole split."""
-        self._log_scores("test")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the trained parameters, and its schedule."""
-        optimizer = self.optimizer(parameter_groups(self, self.new_parameter_names))
-        return with_schedule(optimizer, self.scheduler, self.scheduler_interval, self.trainer, self.warmup_fraction)
-
-    def _update(self, split: str, batch: Mapping[str, Any]) -> None:
+    def score_batch(self, split: str, batch: Mapping[str, Any], dataloader_idx: int = 0) -> None:
+        """Add a batch's loss, and where texts are generated their final answers, to its scores."""
+        scores = self.scores(split, dataloader_idx)
         real: Tensor = batch["real"]
         labels = batch["labels"].masked_fill(~real[:, None], IGNORED_LABEL)
         logits = self.model(**_inputs(batch), use_cache=False).logits
         losses = answer_loss(logits, labels)
-        del logits
+        del logits  # generation needs the memory
         answers: list[tuple[str | None, str]] = []
         if self.evaluate_by == "generation":
             texts = self.generate(batch)
             counted = [i for i, is_real in enumerate(real.tolist()) if is_real]
             references = [batch["references"][i] for i in counted]
             answers = final_answers([texts[i] for i in counted], references)
-            if split == "val" and len(self._samples) < self.logged_samples:
+            if split == "val" and len(self._generated) < self.logged_samples:
                 prompts = self.tokenizer.batch_decode(batch["prompt_ids"], skip_special_tokens=True)
                 rows = zip((prompts[i] for i in counted), (texts[i] for i in counted), references, strict=True)
-                self._samples += [{"prompt": p, "generated": t, "reference": r} for p, t, r in rows]
-        self._scores(split).update(losses, answers)
+                self._generated += [{"prompt": p, "generated": t, "reference": r} for p, t, r in rows]
+        scores.update(losses, answers)
 
-    def _log_scores(self, split: str) -> None:
-        for name, value in self._scores(split).compute().items():
-            self.log(f"{split}_{name}", value, prog_bar=name == "score", sync_dist=True)
+    def log_scores(self, split: str) -> None:
+        """Log the scores of the whole split; of a validation also some of the generated texts."""
+        super().log_scores(split)
+        if split == "val" and not self.trainer.sanity_checking:
+            self._log_generated()
 
     @rank_zero_only
-    def _show_samples(self) -> None:
-        samples = self._samples[: self.logged_samples]
+    def _log_generated(self) -> None:
+        samples = self._generated[: self.logged_samples]
         log_samples(cast(list[Logger], self.loggers), "val_samples", samples, self.global_step)
-
-    def _scores(self, split: str) -> CausalScores:
-        return cast(CausalScores, self.metrics[split])
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Packing: several samples in one row of tokens, kept apart by positions that start again at 0."""
+"""Packing: several samples in one row of tokens, told apart by positions that start again at 0."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Share samples out to rows, longest first, each to the fullest row that still has room (best fit).
+    """Assign samples to rows, longest first, each to the fullest row that still has room (best fit).
 
     Args:
         lengths: tokens of each sample, each in [1, capacity].
         capacity: tokens of a row.
 
     Returns:
-        For each row the positions of its samples; every sample once.
+        For each row the indices of its samples; every sample once.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), rising
+    room: list[tuple[int, int]] = []  # (tokens left, row), in rising order
     for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect_left(room, (lengths[sample], -1))
-        left, row = room.pop(place) if place < len(room) else (capacity, len(rows))
+        fullest = bisect_left(room, (lengths[sample], -1))  # the first row, of rising room, that has enough
+        left, row = room.pop(fullest) if fullest < len(room) else (capacity, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(sample)
@@ -34,17 +34,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def packed_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad: int) -> dict[str, Tensor]:
     """One row of a batch: ``input_ids``, ``labels`` and ``position_ids``, each of shape (length,).
 
-    Each sample's positions start at 0, by which transformers knows where one ends (no ``attention_mask`` may be given).
-    The first token of a sample is no label, or the sample before would be asked for it. What is left is a sample of
-    padding without labels.
+    Positions start at 0 in each sample, by which transformers tells them apart; ``attention_mask`` must not be given.
+    The first token of a sample has no label, or the sample before it would have to predict it. Padding fills the rest
+    of the row, as a sample without labels.
 
     Args:
         samples: tokens and labels of each.
         length: tokens of the row, at least those of the samples.
-        pad: token of the padding.
+        pad: token that fills the row.
     """
     tokens = [token for ids, _ in samples for token in ids]
-    labels = [label for _, of_sample in samples for label in (IGNORED_LABEL, *of_sample[1:])]
+    labels = [label for _, sample_labels in samples for label in (IGNORED_LABEL, *sample_labels[1:])]
     positions = [i for ids, _ in samples for i in range(len(ids))]
     missing = length - len(tokens)
     return {
@@ -55,8 +55,8 @@ def packed_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], length: i
 
 
 @torch.no_grad()
-def check_kept_apart(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> None:
-    """Refuse packing for a model in which a packed sample sees the one before it.
+def check_packing_isolates(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> None:
+    """Refuse packing for a model in which a packed sample attends to the one before it.
 
     Args:
         model: a causal language model of transformers.
@@ -75,6 +75,6 @@ def check_kept_apart(model: nn.Module, first: Sequence[int], second: Sequence[in
     change, scale = (packed - alone).abs().max().item(), alone.abs().max().item()
     if change > (0.05 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3) * max(scale, 1e-6):
         raise ValueError(
-            f"{type(model).__name__} lets a packed sample see the one before it (logits change by {change:.3g} of "
-            f"{scale:.3g}); set data.packing to false"
+            f"{type(model).__name__} lets a packed sample attend to the one before it (logits change by {change:.3g} "
+            f"of {scale:.3g}); set data.packing to false"
         )

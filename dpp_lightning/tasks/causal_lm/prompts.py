@@ -1,4 +1,4 @@
-"""How a question is put to a decoder: the papers' prompts, a chat template, or the user's own words."""
+"""The prompt around a question: one of the papers', the tokenizer's chat template, or a text of the user's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ CHAT = "chat"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Texts with ``{question}`` in them: the one that is trained on, and the one that is generated from."""
+    """A prompt.
+
+    Attributes:
+        training: text with ``{question}`` in it that precedes the answer in training.
+        generation: text with ``{question}`` in it that the model continues when it is scored.
+    """
 
     training: str
     generation: str
@@ -30,10 +35,13 @@ PROMPTS = {
 
 
 def resolve_prompt(setting: str) -> Prompt | None:
-    """The prompt of a name, or the user's own text; ``None`` stands for the tokenizer's chat template.
+    """The prompt of a name, or of the user's text; ``None`` stands for the tokenizer's chat template.
+
+    Args:
+        setting: a key of :data:`PROMPTS`, ``chat``, or a text with ``{question}`` in it.
 
     Raises:
-        ValueError: neither a name nor a text with ``{question}`` in it.
+        ValueError: none of these.
     """
     if setting == CHAT:
         return None
@@ -48,12 +56,12 @@ def resolve_prompt(setting: str) -> Prompt | None:
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None, questions: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of questions as they are trained on, and as they are generated from.
+    """Tokens of the prompts for some questions: in training, and when the model is scored.
 
     Args:
-        tokenizer: puts its own beginning-of-sequence token in front, where it has one.
+        tokenizer: puts its beginning-of-sequence token in front, where it has one.
         prompt: ``None`` for the tokenizer's chat template.
-        questions: put in as they are, braces and all.
+        questions: texts, which may hold braces.
 
     Raises:
         ValueError: the tokenizer has no chat template.

@@ -1,4 +1,4 @@
-"""Generated samples to where a logger shows texts."""
+"""Generated texts in the loggers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 def log_samples(loggers: Sequence[Logger], name: str, samples: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Show samples in every logger: a table (Weights and Biases), a text (TensorBoard), else lines of a file.
+    """Log samples to every logger: as a table (Weights and Biases), a text (TensorBoard), else as lines of a file.
 
     Args:
         loggers: the trainer's.
-        name: of the table, such as ``val_samples``.
-        samples: plain values by column, the same columns in each.
-        step: optimizer steps so far.
+        name: name of the table, such as ``val_samples``.
+        samples: plain values by column, with the same columns in each.
+        step: number of optimizer steps so far.
     """
     if not samples:
         return

@@ -30,23 +30,23 @@ class CausalScores(Metric):
         """Count a batch.
 
         Args:
-            losses: sum of the loss over the answers' tokens, and how many they are.
-            answers: of each sample the final answer that was generated, and the reference's.
+            losses: sum of the loss over the answers' tokens, and their number, as :func:`answer_loss` gives them.
+            answers: for each sample the final answer that was generated, if any, and the reference's.
         """
         self.loss_sum += losses[0].double()
         self.tokens += losses[1].double()
         self.samples += len(answers)
-        self.correct += sum(same_answer(found, expected) for found, expected in answers)
-        self.answered += sum(found is not None for found, _ in answers)
+        self.correct += sum(same_answer(answer, expected) for answer, expected in answers)
+        self.answered += sum(answer is not None for answer, _ in answers)
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` per token; where texts were generated ``score`` (share of exact matches), its standard error
-        ``score_stderr``, and ``answered``, the share with a final answer at all."""
+        """``loss`` per token; where texts were generated ``score`` (fraction of exact matches), its standard error
+        ``score_stderr``, and ``answered`` (fraction with a final answer at all)."""
         values = {"loss": self.loss_sum / self.tokens.clamp(min=1)}
         if self.samples > 0:
-            share = self.correct / self.samples
-            values["score"] = share
-            values["score_stderr"] = (share * (1 - share) / (self.samples - 1).clamp(min=1)).sqrt()
+            correct = self.correct / self.samples
+            values["score"] = correct
+            values["score_stderr"] = (correct * (1 - correct) / (self.samples - 1).clamp(min=1)).sqrt()
             values["answered"] = self.answered / self.samples
         return {name: value.float() for name, value in values.items()}
 
@@ -62,9 +62,11 @@ def answer_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (samples, tokens, vocabulary).
-        labels: (samples, tokens); each is predicted by the logits one place before it, -100 is ignored.
+        labels: (samples, tokens); each is predicted by the logits of the token before it, -100 is ignored.
     """
     targets = labels[:, 1:]
-    wanted = targets != IGNORED_LABEL  # logits of other places are never made float32
-    chosen = logits[:, :-1][wanted].float()
-    return functional.cross_entropy(chosen, targets[wanted], reduction="sum"), wanted.sum()
+    counted = targets != IGNORED_LABEL
+    answer_logits = logits[:, :-1][
+        counted
+    ].float()  # the logits of other tokens stay in their own dtype, to save memory
+    return functional.cross_entropy(answer_logits, targets[counted], reduction="sum"), counted.sum()

@@ -11,18 +11,18 @@ QUESTIONS = ("question", "query", "instruction", "problem", "prompt")
 ANSWERS = ("answer", "response", "output", "solution", "completion")
 
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_CONFIGURATIONS = {"openai/gsm8k": "main"}  # the hub has several: this is the papers'
+_CONFIGURATIONS = {"openai/gsm8k": "main"}  # of several on the hub, the one that the papers use
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where questions and answers lie.
+    """Where questions and answers are read from.
 
     Attributes:
         path: hub id, folder in the hub's layout, or a ``.json``, ``.jsonl`` or ``.parquet`` file.
-        name: configuration of the data set, such as ``main`` of GSM8K; default its only one.
+        name: configuration of the data set, such as ``main`` of GSM8K; by default its only one.
         revision: branch, tag or commit on the hub.
-        question_column, answer_column: default the first of :data:`QUESTIONS` and :data:`ANSWERS` that is there.
+        question_column, answer_column: by default the first of :data:`QUESTIONS` and :data:`ANSWERS` that is there.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Source:
         """Every split; a file is the split ``train``, or ``test`` where its name says so.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: ``path`` is a file that does not exist.
         """
         builder = _FILES.get(Path(self.path).suffix)
         if builder is None:
@@ -46,16 +46,20 @@ class Source:
         split = "test" if "test" in Path(self.path).stem else "train"
         return load_dataset(builder, data_files={split: self.path})
 
-    def split(self, data: DatasetDict, name: str) -> Dataset:
-        """One split with the two columns ``question`` and ``answer``, as texts, none of them empty.
+    def texts(self, data: DatasetDict, split: str) -> Dataset:
+        """The rows of one split with the two columns ``question`` and ``answer``, as texts, none of them empty.
+
+        Args:
+            data: what :meth:`load` returns.
+            split: a key of it.
 
         Raises:
             ValueError: no such split or column, or a row without question or answer, with its number.
         """
-        where = f"{self.path}, split {name}"
-        if name not in data:
-            raise ValueError(f"{self.path} has the splits {sorted(data)}, expected {name!r} among them")
-        rows = data[name]
+        where = f"{self.path}, split {split}"
+        if split not in data:
+            raise ValueError(f"{self.path} has the splits {sorted(data)}, expected {split!r} among them")
+        rows = data[split]
         columns = rows.column_names
         question = _column(self.question_column, QUESTIONS, columns, "question", where)
         answer = _column(self.answer_column, ANSWERS, columns, "answer", where)
@@ -68,11 +72,11 @@ class Source:
 
 
 def _column(given: str | None, usual: Sequence[str], columns: Sequence[str], what: str, where: str) -> str:
-    found = next((name for name in ([given] if given else usual) if name in columns), None)
-    if found is None:
-        sought = repr(given) if given else f"one of {', '.join(usual)}"
-        raise ValueError(f"{where}: found the columns {list(columns)}, expected {sought}; set data.{what}_column")
-    return found
+    column = next((name for name in ([given] if given else usual) if name in columns), None)
+    if column is None:
+        expected = repr(given) if given else f"one of {', '.join(usual)}"
+        raise ValueError(f"{where}: found the columns {list(columns)}, expected {expected}; set data.{what}_column")
+    return column
 
 
 def _check_texts(texts: Sequence[object], column: str, where: str) -> None:
@@ -83,21 +87,24 @@ def _check_texts(texts: Sequence[object], column: str, where: str) -> None:
             )
 
 
-def cut(
+def load_splits(
     source: Source,
     test_source: Source | None,
     fractions: Mapping[str, float],
     limits: Mapping[str, int | None],
     seed: int,
 ) -> dict[str, Dataset]:
-    """The parts of a data set that there are: ``train``, what is held out of it, and ``test``.
+    """The splits that a data set has: ``train`` and what is held out of it, and ``test``.
 
     Args:
-        source: of ``train``, and of ``test`` where there is no other.
-        test_source: of ``test``.
-        fractions: name of a held-out part to its share of train.
-        limits: name of a part, also of ``test``, to the most samples of it.
-        seed: of the cut, which depends on nothing else but train's size.
+        source: where ``train`` is read from, and ``test`` too where it has no source of its own.
+        test_source: where ``test`` is read from.
+        fractions: name of a split that is held out of train, to its fraction of train.
+        limits: name of a split, ``test`` too, to the most samples of it; ``None`` for all.
+        seed: seed of the cut, which depends on nothing else but train's size.
+
+    Returns:
+        Name to rows with the columns ``question`` and ``answer``, in the order of the source.
 
     Raises:
         ValueError: no split to train on, or nothing left of it.
@@ -105,25 +112,27 @@ def cut(
     data = source.load()
     if "train" not in data and (test_source is not None or "test" not in data):
         raise ValueError(f"{source.path} has the splits {sorted(data)}, expected 'train' among them")
-    texts = _cut_train(source.split(data, "train"), source.path, fractions, limits, seed) if "train" in data else {}
+    splits = _cut_train(source.texts(data, "train"), source.path, fractions, limits, seed) if "train" in data else {}
     tested, data = (test_source, test_source.load()) if test_source else (source, data)
     if "test" in data or test_source is not None:
-        test = tested.split(data, "test" if "test" in data else next(iter(data)))
-        texts["test"] = test.select(sorted(_shuffled(len(test), seed)[: limits.get("test")]))
-    return texts
+        test = tested.texts(data, "test" if "test" in data else next(iter(data)))
+        splits["test"] = test.select(sorted(_shuffled(len(test), seed)[: limits.get("test")]))
+    return splits
 
 
 def _cut_train(
     train: Dataset, path: str, fractions: Mapping[str, float], limits: Mapping[str, int | None], seed: int
 ) -> dict[str, Dataset]:
-    order, parts = _shuffled(len(train), seed), {}
-    for part, fraction in fractions.items():
+    order, splits = _shuffled(len(train), seed), {}
+    for split, fraction in fractions.items():
         count = round(fraction * len(train))
         held_out, order = order[:count], order[count:]
-        parts[part] = train.select(sorted(held_out[: limits.get(part)]))
+        splits[split] = train.select(sorted(held_out[: limits.get(split)]))
     if not order:
-        raise ValueError(f"{path} has {len(train)} training samples, too few for the fractions {dict(fractions)}")
-    return {**parts, "train": train.select(sorted(order))}
+        raise ValueError(
+            f"{path} has {len(train)} training samples, too few for the fractions {dict(fractions)}; lower them"
+        )
+    return {**splits, "train": train.select(sorted(order))}
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Activations computed twice to save memory, in models of transformers and of timm."""
+"""Activation checkpointing, which computes activations twice to save memory, in models of transformers and timm."""
 
 from typing import Any, cast
 
@@ -6,16 +6,15 @@ from torch import nn
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep the inputs of each block alone for the backward pass, and compute the rest again; gradients are the same.
+    """Keep only the inputs of each block for the backward pass and compute the rest again; gradients are the same.
 
     Args:
-        model: of transformers, or of timm; changed in place.
+        model: a model of transformers or timm, changed in place.
 
     Raises:
-        ValueError: an architecture that cannot.
+        ValueError: an architecture that cannot do it.
     """
-    own = cast(Any, model)
-    # transformers renames it, and will drop the older name
+    # transformers renames the method, and will drop the older name
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
         model, "gradient_checkpointing_enable", None
     )
@@ -23,7 +22,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         if enable is not None:
             enable({"use_reentrant": False})
         else:
-            own.set_grad_checkpointing(True)
+            cast(Any, model).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"gradient_checkpointing is set, but {type(model).__name__} cannot do it; leave it out"

@@ -1,4 +1,4 @@
-"""What every task does with its optimizer: parameter groups that know the new heads, and the papers' schedule."""
+"""Parameter groups, a separate one for new heads, and the learning-rate schedule of the papers."""
 
 import math
 from collections.abc import Collection
@@ -22,24 +22,24 @@ Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 def parameter_groups(module: nn.Module, new_parameter_names: Collection[str]) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that come from the base and those of a new head.
 
-    A freshly initialised parameter has no pre-trained value to decay toward, so its group carries ``new=True``:
-    ``AdamR`` gives it no delta decay, torch's own optimizers ignore the key.
+    A newly initialised parameter has no pre-trained value to decay toward, so its group has ``new=True``: ``AdamR``
+    gives it no delta decay, and torch's own optimizers ignore the key.
 
     Args:
-        module: the LightningModule, or any module, whose ``requires_grad`` parameters are trained.
-        new_parameter_names: names, as in ``module.named_parameters()``, of the freshly initialised ones. Prefixes that
-            ``torch.compile`` and FSDP put into names are not part of them.
+        module: any module; its parameters with ``requires_grad=True`` are trained.
+        new_parameter_names: names, as in ``module.named_parameters()``, of the newly initialised parameters, without
+            the prefixes that ``torch.compile`` and FSDP put into names.
 
     Returns:
         At most two groups, the pre-trained parameters first, each in the order of the module; an empty one is left out.
 
     Raises:
-        ValueError: a new name that is no parameter of the module, or nothing to train.
+        ValueError: a name that is no parameter of the module, or no parameter to train.
     """
     named = {without_wrappers(name): parameter for name, parameter in module.named_parameters()}
     if unknown := sorted(set(new_parameter_names) - named.keys()):
         raise ValueError(
-            f"new_parameter_names holds {unknown}, which {type(module).__name__} has not; "
+            f"new_parameter_names holds {unknown}, which {type(module).__name__} does not have; "
             f"give names as in named_parameters(), such as {next(iter(named), 'none: it has no parameters')!r}"
         )
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -63,14 +63,14 @@ def with_schedule(
     trainer: Trainer,
     warmup_fraction: float,
 ) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` returns: the optimizer and its schedule.
+    """The optimizer and its schedule, as ``configure_optimizers`` returns them.
 
     Args:
-        optimizer: as the user's setting made it.
+        optimizer: the optimizer.
         scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
-        interval: how often a scheduler of the user's own is stepped.
-        trainer: knows the number of steps of the whole training.
-        warmup_fraction: share of all steps, in [0, 1], of the warm-up of ``linear``.
+        interval: how often a scheduler that the user names is stepped.
+        trainer: gives the number of steps of the whole training.
+        warmup_fraction: fraction of all steps, in [0, 1], that ``linear`` warms up in.
 
     Raises:
         ValueError: AdamR under DeepSpeed, or under FSDP1 with ``use_orig_params=False``; ranks that share the weights'
@@ -90,12 +90,12 @@ def with_schedule(
 
 
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.06) -> LambdaLR:
-    """Learning rate from 0 up to its value over the first steps, then linearly down to 0; to be stepped every step.
+    """Learning rate that rises linearly from 0 to its value, then falls linearly to 0; to be stepped every step.
 
     Args:
-        optimizer: the optimizer whose groups' ``lr`` are scaled.
+        optimizer: the ``lr`` of its groups is scaled.
         total_steps: number of optimizer steps of the whole training, at least 1.
-        warmup_fraction: share of ``total_steps`` spent going up, in [0, 1]; the papers' encoders use 0.06.
+        warmup_fraction: fraction of ``total_steps``, in [0, 1], in which it rises; the papers' encoders use 0.06.
 
     Raises:
         ValueError: a value outside its range.
@@ -106,5 +106,7 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction:
             "set trainer.max_epochs or trainer.max_steps, or take scheduler: constant"
         )
     if not 0.0 <= warmup_fraction <= 1.0:
-        raise ValueError(f"warmup_fraction is {warmup_fraction}, expected a share of the steps in [0, 1], such as 0.06")
+        raise ValueError(
+            f"warmup_fraction is {warmup_fraction}, expected a fraction of the steps in [0, 1], such as 0.06"
+        )
     return get_linear_schedule_with_warmup(optimizer, math.ceil(total_steps * warmup_fraction), total_steps)

@@ -1,10 +1,10 @@
-"""Steps that are functions of (seed, epoch, step), so that a run killed and resumed anywhere equals the whole one.
+"""Steps that are functions of (seed, epoch, step), so that a run killed and resumed anywhere equals an unbroken one.
 
-A Lightning checkpoint holds no state of random generators, and here none is needed: :class:`EpochSampler` draws the
-order of an epoch from (seed, epoch), :class:`EpochDataLoader` draws it when the first batch is asked for and not
-earlier, and puts the number of batches given out into the checkpoint, :func:`seed_step`, called in
-``on_train_batch_start``, makes dropout a function of (seed, epoch, batch, rank), and :func:`item_seed` the augmentation
-of a sample one of (seed, epoch, sample).
+A Lightning checkpoint holds no state of random generators, and none is needed here. :class:`EpochSampler` draws the
+order of an epoch from (seed, epoch). :class:`EpochDataLoader` draws it no earlier than the first batch is asked for,
+and puts the number of batches given out into the checkpoint. :func:`seed_step`, called in ``on_train_batch_start``,
+makes dropout a function of (seed, epoch, batch, rank), and :func:`item_seed` makes the augmentation of a sample a
+function of (seed, epoch, sample).
 """
 
 import os
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-IGNORED_LABEL = -100  # cross_entropy's own ignore_index: samples that only fill up the last step of some ranks
+IGNORED_LABEL = -100  # ignore_index of cross_entropy: samples that only fill up the last step of some ranks have it
 
 _BATCHES_PER_POOL = 50  # length grouping sorts within pools of this many batches: short padding, still random order
 
@@ -34,47 +34,35 @@ def resolve_seed(seed: int | None) -> int:
 def seed_step(seed: int, epoch: int, batch: int, rank: int = 0) -> None:
     """Seed the global generators of torch (CPU and CUDA), numpy and Python as a function of the four numbers.
 
-    To be called in ``on_train_batch_start`` with ``trainer.current_epoch``, its ``batch_idx`` and
-    ``trainer.global_rank``.
+    To be called in ``on_train_batch_start``.
+
+    Args:
+        seed: any integer.
+        epoch: ``trainer.current_epoch``.
+        batch: number of the batch within the epoch, from 0.
+        rank: ``trainer.global_rank``.
     """
-    mixed = _mix(seed, epoch, f"batch {batch} rank {rank}")
-    torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():  # torch.manual_seed also takes 0.1 ms to prepare devices that are not used
-        torch.cuda.manual_seed_all(mixed)
-    np.random.seed(mixed % 2**32)
-    random.seed(mixed)
+    step_seed = _mix(seed, epoch, f"batch {batch} rank {rank}")
+    torch.default_generator.manual_seed(step_seed)
+    if torch.cuda.is_initialized():  # torch.manual_seed also spends 0.1 ms on preparing devices that are not used
+        torch.cuda.manual_seed_all(step_seed)
+    np.random.seed(step_seed % 2**32)
+    random.seed(step_seed)
 
 
 def restore_positions(trainer: Trainer) -> None:
-    """Let the training loaders go on where the checkpoint's were; to be called in ``on_train_start``.
+    """Let the training loaders continue at the checkpoint's position; to be called in ``on_train_start``.
 
-    Lightning itself does it too early where the loaders were made before the checkpoint was restored, as a schedule
-    over all steps has them made (its issue 20550); a second time does nothing.
+    Lightning does so itself, but too early where the loaders are made before the checkpoint is restored: a schedule
+    that asks for the number of all steps makes them (Lightning's issue 20550). A second call does nothing.
     """
     trainer.fit_loop._load_combined_loader_states()
 
 
-class ReproducibleModule(LightningModule):
-    """A module whose training steps are functions of (seed, epoch, step, rank), also in a fit that is resumed.
-
-    Attributes:
-        seed: set by the subclass.
-    """
-
-    seed: int
-
-    def on_train_start(self) -> None:
-        """Go on at the checkpoint's place in its epoch."""
-        restore_positions(self.trainer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make what this step draws (dropout, mixup) a function of (seed, epoch, step, rank)."""
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
-
-
 @contextmanager
 def item_seed(seed: int, epoch: int, item: int) -> Iterator[None]:
-    """Inside the block torch's CPU generator is a function of (seed, epoch, item); behind it, it goes on as before."""
+    """Inside the block torch's CPU generator is a function of (seed, epoch, item); after it, the generator continues as
+    if the block had drawn nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_mix(seed, epoch, f"item {item}"))
         yield
@@ -83,9 +71,9 @@ def item_seed(seed: int, epoch: int, item: int) -> Iterator[None]:
 class EpochSampler(DistributedSampler[int]):
     """A shuffled order of ``range(dataset_len)`` that depends on (seed, epoch) alone, dealt out to the ranks.
 
-    It is a ``DistributedSampler``, so Lightning leaves it in place, in one process and in many, instead of shuffling
-    once more around it. Rank r of R takes the entries r, r+R, r+2R, ... of the order; as in torch, the order is filled
-    up from its start where its length is no multiple of R, so that all ranks take equally many steps.
+    It is a ``DistributedSampler``, so that Lightning uses it as it is, in one process and in many, and does not wrap it
+    in a second one. Rank r of R takes the entries r, r+R, r+2R, ... of the order. As in torch, the order is filled up
+    from its start where its length is no multiple of R, so that all ranks take equally many steps.
 
     Args:
         dataset_len: number of samples n.
@@ -97,7 +85,7 @@ class EpochSampler(DistributedSampler[int]):
         rank: which of them, in [0, R).
 
     Attributes:
-        start: how many of this rank's entries the next iteration leaves out; :class:`EpochDataLoader` sets it.
+        start: how many of this rank's entries the next iteration skips; :class:`EpochDataLoader` sets it.
 
     Raises:
         ValueError: ``lengths`` of another size than the dataset, a batch size below 1, or a rank outside [0, R).
@@ -136,10 +124,10 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class EvaluationSampler(DistributedSampler[int]):
-    """``range(dataset_len)`` in order, dealt out to the ranks, with the fillers marked: position i comes as -1 - i.
+    """``range(dataset_len)`` in order, dealt out to the ranks, with fillers marked: index i comes as -1 - i.
 
-    All ranks must take equally many steps, so the last steps of some repeat samples; a dataset that gives negative
-    indices a label to ignore keeps these out of the metrics.
+    All ranks must take equally many steps, so some repeat samples in their last step. A dataset that gives samples of
+    a negative index a label to ignore keeps them out of the metrics.
 
     Args:
         dataset_len: number of samples n.
@@ -152,52 +140,52 @@ class EvaluationSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         n = len(self.dataset)  # type: ignore[arg-type]
-        positions = range(self.rank, self.total_size, self.num_replicas)
-        return iter([i if i < n else -1 - i % n for i in positions])
+        indices = range(self.rank, self.total_size, self.num_replicas)
+        return iter([i if i < n else -1 - i % n for i in indices])
 
 
 class EpochDataLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose iterator starts at its first batch, and that goes on in the middle of an epoch.
+    """A ``DataLoader`` whose order is drawn with its first batch, and that continues in the middle of an epoch.
 
-    Torch's asks the sampler for an order, and the global generator for a number, when the iterator is made. In a
-    resumed fit Lightning makes it before it has set the sampler's epoch: workers would then prefetch the order of
-    epoch 0. A dataset with ``set_epoch`` is told the sampler's epoch; workers have it as it was when they started, so
-    they must not be persistent then.
+    Torch's own loader asks the sampler for an order, and the global generator for a number, when its iterator is made.
+    In a resumed fit Lightning makes the iterator before it sets the sampler's epoch: workers would then prefetch the
+    order of epoch 0. The epoch is passed on to a dataset with ``set_epoch``. Workers have the epoch in which they were
+    started, so they must not be persistent with such a dataset.
 
-    Lightning keeps ``state_dict()`` in its checkpoints: how many batches of which epoch were given out. A fit of a
-    module that calls :func:`restore_positions` then gets the batches that are left, on any number of ranks with as many
-    samples in a step of all; with an :class:`EpochSampler` the others are not read.
+    Lightning keeps ``state_dict()`` in its checkpoints: how many batches of which epoch were given out. In the fit of a
+    module that calls :func:`restore_positions` the loader then gives the batches that are left, on any number of ranks
+    that together take as many samples in a step. With an :class:`EpochSampler` the batches before them are not read.
     """
 
-    _given = (-1, 0)  # epoch and batches of it that were given out; class attributes, as Lightning calls __init__ anew
-    _resumed: Mapping[str, int] = {"epoch": -1}  # the checkpoint's state
+    # class attributes, as Lightning calls __init__ a second time to put a sampler in
+    _given = (-1, 0)  # the epoch, and how many of its batches were given out
+    _resumed: Mapping[str, int] = {"epoch": -1}  # the state of the checkpoint
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = getattr(self.sampler, "epoch", 0)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        done = self._done(epoch)
-        self._resumed, self._given = {"epoch": -1}, (epoch, done)
-        unread = done
+        skipped = self._batches_before(epoch)
+        self._resumed, self._given = {"epoch": -1}, (epoch, skipped)
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.start, unread = done * (self.batch_size or 1), 0
-        for batch in islice(super().__iter__(), unread, None):
+            self.sampler.start, skipped = skipped * (self.batch_size or 1), 0
+        for batch in islice(super().__iter__(), skipped, None):
             self._given = (epoch, self._given[1] + 1)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, batches given out in it, and samples in a step of all ranks together."""
+        """``epoch``, ``batches`` given out in it, and ``samples_per_step`` of all ranks together."""
         return {"epoch": self._given[0], "batches": self._given[1], "samples_per_step": self._samples_per_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the epoch named begin behind the batches that were given out; see :meth:`state_dict`."""
+        """Let the epoch of a :meth:`state_dict` begin after the batches that were given out."""
         self._resumed = state_dict
 
-    def _done(self, epoch: int) -> int:
-        """How many batches of an epoch the checkpoint's fit has had.
+    def _batches_before(self, epoch: int) -> int:
+        """How many batches of an epoch were given out before the checkpoint.
 
         Raises:
-            ValueError: as many batches are another number of samples here.
+            ValueError: a step has another number of samples than at the checkpoint, so the batches do not line up.
         """
         if self._resumed["epoch"] != epoch or not self._resumed["batches"]:
             return 0
@@ -205,7 +193,7 @@ class EpochDataLoader(DataLoader[Any]):
             raise ValueError(
                 "the checkpoint is of the middle of an epoch whose steps had "
                 f"{self._resumed['samples_per_step']} samples on all ranks together, here they have "
-                f"{self._samples_per_step}: set batch_size so that they are as many, or resume from a checkpoint of an "
+                f"{self._samples_per_step}: set batch_size so that both are equal, or resume from a checkpoint of an "
                 "epoch's end"
             )
         return self._resumed["batches"]
@@ -220,9 +208,10 @@ def _group_by_length(
 ) -> torch.Tensor:
     pools = order.split(batch_size * _BATCHES_PER_POOL)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
-    last = batches.pop() if batches and len(batches[-1]) < batch_size else None  # a short batch stays the last one
+    short = batches.pop() if batches and len(batches[-1]) < batch_size else None  # a short batch stays the last one
     shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return torch.cat([*shuffled, *([] if last is None else [last])]) if shuffled or last is not None else order
+    batches = shuffled if short is None else [*shuffled, short]
+    return torch.cat(batches) if batches else order
 
 
 def _mix(seed: int, epoch: int, stream: int | str) -> int:

@@ -9,19 +9,19 @@ from dpp_lightning.tensors.blocks import block_of
 
 
 def shard_for_strategy(module: pl.LightningModule, model: nn.Module) -> None:
-    """Share a module's model out over the ranks, block by block; nothing where the strategy does not shard.
+    """Shard a module's model over the ranks, block by block; does nothing where the strategy does not shard.
 
-    To be called in ``configure_model``; a second call does nothing. Weights are loaded on the CPU before, and only a
-    block at a time goes to a device whole.
+    To be called in ``configure_model``; a second call does nothing. The weights are loaded on the CPU before, and only
+    one block at a time is on a device whole.
 
     Args:
-        module: attached to its trainer, if there is one.
-        model: of the module, with its weights.
+        module: a task's module, with or without a trainer.
+        model: the model in it, with its weights.
 
     Raises:
-        ValueError: tensor parallelism is asked for.
+        ValueError: the strategy asks for tensor parallelism.
     """
-    trainer = module._trainer  # the property raises where a module is loaded from a checkpoint, without a trainer
+    trainer = module._trainer  # ``module.trainer`` raises where a module is loaded from a checkpoint, without a trainer
     if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy) or isinstance(model, FSDPModule):
         return
     assert module.device_mesh is not None
@@ -31,7 +31,7 @@ def shard_for_strategy(module: pl.LightningModule, model: nn.Module) -> None:
             f"tensor_parallel_size is {parallel}, but the tasks shard over data_parallel alone: set it to 1"
         )
     mesh = module.device_mesh["data_parallel"]
-    for name, part in model.named_modules():
+    for name, submodule in model.named_modules():
         if block_of(f"{name}.") == f"{name}.":
-            fully_shard(part, mesh=mesh)
+            fully_shard(submodule, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Fine-tuning an encoder on a task of GLUE."""
+"""Fine-tuning an encoder on a GLUE task."""
 
 from dpp_lightning.tasks.glue.data import GLUEDataModule
 from dpp_lightning.tasks.glue.module import GLUEModule

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL, EpochDataLoader, EpochSampler, resolve_seed
-from dpp_lightning.tasks.common.splits import check_fractions, evaluation_sampler, of_module, replica
+from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
 from dpp_lightning.tasks.glue.task_table import GLUETask, glue_task
 
 
-class GLUEDataModule(LightningDataModule):
-    """GLUE as the papers use it: train is cut into training, validation and calibration data; GLUE's validation tests.
+class GLUEDataModule(TaskDataModule):
+    """GLUE as in the papers: train gives training, validation and calibration data, GLUE's validation split the test.
 
-    The hidden labels of GLUE's own test split are never read. Calibration data is neither trained on nor scored.
+    GLUE's own test split, whose labels are hidden, is never read. Calibration data is neither trained on nor scored.
 
     Args:
         task: one of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte; by default that of the module it is used with.
@@ -30,16 +29,17 @@ class GLUEDataModule(LightningDataModule):
         batch_size: samples of a training batch on each rank.
         eval_batch_size: samples of every other batch.
         max_length: sentences, or pairs, are cut to this many tokens; within the model's limit.
-        val_fraction: share of train, in [0, 1), that is scored in validation.
-        calibration_fraction: share of train, in [0, 1), of :meth:`calibration_dataloader`.
+        val_fraction: fraction of train, in [0, 1), that is scored in validation.
+        calibration_fraction: fraction of train, in [0, 1), for :meth:`calibration_dataloader`.
         split_seed: seed of that cut, apart from ``seed``, so that runs with several seeds share their splits.
         seed: seed of the order of training data; by default the one of ``seed_everything``, else 0.
         length_grouped: batches of samples of similar length: less padding.
-        num_workers: loader processes; the tokens are made in advance, so 0 is as fast.
+        num_workers: loader processes; texts are tokenised in advance, so 0 is as fast.
 
     Raises:
-        ValueError: an unknown task, or fractions that are outside [0, 1) or leave nothing to train on; in ``setup``: a
-            task other than the module's, missing columns, labels outside the task's, a ``max_length`` over the limit.
+        ValueError: an unknown task, or fractions outside [0, 1) or not below 1 together; in ``setup``: a task other
+            than the module's, missing columns, labels outside the task's range, too few samples for the fractions, a
+            ``max_length`` over the model's limit.
     """
 
     def __init__(
@@ -58,17 +58,13 @@ class GLUEDataModule(LightningDataModule):
         length_grouped: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        fractions = {"val": val_fraction, "calibration": calibration_fraction}
+        super().__init__(batch_size, eval_batch_size, fractions, split_seed, seed, length_grouped, num_workers)
         if task is not None:
             glue_task(task)
-        check_fractions(val_fraction, calibration_fraction)
         self.task, self.path, self.data_revision, self.tokenizer = task, path, data_revision, tokenizer
-        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
-        self.val_fraction, self.calibration_fraction, self.split_seed = val_fraction, calibration_fraction, split_seed
-        self.seed, self.length_grouped, self.num_workers = seed, length_grouped, num_workers
-        self.splits: dict[str, Dataset] = {}
+        self.max_length = max_length
         self._texts: list[Dataset] = []
-        self._collate: DataCollatorWithPadding | None = None
 
     def prepare_data(self) -> None:
         """Download data and tokenizer, where they are not local, in one process."""
@@ -87,97 +83,79 @@ class GLUEDataModule(LightningDataModule):
             _check_split(data, split, task, f"{self.path} ({self._task_name()})")
         encoded = {split: _encode(data[split], tokenizer, task.columns, self.max_length) for split in needed}
         train = encoded.pop("train")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.split_seed))
-        n_val, n_calibration = (round(f * len(train)) for f in (self.val_fraction, self.calibration_fraction))
-        sizes = (n_val, n_calibration, len(train) - n_val - n_calibration)
-        val, calibration, rest = (part.sort().values.tolist() for part in order.split(sizes))
-        if not rest:
-            raise ValueError(f"{self.path} has {len(train)} training samples, too few for these fractions")
-        self.splits = {"train": train.select(rest), "val": train.select(val), **encoded}
+        self.splits = {**{split: train.select(rows) for split, rows in self._cut(len(train)).items()}, **encoded}
         self._texts = [data[split] for split in task.evaluation]
-        self.splits["calibration"] = train.select(calibration)
-        self._collate = DataCollatorWithPadding(tokenizer)
+        self.collate = DataCollatorWithPadding(tokenizer)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training part; the order depends on (seed, epoch) alone."""
-        train = self.splits["train"]
-        lengths = [len(tokens) for tokens in train["input_ids"]] if self.length_grouped else None
-        sampler = EpochSampler(
-            len(train), resolve_seed(self.seed), lengths=lengths, batch_size=self.batch_size, **replica(self.trainer)
-        )
-        return EpochDataLoader(
-            _Samples(train),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            persistent_workers=self.num_workers > 0,
-        )
+    def samples(self, split: str, order: Sequence[int] | None = None) -> "EncodedRows":
+        """The rows of a split, whose fillers have a label to ignore."""
+        rows = self.splits[split]
+        return EncodedRows(rows if order is None else rows.select(order))
 
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The held-out part of train that is scored; no loader where ``val_fraction`` is 0."""
-        return self._evaluation_loader("val", shared=True) if len(self.splits["val"]) else []
+    def lengths(self, split: str) -> list[int]:
+        """Tokens of each sample of a split."""
+        return [len(tokens) for tokens in self.splits[split]["input_ids"]]
 
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+    def test_splits(self) -> Sequence[str]:
         """GLUE's validation split; MNLI has two: matched, then mismatched."""
-        loaders = [self._evaluation_loader(split, shared=True) for split in glue_task(self._task_name()).evaluation]
-        return loaders[0] if len(loaders) == 1 else loaders
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The test data; across ranks Lightning deals it out without repetition."""
-        loaders = [self._evaluation_loader(split) for split in glue_task(self._task_name()).evaluation]
-        return loaders[0] if len(loaders) == 1 else loaders
-
-    def calibration_dataloader(self) -> DataLoader[Any]:
-        """Labelled batches that are neither trained on nor scored, in a fixed order, the same on every rank."""
-        if not self.splits:
-            self.setup()
-        if not len(self.splits["calibration"]):
-            raise ValueError(
-                f"calibration_fraction {self.calibration_fraction} holds out no sample; raise it, e.g. 0.05"
-            )
-        return self._evaluation_loader("calibration")
+        return glue_task(self._task_name()).evaluation
 
     def describe_prediction(self, index: int, prediction: float, dataloader_idx: int = 0) -> dict[str, Any]:
-        """A predicted class, or similarity, beside its sentences and label; classes by their names where known."""
+        """A predicted class, or similarity, beside its sentences and label; classes by name where the data has names.
+
+        Args:
+            index: position of the sample in its loader, from 0.
+            prediction: as ``GLUEModule.predict_step`` gives it for the sample.
+            dataloader_idx: 1 for MNLI's mismatched split.
+        """
         rows, columns = self._texts[dataloader_idx], glue_task(self._task_name()).columns
         row, feature = rows[index], rows.features["label"]
-        name = feature.int2str if isinstance(feature, ClassLabel) else lambda value: value
-        return {**{c: row[c] for c in columns}, "label": name(row["label"]), "prediction": name(prediction)}
+        name_of = feature.int2str if isinstance(feature, ClassLabel) else lambda value: value
+        texts = {column: row[column] for column in columns}
+        return {**texts, "label": name_of(row["label"]), "prediction": name_of(prediction)}
 
     def unlabelled_dataloader(self, split: str, batch_size: int) -> DataLoader[Any]:
-        """Shuffled batches of a split (``val``, ``calibration``, or ``test`` for GLUE's validation) without labels."""
-        data = self.splits[glue_task(self._task_name()).evaluation[0] if split == "test" else split]
-        if not len(data):
+        """Shuffled batches without labels, ``batch_size`` samples each, in an order of torch's global generator.
+
+        Args:
+            split: ``val``, ``calibration``, or ``test`` for GLUE's validation split.
+            batch_size: samples of a batch.
+
+        Raises:
+            ValueError: the split holds no sample.
+        """
+        rows = self.splits[self.test_splits()[0] if split == "test" else split]
+        if not len(rows):
             raise ValueError(f"the split {split} of {self._task_name()} holds no sample; raise its fraction, e.g. 0.1")
         return DataLoader(
-            _Samples(data.remove_columns("labels")),
+            EncodedRows(rows.remove_columns("labels")),
             batch_size=batch_size,
             shuffle=True,
             num_workers=self.num_workers,
-            collate_fn=self._collate,
+            collate_fn=self.collate,
         )
 
-    def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
-        """Batches in the split's order; ``shared`` deals them out to the ranks, and sorts them by length: half of the
-        places would be padding else."""
-        data = self.splits[split]
-        if shared:
-            lengths = [len(tokens) for tokens in data["input_ids"]]
-            data = data.select(sorted(range(len(data)), key=lengths.__getitem__))
-        return DataLoader(
-            _Samples(data),
-            batch_size=self.eval_batch_size,
-            sampler=evaluation_sampler(self.trainer, len(data)) if shared else None,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-        )
+    def _cut(self, size: int) -> dict[str, list[int]]:
+        """Rows of the training set that each split takes, rising; a function of ``split_seed`` and the size alone.
+
+        Raises:
+            ValueError: no row is left to train on.
+        """
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.split_seed))
+        held_out = [round(fraction * size) for fraction in self.fractions.values()]
+        *pieces, rest = order.split([*held_out, size - sum(held_out)])
+        if not len(rest):
+            raise ValueError(f"{self.path} has {size} training samples, too few for these fractions; lower them")
+        rows = {"train": rest, **dict(zip(self.fractions, pieces, strict=True))}
+        return {split: piece.sort().values.tolist() for split, piece in rows.items()}
 
     def _task_name(self) -> str:
-        own = of_module(self.trainer, "task")
-        if self.task is not None and own is not None and self.task != own:
-            raise ValueError(f"data.task is {self.task!r}, model.task is {own!r}; give the task once, to the model")
-        name = self.task or own
+        module_task = module_attribute(self.trainer, "task")
+        if self.task is not None and module_task is not None and self.task != module_task:
+            raise ValueError(
+                f"data.task is {self.task!r}, model.task is {module_task!r}; give the task once, to the model"
+            )
+        name = self.task or module_task
         if name is None:
             raise ValueError("GLUEDataModule needs task=..., as the module it is used with has none")
         return str(name)
@@ -185,7 +163,7 @@ class GLUEDataModule(LightningDataModule):
     def _load_data(self) -> DatasetDict:
         task, folder = self._task_name(), Path(self.path) / self._task_name()
         if folder.is_dir() and not (Path(self.path) / "README.md").is_file():
-            # the hub's layout without the card that names its files, such as validation_matched-00000-of-00001.parquet
+            # without the card of the hub's layout nothing names files such as validation_matched-00000-of-00001.parquet
             files = {split: str(folder / f"{split}-*.parquet") for split in ("train", *glue_task(task).evaluation)}
             return load_dataset("parquet", data_files={s: f for s, f in files.items() if glob(f)})
         return load_dataset(self.path, task, revision=self.data_revision)
@@ -193,19 +171,24 @@ class GLUEDataModule(LightningDataModule):
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return AutoTokenizer.from_pretrained(self.tokenizer)
-        pretrained = of_module(self.trainer, "pretrained")
+        pretrained = module_attribute(self.trainer, "pretrained")
         if pretrained is None:
             raise ValueError("GLUEDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
-        return AutoTokenizer.from_pretrained(pretrained, revision=of_module(self.trainer, "revision") or "main")
+        return AutoTokenizer.from_pretrained(pretrained, revision=module_attribute(self.trainer, "revision") or "main")
 
     def _check_length(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        limit = min(tokenizer.model_max_length, of_module(self.trainer, "max_length") or tokenizer.model_max_length)
+        limit = tokenizer.model_max_length
+        limit = min(limit, module_attribute(self.trainer, "max_length") or limit)
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length is {self.max_length}, but the model takes 1 to {limit} tokens; lower it")
 
 
-class _Samples(TorchDataset[Mapping[str, Any]]):
-    """Rows of an encoded split. A negative index is a filler of EvaluationSampler: its row, with a label to ignore."""
+class EncodedRows(TorchDataset[Mapping[str, Any]]):
+    """Rows of an encoded split; a negative index, EvaluationSampler's filler, gives its row with a label to ignore.
+
+    Args:
+        rows: with ``labels`` and what the tokenizer gives.
+    """
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -225,6 +208,11 @@ class _Samples(TorchDataset[Mapping[str, Any]]):
 
 
 def _check_split(data: DatasetDict, split: str, task: GLUETask, where: str) -> None:
+    """Refuse a split that is missing, lacks a column, or has labels outside the task's range.
+
+    Raises:
+        ValueError: the first of these, beginning with ``where``.
+    """
     if split not in data:
         raise ValueError(f"{where} has the splits {sorted(data)}, expected {split!r} among them")
     if missing := sorted({*task.columns, "label"} - set(data[split].column_names)):
@@ -241,7 +229,8 @@ def _check_split(data: DatasetDict, split: str, task: GLUETask, where: str) -> N
 
 def _encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int) -> Dataset:
     """Tokens of every row, without padding, and ``labels``; cached by ``datasets`` between runs."""
-    tokenizer(["a"], truncation=True, max_length=max_length)  # the first call changes the state the cache's key is of
+    # the first call changes the tokenizer's state, which is hashed into the key of the cache
+    tokenizer(["a"], truncation=True, max_length=max_length)
     settings = {"tokenizer": tokenizer, "columns": columns, "max_length": max_length}
     return data.map(_tokenise, batched=True, fn_kwargs=settings, remove_columns=data.column_names)
 

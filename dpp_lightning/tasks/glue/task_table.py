@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GLUETask:
-    """One task: text columns, the papers' metrics, number of classes (1: regression), labelled splits to test on."""
+    """A row of the task table.
+
+    Attributes:
+        columns: the text columns.
+        metrics: those of the papers, whose mean is the task's score.
+        num_labels: number of classes; 1 for a regression.
+        evaluation: the labelled splits that ``test`` reads.
+    """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -15,7 +22,7 @@ class GLUETask:
 
     @property
     def label_range(self) -> tuple[int, int]:
-        """Least and largest label; STS-B's similarities run from 0 to 5."""
+        """Smallest and largest label; STS-B's similarities lie in [0, 5]."""
         return (0, 5) if self.num_labels == 1 else (0, self.num_labels - 1)
 
 
@@ -32,7 +39,11 @@ TASKS = {
 
 
 def glue_task(name: str) -> GLUETask:
-    """The task of that name; a ``ValueError`` suggests the nearest for any other."""
+    """The row of a task.
+
+    Raises:
+        ValueError: an unknown name; the message suggests the nearest.
+    """
     if name not in TASKS:
         near = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""

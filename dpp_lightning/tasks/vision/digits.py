@@ -6,41 +6,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL, EpochDataLoader, EpochSampler, resolve_seed
-from dpp_lightning.tasks.common.splits import evaluation_sampler, of_module, replica
+from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
+from dpp_lightning.tasks.vision.image_columns import named_prediction
 
-Positions = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]  # of the bundled file
 
 _MEAN, _STD = 0.3055, 0.3761  # of all pixels, scaled to [0, 1]
 
 
-class DigitsDataModule(LightningDataModule):
-    """Handwritten digits in four disjoint parts: train, val, calibration and test, each with its share of every digit.
+class DigitsDataModule(TaskDataModule):
+    """Handwritten digits in four splits, train, val, calibration and test, each with its fraction of every digit.
 
-    A sample is (image, label): a normalised float image (1, 8, 8), and the place of its digit in ``classes``. The part
+    A sample is (image, label): a normalised float image (1, 8, 8), and the index of its digit in ``classes``. The split
     that an image belongs to depends on ``split_seed``, its digit and the fractions, not on the other ``classes``.
 
     Args:
         classes: the digits to keep, each in 0..9, at least two; by default all ten.
         batch_size: samples of a training batch on each rank.
         eval_batch_size: samples of every other batch.
-        val_fraction: share of each digit's images, in [0, 1), that is scored in validation.
-        calibration_fraction: share, in [0, 1), of :meth:`calibration_dataloader`.
-        test_fraction: share, in [0, 1), that is scored by ``test``.
+        val_fraction: fraction of each digit's images, in [0, 1), that is scored in validation.
+        calibration_fraction: fraction, in [0, 1), for :meth:`calibration_dataloader`.
+        test_fraction: fraction, in [0, 1), that is scored by ``test``.
         split_seed: seed of the cut, apart from ``seed``, so that runs with several seeds share their splits.
         seed: seed of the order of training data; by default the one of ``seed_everything``, else 0.
 
     Attributes:
-        splits: after ``setup``, the parts ``train``, ``val``, ``calibration`` and ``test``.
+        splits: after ``setup``, ``train``, ``val``, ``calibration`` and ``test``.
 
     Raises:
-        ValueError: classes that are no digits, repeated, or fewer than two; fractions outside [0, 1) or that leave
-            nothing to train on; in ``setup``, a module with fewer outputs than classes.
+        ValueError: classes that are no digits, repeated, or fewer than two; fractions outside [0, 1) or not below 1
+            together; in ``setup``: nothing left to train on, a module with fewer outputs than classes.
     """
 
     def __init__(
@@ -54,105 +54,63 @@ class DigitsDataModule(LightningDataModule):
         split_seed: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        fractions = {"val": val_fraction, "calibration": calibration_fraction, "test": test_fraction}
+        super().__init__(batch_size, eval_batch_size, fractions, split_seed, seed)
         self.classes = list(range(10)) if classes is None else list(classes)
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes) or set(self.classes) - set(range(10)):
             raise ValueError(f"classes is {classes}, expected at least two different digits from 0 to 9")
-        if min(batch_size, eval_batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}, expected at least 1")
-        self.fractions = {"val": val_fraction, "calibration": calibration_fraction, "test": test_fraction}
-        if not (all(0 <= f < 1 for f in self.fractions.values()) and sum(self.fractions.values()) < 1):
-            raise ValueError(
-                f"val_fraction {val_fraction}, calibration_fraction {calibration_fraction} and test_fraction "
-                f"{test_fraction} are shares of the data: each at least 0, together below 1, such as 0.2, 0.1 and 0.1"
-            )
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.split_seed, self.seed = split_seed, seed
-        self.splits: dict[str, DigitsSplit] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images and cut them into the four parts, each in the order of the file."""
-        outputs = of_module(self.trainer, "num_classes")
+        """Read the images and cut them into the four splits, each in the order of the file."""
+        outputs = module_attribute(self.trainer, "num_classes")
         if outputs is not None and outputs < len(self.classes):
             raise ValueError(f"the model has num_classes {outputs} for the {len(self.classes)} classes {self.classes}")
         if self.splits:
             return
         digits, labels = load_digits(return_X_y=True)
         images = (torch.from_numpy(digits).float().view(-1, 1, 8, 8) / 16 - _MEAN) / _STD
-        parts: dict[str, list[Positions]] = {part: [] for part in ("train", *self.fractions)}
+        rows_by_digit: dict[str, list[Rows]] = {split: [] for split in ("train", *self.fractions)}
         for digit in self.classes:
-            for part, positions in self._cut(digit, np.flatnonzero(labels == digit)).items():
-                parts[part].append(positions)
-        place = torch.zeros(10, dtype=torch.long)
-        place[self.classes] = torch.arange(len(self.classes))
-        for part, of_digits in parts.items():
-            chosen = torch.from_numpy(np.sort(np.concatenate(of_digits)))
-            self.splits[part] = DigitsSplit(images[chosen], place[torch.from_numpy(labels)[chosen]], chosen)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training part; the order depends on (seed, epoch) alone."""
-        size = len(self.splits["train"])
-        sampler = EpochSampler(size, resolve_seed(self.seed), **replica(self.trainer))
-        return EpochDataLoader(self.splits["train"], batch_size=self.batch_size, sampler=sampler)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The validation part; no loader where ``val_fraction`` is 0."""
-        return self._evaluation_loader("val", shared=True) if len(self.splits["val"]) else []
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The test part; no loader where ``test_fraction`` is 0."""
-        return self._evaluation_loader("test", shared=True) if len(self.splits["test"]) else []
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test part; across ranks Lightning deals it out without repetition."""
-        return self._evaluation_loader("test")
-
-    def calibration_dataloader(self) -> DataLoader[Any]:
-        """Labelled batches that are neither trained on nor scored, in a fixed order, the same on every rank."""
-        if not self.splits:
-            self.setup()
-        if not len(self.splits["calibration"]):
-            raise ValueError(
-                f"calibration_fraction {self.fractions['calibration']} holds out no image; raise it to 0.1"
-            )
-        return self._evaluation_loader("calibration")
+            for split, rows in self._cut(digit, np.flatnonzero(labels == digit)).items():
+                rows_by_digit[split].append(rows)
+        class_index = torch.zeros(10, dtype=torch.long)
+        class_index[self.classes] = torch.arange(len(self.classes))
+        for split, pieces in rows_by_digit.items():
+            positions = torch.from_numpy(np.sort(np.concatenate(pieces)))
+            split_labels = class_index[torch.from_numpy(labels)[positions]]
+            self.splits[split] = DigitsSplit(images[positions], split_labels, positions)
 
     def describe_prediction(self, index: int, prediction: Any, dataloader_idx: int = 0) -> dict[str, Any]:
         """The true and the predicted digit of one image of :meth:`predict_dataloader`.
 
         Args:
-            index: place of the image, from 0.
-            prediction: the predicted place in ``classes``, a number or a tensor of one.
+            index: position of the image in the test split, from 0.
+            prediction: the predicted index in ``classes``, a number or a tensor of one.
             dataloader_idx: 0, as there is one loader.
         """
-        predicted = int(prediction)
-        unnamed = f"output {predicted}"  # of a model with more outputs than there are classes
-        named = self.classes[predicted] if predicted < len(self.classes) else unnamed
-        return {"label": self.classes[int(self.splits["test"].labels[index])], "prediction": named}
+        return named_prediction(self.classes, self.splits["test"].labels[index], prediction)
 
-    def _cut(self, digit: int, positions: Positions) -> dict[str, Positions]:
-        """One digit's positions in the file, shuffled and dealt out to the parts."""
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(10 * self.split_seed + digit))
-        sizes = [round(fraction * len(positions)) for fraction in self.fractions.values()]
-        if sum(sizes) >= len(positions):
+    def _cut(self, digit: int, rows: Rows) -> dict[str, Rows]:
+        """One digit's rows of the file, shuffled and dealt out to the splits.
+
+        Raises:
+            ValueError: no row is left to train on.
+        """
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(10 * self.split_seed + digit))
+        sizes = [round(fraction * len(rows)) for fraction in self.fractions.values()]
+        if sum(sizes) >= len(rows):
             raise ValueError(f"the fractions {self.fractions} leave no image of digit {digit} to train on; lower them")
-        *held_out, rest = np.split(positions[order.numpy()], np.cumsum(sizes))
+        *held_out, rest = np.split(rows[order.numpy()], np.cumsum(sizes))
         return {"train": rest, **dict(zip(self.fractions, held_out, strict=True))}
-
-    def _evaluation_loader(self, split: str, shared: bool = False) -> DataLoader[Any]:
-        """Batches in the split's order; ``shared`` deals them out to the ranks."""
-        data = self.splits[split]
-        sampler = evaluation_sampler(self.trainer, len(data)) if shared else None
-        return DataLoader(data, batch_size=self.eval_batch_size, sampler=sampler)
 
 
 class DigitsSplit(Dataset[tuple[Tensor, Tensor]]):
-    """One part. A negative index is a filler of EvaluationSampler: its image, with a label to ignore.
+    """One split; a negative index, EvaluationSampler's filler, gives its image with a label to ignore.
 
     Attributes:
         images: normalised floats (n, 1, 8, 8).
-        labels: places in ``classes``, integers (n,).
-        positions: of the images in the bundled file, (n,), rising.
+        labels: indices in ``classes``, integers (n,).
+        positions: rows of the images in the bundled file, (n,), rising.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, positions: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Which columns of a data set are images and labels, and which classes there are: found, checked, or refused."""
+"""The columns of a data set that hold images and labels, and the classes: looked up and checked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
@@ -12,14 +13,14 @@ IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label")
 
 @dataclass(frozen=True)
 class ImageColumns:
-    """What a split of images must hold.
+    """Columns and classes, which every split must hold.
 
     Attributes:
         image: name of the column of images.
         label: name of the column of labels.
-        values: the labels that are kept; a label becomes its place in here.
-        names: their names, in the same order.
-        num_labels: labels are to be in [0, num_labels).
+        values: labels of the classes that are kept; a sample's label is the class's index in here.
+        names: names of the classes, in the same order.
+        num_labels: labels must be in [0, num_labels).
     """
 
     image: str
@@ -28,27 +29,27 @@ class ImageColumns:
     names: tuple[str, ...]
     num_labels: int
 
-    def places(self, data: datasets.Dataset, where: str) -> Tensor:
-        """The place of every row's label in ``values``, -1 for the classes that are not kept: (rows,).
+    def class_indices(self, data: datasets.Dataset, where: str) -> Tensor:
+        """The index in ``values`` of every row's label, -1 for classes that are not kept: (rows,).
 
         Args:
             data: a split.
-            where: what it is called in messages.
+            where: name of the split in messages.
 
         Raises:
             ValueError: columns that are missing or of another kind, labels outside the range.
         """
         check_columns(data.features, self.image, self.label, where)
-        found = data.unique(self.label)
-        if wrong := [y for y in found if y is None or not 0 <= y < self.num_labels]:
+        labels = data.unique(self.label)
+        if wrong := [y for y in labels if y is None or not 0 <= y < self.num_labels]:
             raise ValueError(
                 f"{where}: {self.label!r} holds {sorted(map(str, wrong))[:5]}, expected labels from 0 to "
                 f"{self.num_labels - 1}; a hidden test split has -1: name a labelled one by data.test_split, "
                 "or raise model.num_classes where there are more classes"
             )
-        place = torch.full((self.num_labels,), -1)
-        place[list(self.values)] = torch.arange(len(self.values))
-        return place[torch.tensor(data.with_format("numpy")[self.label][:], dtype=torch.long)]
+        class_index = torch.full((self.num_labels,), -1)
+        class_index[list(self.values)] = torch.arange(len(self.values))
+        return class_index[torch.tensor(data.with_format("numpy")[self.label][:], dtype=torch.long)]
 
 
 def find_columns(
@@ -59,15 +60,15 @@ def find_columns(
     outputs: int | None,
     where: str,
 ) -> ImageColumns:
-    """Find columns and classes in the training split.
+    """Look up columns and classes in the training split.
 
     Args:
         data: the split.
         image: its column of images; by default ``image`` or ``img``.
         label: its column of labels; by default ``label`` or ``fine_label``.
-        classes: to keep, by number or name; by default all.
-        outputs: of the model, where it is known.
-        where: what the split is called in messages.
+        classes: classes to keep, by number or name; by default all.
+        outputs: number of the model's outputs, where it is known.
+        where: name of the split in messages.
 
     Raises:
         ValueError: missing columns, unknown classes, or more classes than the model has outputs.
@@ -75,12 +76,7 @@ def find_columns(
     image = _find(data.column_names, image, IMAGE_COLUMNS, "image", where)
     label = _find(data.column_names, label, LABEL_COLUMNS, "label", where)
     check_columns(data.features, image, label, where)
-    feature = data.features[label]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if names is None:  # bare numbers, whose names they are
-        largest = max((y for y in data.unique(label) if y is not None), default=0)
-        limit = outputs if outputs is not None and classes is None else max(2, int(largest) + 1)
-        names = [str(value) for value in range(limit)]
+    names = _class_names(data, label, None if classes is not None else outputs)
     values = tuple(_value(name, names, where) for name in (range(len(names)) if classes is None else classes))
     if len(values) < 2 or len(set(values)) < len(values):
         raise ValueError(f"data.classes is {classes}, expected at least two different classes of {where}: {names[:20]}")
@@ -92,21 +88,40 @@ def find_columns(
     return ImageColumns(image, label, values, tuple(names[v] for v in values), len(names))
 
 
+def named_prediction(classes: Sequence[int | str], label: Any, prediction: Any) -> dict[str, int | str]:
+    """The names of an image's ``label`` and of the ``prediction`` for it.
+
+    Args:
+        classes: names of the classes, by index.
+        label: index of the true class, a number or a tensor of one.
+        prediction: index of the predicted output; a model may have more outputs than there are classes.
+    """
+    predicted = int(prediction)
+    name = classes[predicted] if predicted < len(classes) else f"output {predicted}"
+    return {"label": classes[int(label)], "prediction": name}
+
+
 def check_columns(features: datasets.Features, image: str, label: str, where: str) -> None:
-    """Refuse a split whose columns are not there or hold something else.
+    """Refuse a split whose columns are missing or of another kind.
+
+    Args:
+        features: of the split.
+        image: name of the column that must hold images.
+        label: name of the column that must hold classes.
+        where: name of the split in messages.
 
     Raises:
-        ValueError: as said.
+        ValueError: a missing column, a column of images that holds something else, labels that are no integers.
     """
     if missing := [name for name in (image, label) if name not in features]:
-        raise ValueError(f"{where}: columns {missing} are missing, found {sorted(features)}")
+        raise ValueError(f"{where}: columns {missing} are missing, it has {sorted(features)}")
     if not isinstance(features[image], datasets.Image):
         raise ValueError(
             f"{where}: column {image!r} holds {features[image]}, expected images (datasets.Image); name another by "
             "data.image_column, or cast it with cast_column"
         )
-    whole = isinstance(features[label], datasets.Value) and "int" in features[label].dtype
-    if not (whole or isinstance(features[label], datasets.ClassLabel)):
+    is_integer = isinstance(features[label], datasets.Value) and "int" in features[label].dtype
+    if not (is_integer or isinstance(features[label], datasets.ClassLabel)):
         raise ValueError(
             f"{where}: column {label!r} holds {features[label]}, expected classes (datasets.ClassLabel or integers); "
             "name another by data.label_column, or make it one with class_encode_column"
@@ -124,11 +139,25 @@ def _find(columns: Sequence[str], given: str | None, usual: Sequence[str], what:
     )
 
 
-def _value(wanted: int | str, names: Sequence[str], where: str) -> int:
-    """The label of a class given by number or name."""
-    if isinstance(wanted, str) and wanted in names:
-        return list(names).index(wanted)
-    if isinstance(wanted, int) and 0 <= wanted < len(names):
-        return wanted
+def _class_names(data: datasets.Dataset, label: str, outputs: int | None) -> list[str]:
+    """Names of all classes; labels that are bare numbers are their own names, as many as the model has outputs."""
+    feature = data.features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    largest = max((y for y in data.unique(label) if y is not None), default=0)
+    limit = max(2, int(largest) + 1) if outputs is None else outputs
+    return [str(value) for value in range(limit)]
+
+
+def _value(given: int | str, names: Sequence[str], where: str) -> int:
+    """The label of a class given by number or name.
+
+    Raises:
+        ValueError: no such class.
+    """
+    if isinstance(given, str) and given in names:
+        return list(names).index(given)
+    if isinstance(given, int) and 0 <= given < len(names):
+        return given
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    raise ValueError(f"data.classes: {wanted!r} is no class of {where}, which has {shown}; numbers count from 0")
+    raise ValueError(f"data.classes: {given!r} is no class of {where}, which has {shown}; numbers count from 0")

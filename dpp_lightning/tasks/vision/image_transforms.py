@@ -1,4 +1,4 @@
-"""From decoded images to what a timm model takes: torchvision's v2 transforms by the model's own data config."""
+"""The images that a timm model takes, made of decoded ones: torchvision's v2 transforms by the model's data config."""
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -12,18 +12,18 @@ from torchvision.transforms.v2 import functional
 
 Augmentation = Literal["crop", "shift", "flip"]
 
-_CROP_AREA = (0.25, 1.0)
-_SHIFT = 8  # a shift is at most this part of the side: 4 pixels of 32
+_CROP_AREA = (0.25, 1.0)  # fractions of the image's area
+_SHIFT = 8  # a shift is at most the side divided by this: 4 pixels of 32
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config of a model, with the size and the channels that this very model takes.
+    """timm's data config of a model, with the size and channels that were given when the model was made.
 
-    timm's own is that of the published weights, whatever ``img_size`` and ``in_chans`` the model was made with.
+    What timm itself returns is the config of the published weights, whatever the model's ``img_size`` and ``in_chans``.
 
     Returns:
-        ``input_size`` (channels, height, width); ``mean`` and ``std``, a number for each channel; ``interpolation``,
-        ``crop_pct`` and ``crop_mode``.
+        ``input_size`` (channels, height, width) in pixels; ``mean`` and ``std`` of each channel, of pixels in [0, 1];
+        ``interpolation``, ``crop_pct`` and ``crop_mode``.
     """
     config = dict(resolve_model_data_config(model))
     channels, height, width = config["input_size"]
@@ -39,26 +39,26 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def make_transform(config: Mapping[str, Any], augment: Collection[Augmentation] = ()) -> Callable[[Tensor], Tensor]:
-    """From one image (channels, any height, any width) of uint8 to a normalised float image of the model's size.
+    """A function from a uint8 image (channels, any height, any width) to a normalised float image of the model's size.
 
-    An image that is no larger than the model's is shown whole; a larger one loses the border that ``crop_pct`` says,
+    An image no larger than the model's is kept whole. A larger one loses the border that ``crop_pct`` leaves out,
     unless ``crop_mode`` is ``squash``.
 
     Args:
         config: as :func:`data_config` gives it.
-        augment: for training: ``crop`` takes a random part of 25 to 100 % of the area, ``shift`` moves by up to an
-            eighth of the side over a black border, ``flip`` mirrors left and right half of the time. Random numbers
-            come from torch's global generator.
+        augment: augmentation for training. ``crop`` takes a random region of 25 to 100 % of the area, ``shift`` moves
+            the image by up to an eighth of its side over a black border, ``flip`` swaps left and right half of the
+            time. Random numbers come from torch's global generator.
     """
     size = list(config["input_size"][1:])
-    named = str(config["interpolation"])
-    way = InterpolationMode(named) if named in ("nearest", "bilinear", "bicubic") else InterpolationMode.BICUBIC
+    name = str(config["interpolation"])
+    mode = InterpolationMode(name) if name in ("nearest", "bilinear", "bicubic") else InterpolationMode.BICUBIC
     steps: list[nn.Module] = []
     if "crop" in augment:
-        steps.append(v2.RandomResizedCrop(size, scale=_CROP_AREA, interpolation=way, antialias=True))
+        steps.append(v2.RandomResizedCrop(size, scale=_CROP_AREA, interpolation=mode, antialias=True))
     else:
-        keep = {"share": float(config["crop_pct"]), "squash": config["crop_mode"] == "squash"}
-        steps.append(v2.Lambda(partial(_fit, size=size, interpolation=way, **keep)))
+        crop = {"crop_fraction": float(config["crop_pct"]), "squash": config["crop_mode"] == "squash"}
+        steps.append(v2.Lambda(partial(_fit, size=size, interpolation=mode, **crop)))
     if "shift" in augment:
         steps.append(v2.RandomCrop(size, padding=[size[1] // _SHIFT, size[0] // _SHIFT]))
     if "flip" in augment:
@@ -67,12 +67,14 @@ def make_transform(config: Mapping[str, Any], augment: Collection[Augmentation] 
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), normalize])
 
 
-def _fit(image: Tensor, size: list[int], interpolation: InterpolationMode, share: float, squash: bool) -> Tensor:
-    """The image at ``size``, without random numbers."""
+def _fit(
+    image: Tensor, size: list[int], interpolation: InterpolationMode, crop_fraction: float, squash: bool
+) -> Tensor:
+    """The image at ``size`` (height, width): resized, then cropped in the middle, or only resized (``squash``)."""
     if list(image.shape[-2:]) == size:
         return image
     if squash:
         return functional.resize(image, size, interpolation, antialias=True)
     short, side = min(image.shape[-2:]), max(size)
-    scaled = side if short <= side else int(side / share)
+    scaled = side if short <= side else int(side / crop_fraction)
     return functional.center_crop(functional.resize(image, [scaled], interpolation, antialias=True), size)

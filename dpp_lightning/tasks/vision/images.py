@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from lightning.pytorch import LightningDataModule
 from timm.data.config import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dpp_lightning.tasks.common.reproducible import EpochDataLoader, EpochSampler, resolve_seed
-from dpp_lightning.tasks.common.splits import check_fractions, evaluation_sampler, of_module, replica
-from dpp_lightning.tasks.vision.image_columns import find_columns
+from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.reproducible import resolve_seed
+from dpp_lightning.tasks.vision.image_columns import find_columns, named_prediction
 from dpp_lightning.tasks.vision.image_rows import ImageRows
 from dpp_lightning.tasks.vision.image_transforms import Augmentation, make_transform
 
-_PARTS_OF_STAGE = {
+_SPLITS_OF_STAGE = {
     "fit": ("train", "val", "calibration"),
     "validate": ("val", "calibration"),
     "test": ("test", "calibration"),
@@ -24,37 +23,37 @@ _PARTS_OF_STAGE = {
 }
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(TaskDataModule):
     """Labelled images, such as CIFAR-100: train is cut into training, validation and calibration data.
 
     Size, channels, normalisation and interpolation are those of the model's own data config (``VisionModule`` has it),
-    else timm's defaults. Calibration data is neither trained on nor scored. Which part an image belongs to depends on
-    ``split_seed``, the part's own fraction, its row and the number of rows, not on ``classes``.
+    else timm's defaults. Calibration data is neither trained on nor scored. Which split an image belongs to depends on
+    ``split_seed``, the split's own fraction, its row and the number of rows, not on ``classes``.
 
     Args:
         path: hub id, such as ``uoft-cs/cifar100``; a local folder in the hub's layout; or a folder of images
             ``train/CLASS/FILE`` and ``test/CLASS/FILE``.
-        name: which configuration of that data set, where it has several.
+        name: configuration of the data set, where it has several.
         data_revision: branch, tag or commit of the data on the hub.
         image_column: by default ``image`` or ``img``.
         label_column: by default ``label`` or ``fine_label``.
         train_split: name of the split that is cut.
         test_split: name of the split of ``test`` and ``predict``; ``None`` where there is none.
-        classes: those to keep, by number or name, at least two; labels are then places in this list. By default all.
+        classes: classes to keep, by number or name, at least two; labels are then indices in this list. By default all.
         image_size: height and width, in pixels, in place of those the model was made for.
-        augment: of training images, any of ``crop`` (random part), ``shift`` and ``flip`` (left and right); see
-            :func:`dpp_lightning.tasks.vision.image_transforms.make_transform`.
+        augment: augmentation of training images, any of ``crop`` (a random region), ``shift`` and ``flip`` (left and
+            right); see :func:`dpp_lightning.tasks.vision.image_transforms.make_transform`.
         batch_size: samples of a training batch on each rank.
         eval_batch_size: samples of every other batch.
-        val_fraction: share of train, in [0, 1), that is scored in validation.
-        calibration_fraction: share of train, in [0, 1), of :meth:`calibration_dataloader`.
+        val_fraction: fraction of train, in [0, 1), that is scored in validation.
+        calibration_fraction: fraction of train, in [0, 1), for :meth:`calibration_dataloader`.
         split_seed: seed of that cut, apart from ``seed``, so that runs with several seeds share their splits.
         seed: seed of order and augmentation; by default the one of ``seed_everything``, else 0.
-        num_workers: loader processes; they change no number.
+        num_workers: loader processes; results do not depend on their number.
 
     Attributes:
-        splits: the parts ``train``, ``val``, ``calibration`` and ``test`` that the stage needs, after ``setup``.
-        class_names: after ``setup``, in the order of the labels.
+        splits: those of ``train``, ``val``, ``calibration`` and ``test`` that the stage needs, after ``setup``.
+        class_names: names of the classes in the order of the labels, after ``setup``.
 
     Raises:
         ValueError: settings outside their range; in ``setup``: missing splits or columns, columns of another kind,
@@ -81,23 +80,16 @@ class ImageDataModule(LightningDataModule):
         seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        check_fractions(val_fraction, calibration_fraction)
-        if min(batch_size, eval_batch_size) < 1 or (image_size is not None and image_size < 1):
-            raise ValueError(
-                f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}, image_size {image_size}, "
-                "expected at least 1"
-            )
+        fractions = {"val": val_fraction, "calibration": calibration_fraction}
+        super().__init__(batch_size, eval_batch_size, fractions, split_seed, seed, num_workers=num_workers)
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size is {image_size}, expected at least 1")
         if unknown := sorted(set(augment or ()) - {"crop", "shift", "flip"}):
             raise ValueError(f"augment holds {unknown}, expected any of crop, shift and flip")
         self.path, self.name, self.data_revision = path, name, data_revision
         self.image_column, self.label_column, self.classes = image_column, label_column, classes
         self.train_split, self.test_split = train_split, test_split
         self.image_size, self.augment = image_size, list(augment or ())
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.val_fraction, self.calibration_fraction, self.split_seed = val_fraction, calibration_fraction, split_seed
-        self.seed = seed
-        self.splits: dict[str, ImageRows] = {}
         self.class_names: tuple[str, ...] = ()
 
     def prepare_data(self) -> None:
@@ -105,101 +97,100 @@ class ImageDataModule(LightningDataModule):
         self._load_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, check and cut what the stage needs, and try one image on the model."""
-        wanted = _PARTS_OF_STAGE.get(stage or "", ("train", "val", "calibration", "test"))
-        if new := [part for part in wanted if part not in self.splits]:
+        """Load, check and cut what the stage needs, and run the model on one image."""
+        needed = _SPLITS_OF_STAGE.get(stage or "", ("train", "val", "calibration", "test"))
+        if new := [split for split in needed if split not in self.splits]:
             self._make(new)
         self._try_model()
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training part; order and augmentation depend on (seed, epoch) alone."""
-        train = self.splits["train"]
-        sampler = EpochSampler(len(train), resolve_seed(self.seed), **replica(self.trainer))
-        return EpochDataLoader(train, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The held-out part of train that is scored; no loader where it is empty."""
-        return self._evaluation_loader("val", shared=True) if len(self.splits["val"]) else []
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The test split; no loader where ``test_split`` is ``None``."""
-        return self._evaluation_loader("test", shared=True) if len(self.splits["test"]) else []
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The test split in its order; across ranks Lightning deals it out without repetition."""
-        return self._evaluation_loader("test") if len(self.splits["test"]) else []
-
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Labelled batches that are neither trained on nor scored, in a fixed order of mixed classes, the same on every
-        rank."""
+        rank.
+
+        Raises:
+            ValueError: no image is held out for calibration.
+        """
         if "calibration" not in self.splits:
             self._make(["calibration"])
-        if not len(self.splits["calibration"]):
-            raise ValueError(
-                f"calibration_fraction {self.calibration_fraction} holds out no image; raise it, e.g. 0.05"
-            )
-        return self._evaluation_loader("calibration")
+        return super().calibration_dataloader()
 
     def describe_prediction(self, index: int, prediction: Any, dataloader_idx: int = 0) -> dict[str, Any]:
         """Names of the true and the predicted class of one image of :meth:`predict_dataloader`.
 
         Args:
-            index: place of the image, from 0.
+            index: position of the image in the test split, from 0.
             prediction: the predicted class, a number or a tensor of one, as ``VisionModule.predict_step`` gives it.
             dataloader_idx: 0, as there is one loader.
         """
-        label, predicted = int(self.splits["test"].labels[index]), int(prediction)
-        names = self.class_names
-        unnamed = f"output {predicted}"  # of a model with more outputs than there are classes
-        return {"label": names[label], "prediction": names[predicted] if predicted < len(names) else unnamed}
+        return named_prediction(self.class_names, self.splits["test"].labels[index], prediction)
 
-    def _make(self, parts: Sequence[str]) -> None:
-        """Read and check the splits that the parts are of, and take their rows out of them."""
-        data, train, test = self._load_data(), self.train_split, self.test_split
-        needed = {train} | ({test} if test is not None and "test" in parts else set())
+    def _make(self, splits: Sequence[str]) -> None:
+        """Fill some of ``splits`` from the splits of the data set, which are read and checked.
+
+        Raises:
+            ValueError: missing splits or columns, unknown classes, labels out of range, nothing left to train on.
+        """
+        data, train = self._load_data(), self.train_split
+        sources = {split: self.test_split if split == "test" else train for split in splits}
+        needed = {train, *(source for source in sources.values() if source is not None)}
         if missing := sorted(needed - set(data)):
             raise ValueError(
                 f"{self.path} has the splits {sorted(data)}, expected {missing} among them; name them by "
                 "data.train_split and data.test_split (null where there is none)"
             )
-        settings = (self.image_column, self.label_column, self.classes, of_module(self.trainer, "num_classes"))
+        settings = (self.image_column, self.label_column, self.classes, module_attribute(self.trainer, "num_classes"))
         columns = find_columns(data[train], *settings, f"{self.path}, split {train}")
-        places = {split: columns.places(data[split], f"{self.path}, split {split}") for split in needed}
-        self.class_names, rows = columns.names, self._cut(len(data[train]))
-        for part in parts:
-            split = train if part in rows or test is None else test
-            chosen = rows.get(part, torch.arange(len(data[split]) if test is not None else 0))
-            chosen = chosen[places[split][chosen] >= 0]
-            self.splits[part] = self._rows(part, data[split], columns.image, chosen, places[split][chosen])
-        if "train" in parts and not len(self.splits["train"]):
-            raise ValueError(f"{self.path} has {len(data[train])} training images, too few for these fractions")
+        labels = {source: columns.class_indices(data[source], f"{self.path}, split {source}") for source in needed}
+        self.class_names, cut = columns.names, self._cut(len(data[train]))
+        for split, source in sources.items():
+            rows = cut[split] if split in cut else torch.arange(0 if source is None else len(data[source]))
+            source = source or train
+            rows = rows[labels[source][rows] >= 0]
+            self.splits[split] = self._rows(split, data[source], columns.image, rows, labels[source][rows])
+        if "train" in splits and not len(self.splits["train"]):
+            raise ValueError(
+                f"{self.path} has {len(data[train])} training images, too few for these fractions; lower them"
+            )
 
-    def _cut(self, n: int) -> dict[str, Tensor]:
-        """Rows of n that each part of train takes: from the front and the back of one order, so that a part does not
-        depend on the other's size. Calibration stays in that order, as files are often sorted by class."""
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.split_seed))
-        first, last = round(self.val_fraction * n), n - round(self.calibration_fraction * n)
+    def _cut(self, size: int) -> dict[str, Tensor]:
+        """Rows of the training split that ``train``, ``val`` and ``calibration`` take.
+
+        Validation comes from the front of one order and calibration from its back, so that neither depends on the
+        other's size. Calibration stays in that order, as files are often sorted by class.
+        """
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.split_seed))
+        first, last = round(self.fractions["val"] * size), size - round(self.fractions["calibration"] * size)
         val, train, calibration = order[:first], order[first:last], order[last:]
         return {"train": train.sort().values, "val": val.sort().values, "calibration": calibration}
 
-    def _rows(self, part: str, data: Dataset, column: str, positions: Tensor, labels: Tensor) -> ImageRows:
-        config = of_module(self.trainer, "data_config") or resolve_data_config({"img_size": self.image_size or 224})
+    def _rows(self, split: str, data: Dataset, column: str, positions: Tensor, labels: Tensor) -> ImageRows:
+        """The images of one split, transformed to what the model takes.
+
+        Raises:
+            ValueError: the model takes images of neither one nor three channels.
+        """
+        defaults = {"img_size": self.image_size or 224}
+        config = module_attribute(self.trainer, "data_config") or resolve_data_config(defaults)
         channels, *size = config["input_size"]
         if channels not in (1, 3):
             raise ValueError(f"the model takes images of {channels} channels, expected 1 (grey) or 3 (RGB)")
         size = [self.image_size] * 2 if self.image_size else size
-        augment = self.augment if part == "train" else []
+        augment = self.augment if split == "train" else []
         transform = make_transform({**config, "input_size": (channels, *size)}, augment)
         seed = resolve_seed(self.seed) if augment else None
         return ImageRows(data, column, "L" if channels == 1 else "RGB", positions, labels, transform, seed)
 
     def _try_model(self) -> None:
-        """Refuse images that the module cannot take, by its own error on one of them."""
+        """Run the module on one image.
+
+        Raises:
+            ValueError: the module cannot take it; with the module's own error.
+        """
         module = self.trainer.lightning_module if self.trainer is not None else None
-        part = next((rows for rows in self.splits.values() if len(rows)), None)
-        if module is None or part is None or not hasattr(module, "data_config"):
+        images = next((images for images in self.splits.values() if len(images)), None)
+        if module is None or images is None or not hasattr(module, "data_config"):
             return
-        image = part[0][0][None].to(next(module.parameters()))
+        image = images[0][0][None].to(next(module.parameters()))
         modes = [(submodule, submodule.training) for submodule in module.modules()]
         try:
             with torch.no_grad():
@@ -212,12 +203,6 @@ class ImageDataModule(LightningDataModule):
         finally:
             for submodule, mode in modes:
                 submodule.training = mode
-
-    def _evaluation_loader(self, part: str, shared: bool = False) -> DataLoader[Any]:
-        """Batches in the part's order; ``shared`` deals them out to the ranks."""
-        rows = self.splits[part]
-        sampler = evaluation_sampler(self.trainer, len(rows)) if shared else None
-        return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def _load_data(self) -> DatasetDict:
         try:

@@ -1,4 +1,4 @@
-"""A timm model with the weights of its base: a local file or folder, the hub, or a file shipped with this package."""
+"""A timm model with the weights of its base, from a local file or folder, the hub, or a file of this package."""
 
 import json
 from importlib.resources import files
@@ -9,7 +9,7 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import dpp_lightning.tasks.vision.two_layer  # noqa: F401  (timm knows the model by its import)
+import dpp_lightning.tasks.vision.two_layer  # noqa: F401  (the import registers the model with timm)
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.names import without_wrappers
 
@@ -22,7 +22,7 @@ def load_model(
     """The model, and the names of its parameters that the base does not hold.
 
     Args:
-        model_name: timm's name of the architecture; a hub id, or a folder with a ``config.json``, brings its own.
+        model_name: timm's name of the architecture; ``None`` where a hub id, or a folder's ``config.json``, says it.
         pretrained: ``.safetensors`` file, ``.ckpt`` of ``VisionModule``, folder, name of a packaged file, hub id, or
             ``None`` for a random model.
         num_classes: number of outputs of the head.
@@ -30,19 +30,17 @@ def load_model(
         keep_head: load the head too; otherwise it is new, drawn from torch's global generator.
 
     Raises:
-        ValueError: an unknown architecture, a base that is not there, or whose tensors do not fit the architecture.
+        ValueError: an unknown architecture, a base that does not exist, or whose tensors do not fit the architecture.
     """
     file = _weights_file(pretrained)
     if pretrained is None or file is not None:
-        if model_name is None or not timm.is_model(model_name):
-            near = timm.list_models(f"*{(model_name or 'vit').split('_')[0]}*")[:4] or timm.list_models("vit*")[:4]
-            raise ValueError(f"timm has no model_name {model_name!r}; it has, for example, {', '.join(near)}")
-        fresh = timm.create_model(model_name, num_classes=num_classes, **model_kwargs)
-        return fresh, [] if file is None else _load_file(fresh, file, keep_head)
+        model: Any = timm.create_model(_known_architecture(model_name), num_classes=num_classes, **model_kwargs)
+        return model, [] if file is None else _load_file(model, file, keep_head)
     _check_architecture(model_name, pretrained)
     source = f"local-dir:{pretrained}" if Path(pretrained).is_dir() else f"hf-hub:{pretrained}"
     try:
-        model: Any = timm.create_model(source, pretrained=True, **model_kwargs)  # its own head too: then all must match
+        # with the head of the base: then every tensor of its file must fit
+        model = timm.create_model(source, pretrained=True, **model_kwargs)
     except RuntimeError as error:
         raise ValueError(
             f"{pretrained} does not fit the model: {error}. Give the model_kwargs it was made with"
@@ -59,7 +57,11 @@ def load_model(
 
 
 def _weights_file(pretrained: str | None) -> Path | None:
-    """The file that ``pretrained`` stands for: a local one first, then one of the package's assets."""
+    """The file that ``pretrained`` names: a local one, else one of the package's assets; ``None`` if it names no file.
+
+    Raises:
+        ValueError: it names a file that does not exist.
+    """
     if pretrained is None or not pretrained.endswith(_FILES):
         return None
     if Path(pretrained).is_file():
@@ -71,8 +73,24 @@ def _weights_file(pretrained: str | None) -> Path | None:
     raise ValueError(f"pretrained {pretrained!r} is no local file; the files shipped with this package are: {packaged}")
 
 
+def _known_architecture(model_name: str | None) -> str:
+    """The name itself.
+
+    Raises:
+        ValueError: timm has no architecture of that name; the message has some that it has.
+    """
+    if model_name is None or not timm.is_model(model_name):
+        near = timm.list_models(f"*{(model_name or 'vit').split('_')[0]}*")[:4] or timm.list_models("vit*")[:4]
+        raise ValueError(f"timm has no model_name {model_name!r}; it has, for example, {', '.join(near)}")
+    return model_name
+
+
 def _check_architecture(model_name: str | None, pretrained: str) -> None:
-    """A folder, or a hub id, knows its own architecture: another one asked for would be ignored."""
+    """Refuse a ``model_name`` that timm would ignore, as the folder or the hub id names another architecture.
+
+    Raises:
+        ValueError: two different names, a folder without ``config.json``, or what is neither a folder nor a hub id.
+    """
     folder = Path(pretrained)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -80,29 +98,34 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
                 f"{folder} has no config.json, which timm needs to know the architecture; name the .safetensors file "
                 "in it and model_name, or save the folder with timm.models.save_for_hf"
             )
-        own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
     elif pretrained.count("/") != 1 or pretrained.startswith((".", "/", "~")):
         raise ValueError(
             f"pretrained {pretrained!r} is no local folder; hub ids look like timm/vit_tiny_patch16_224.augreg_in21k"
         )
     else:
-        own = pretrained.partition("@")[0].rpartition("/")[2].partition(".")[0]
-        own = own if timm.is_model(own) else None
-    if None not in (own, model_name) and own != model_name:
-        raise ValueError(f"{pretrained} is a {own}, but model_name is {model_name!r}; leave model_name out")
+        name = pretrained.partition("@")[0].rpartition("/")[2].partition(".")[0]
+        architecture = name if timm.is_model(name) else None
+    if None not in (architecture, model_name) and architecture != model_name:
+        raise ValueError(f"{pretrained} is a {architecture}, but model_name is {model_name!r}; leave model_name out")
 
 
 def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
-    """Load a file's tensors, all of them and all that the model needs but the head's; return the new names."""
-    state, own = load_file(file) if file.suffix == ".safetensors" else _tensors_of_fit(file), model.state_dict()
+    """Load every tensor of a file into the model, its head excepted where that is new; the names of the new parameters.
+
+    Raises:
+        ValueError: tensors that are missing, left over or of another shape.
+    """
+    state = load_file(file) if file.suffix == ".safetensors" else _tensors_of_fit(file)
+    model_state = model.state_dict()
     head = set() if keep_head else set(_head_parameters(model))
     state = {name: tensor for name, tensor in state.items() if name not in head}
-    faults = [f"{name} is missing" for name in own if name not in state and name not in head]
-    faults += [f"{name} is not in the model" for name in state if name not in own]
+    faults = [f"{name} is missing" for name in model_state if name not in state and name not in head]
+    faults += [f"{name} is not in the model" for name in state if name not in model_state]
     faults += [
-        f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"
+        f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(model_state[name].shape)}"
         for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
+        if name in model_state and tensor.shape != model_state[name].shape
     ]
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -115,15 +138,19 @@ def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
 
 
 def _tensors_of_fit(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of ``VisionModule.model`` in a checkpoint of Lightning."""
+    """The tensors of ``VisionModule.model`` in a checkpoint of Lightning.
+
+    Raises:
+        ValueError: it has none.
+    """
     tensors = {without_wrappers(name): tensor for name, tensor in load_tensors(checkpoint).items()}
-    found = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
-    if not found:
+    model_state = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    if not model_state:
         raise ValueError(
             f"{checkpoint} holds no tensors named {_MODEL}..., expected a checkpoint of VisionModule; "
             f"its names begin with {sorted(tensors)[:3]}"
         )
-    return found
+    return model_state
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
@@ -140,11 +167,11 @@ def _head_parameters(model: nn.Module) -> list[str]:
 def layer_before_head(model: nn.Module) -> str:
     """Name of the submodule whose output goes into the head: ``fc_norm`` of a ViT, ``global_pool.flatten`` of a ResNet.
 
-    The last one without children ahead of the classifier: timm defines modules in their order of use.
+    It is the last one without children before the classifier, as timm defines modules in their order of use.
     """
     heads = _heads(model)
     modules = [(name, m) for name, m in model.named_modules() if name in heads or not list(m.children())]
     first = next(i for i, (name, _) in enumerate(modules) if name in heads)
-    # distilled models go from the last norm straight to their two heads, past the Identity in between
+    # the two heads of distilled models take the output of the last norm, not of the Identity in between
     skipped = (nn.Dropout, nn.Identity) if len(heads) > 1 else nn.Dropout
     return next(name for name, m in reversed(modules[:first]) if not isinstance(m, skipped))

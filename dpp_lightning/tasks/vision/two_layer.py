@@ -8,8 +8,6 @@ from typing import Any, Literal
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-Place = Literal["hidden", "input", "none"]
-
 default_cfgs = generate_default_cfgs(
     {
         "two_layer": {
@@ -28,9 +26,9 @@ default_cfgs = generate_default_cfgs(
 class TwoLayer(nn.Module):
     r"""f(x) = W₂ N(φ(W₁ x + b₁)) + b₂ with φ = ReLU, N = RMSNorm and x a flattened image.
 
-    The appendix explains the parts of its formula in the order normalisation, ReLU, weights of output and hidden layer,
-    and says that the norm holds down the variance of the activations which, as the input of a layer, enter Theorem 3.1:
-    so N stands before the output layer here (``norm="hidden"``). ``input`` puts it before the hidden layer,
+    The appendix explains its formula in the order normalisation, ReLU, weights of output and hidden layer. It says that
+    the norm bounds the variance of the activations that enter Theorem 3.1 as the input of a layer. So N is before the
+    output layer here (``norm="hidden"``). ``input`` puts it before the hidden layer,
     f(x) = W₂ φ(W₁ N(x) + b₁) + b₂, and ``none`` leaves it out.
 
     Args:
@@ -38,10 +36,10 @@ class TwoLayer(nn.Module):
         in_chans: channels of an image.
         img_size: height and width of an image.
         hidden_size: number of hidden units.
-        norm: where the norm stands.
+        norm: position of the norm.
 
     Raises:
-        ValueError: another place for the norm.
+        ValueError: another position of the norm.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class TwoLayer(nn.Module):
         in_chans: int = 3,
         img_size: int = 32,
         hidden_size: int = 512,
-        norm: Place = "hidden",
+        norm: Literal["hidden", "input", "none"] = "hidden",
     ) -> None:
         super().__init__()
         if norm not in ("hidden", "input", "none"):
@@ -73,12 +71,12 @@ class TwoLayer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new output layer in place; ``global_pool`` is timm's and has no meaning here."""
+        """Replace the output layer by a new one; ``global_pool`` is an argument of timm's that is not used here."""
         self.num_classes = num_classes
         self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """What enters the output layer, (samples, hidden_size), of images (samples, channels, height, width)."""
+        """The input of the output layer, (samples, hidden_size), for images (samples, channels, height, width)."""
         x = images
         for name in self._order:
             x = self.get_submodule(name)(x)
