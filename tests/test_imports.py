@@ -73,7 +73,7 @@ def test_imports_run_one_way_and_in_no_circle(installed):
             "tasks.glue.data",
             "callbacks.delta_prune",
         ),
-        ("storage/hub.py", "    import dpp_lightning.merging.merger", "storage.hub", "merging.merger"),
+        ("storage/hub.py", "    import dpp_lightning.merging.merge_deltas", "storage.hub", "merging.merge_deltas"),
     ],
 )
 def test_an_import_upward_breaks_the_contract_which_names_both_modules(installed, path, line, importer, imported):

@@ -134,6 +134,7 @@ class PruneRun:
             split=self.passes.split,
             q_split=self.calibration.source,
             side_files=_transformers_config(self.module),
+            monitor=self.passes.monitor,
             done=self.done,
         )
 
@@ -151,7 +152,7 @@ class PruneRun:
     def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
         """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
         base = self._resumed("base") or Result("base", self.passes.score(), split=self.passes.split)
-        experiment.card = {"base": base.score, "fine-tuned": finetuned.score}
+        experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
         dense = total_bytes(experiment.plan.finetuned)
         for result in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):
             if self._resumed(result.method) is None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpp_lightning.delta.config_file import CONFIG_FILE
-from dpp_lightning.delta.folder import delta_bytes, further_bytes
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.folder import DeltaReader, delta_bytes, further_bytes
 
 
 @dataclass
@@ -119,7 +118,7 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         entropy=entropy,
         above_entropy=positions / entropy - 1 if entropy else 0.0,
         dense_bytes=info.dense_bytes,
-        ratio=info.dense_bytes / total,
+        ratio=info.ratio(total),
     )
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli.command import FunctionCommand, say
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
@@ -244,7 +244,7 @@ def read_delta(folder: str, task: str | None) -> SparseDelta:
         FileNotFoundError: no such folder, or a folder without a delta.
     """
     delta = SparseDelta.from_pretrained(folder)
-    of_task(delta.info, delta.carried, task)
+    of_task(delta.contents, task)
     return delta.for_task(task) if task else delta
 
 

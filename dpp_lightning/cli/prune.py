@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from dpp_lightning.cli.choices import DtypeName, MethodName
 from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
-from dpp_lightning.delta.folder import delta_bytes, further_bytes
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.folder import DeltaReader, delta_bytes, further_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint

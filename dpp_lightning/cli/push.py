@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpp_lightning.cli.command import FunctionCommand, hub_errors, say
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.storage.hub import upload_folder
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, wrong_base
-from dpp_lightning.delta.match_tensors import matched
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.contents import DeltaContents, SparseTensor
+from dpp_lightning.delta.folder import DeltaReader
+from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
@@ -20,7 +20,7 @@ from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather
 from dpp_lightning.tensors.names import canonical_tensors
 
 _BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
-_SHARD = 5_000_000_000
+_SHARD_BYTES = 5_000_000_000
 
 
 def apply_checkpoint(
@@ -29,7 +29,7 @@ def apply_checkpoint(
     output: str | Path,
     *,
     force: bool = False,
-    max_shard_bytes: int = _SHARD,
+    max_shard_bytes: int = _SHARD_BYTES,
     base_revision: str | None = None,
     delta_revision: str | None = None,
     task: str | None = None,
@@ -48,73 +48,87 @@ def apply_checkpoint(
         max_shard_bytes: largest file of weights.
         base_revision, delta_revision: of hub ids.
         task: of a merged delta with a head for each task, the one to write.
-        progress: told the bytes written, and all of them.
+        progress: called with the bytes that are written, and all of them.
 
     Raises:
-        ValueError: another base, tensors that are missing or of another shape (all in one message), a damaged delta.
+        ValueError: another base, tensors that are missing or of another shape (all in one message), a damaged delta,
+            or values that are not finite in the base's dtype.
         FileExistsError: the output folder is not empty.
         OSError: it cannot be written.
     """
     with atomic_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
-        tasks = task_names(reader.info)
-        reader.info, reader.carried = of_task(reader.info, reader.carried, task)
-        shapes: dict[str, tuple[int, ...] | None] = dict(reader.chunks.table)
-        shapes |= dict.fromkeys((*reader.info.reverted, *reader.info.unchanged))
+        contents, info = of_task(reader.contents, task), reader.info
+        shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
+        shapes |= dict.fromkeys(_base_names(contents))
         base_tensors = canonical_tensors(load_tensors(base, base_revision))
-        tensors = matched(shapes, base_tensors, str(base), reader.info, longer=True)
-        entries = list(_entries(reader, tensors))
+        tensors = find_tensors(shapes, base_tensors, str(base), info, longer=True)
+        entries = list(_entries(contents, tensors))
         with ShardedWriter(folder, entries, max_shard_bytes) as writer:
             total, done = sum(entry.nbytes for entry in entries), 0
-            for piece in _dense(reader, tensors, str(base), force=force):
-                writer.write(piece)
-                done += piece.numel() * piece.element_size()
+            for block in _dense_blocks(contents, tensors, str(base), force=force):
+                writer.write(block)
+                done += block.nbytes
                 if progress:
                     progress(done, total)
-        revisions = {"base_revision": base_revision, "delta_revision": delta_revision}
-        copy_files(dense_side_files(base, delta, **revisions, tasks=tasks, task=task), folder)
+        side_files = dense_side_files(
+            base,
+            delta,
+            base_revision=base_revision,
+            delta_revision=delta_revision,
+            tasks=task_names(info),
+            task=task,
+        )
+        copy_files(side_files, folder)
     return Path(output)
 
 
-def _entries(reader: DeltaReader, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
-    """What the dense folder holds, in the order of :func:`_dense`."""
-    info: DeltaInfo = reader.info
-    for name, shape in reader.chunks.table:
-        rows = len(reader.new_rows[name]) if name in reader.new_rows else 0
-        whole = (shape[0] + rows, *shape[1:]) if rows else shape
-        yield Entry(info.saved_name(name), tensors[name].dtype, whole)
-    for name in (*info.reverted, *info.unchanged):
+def _base_names(contents: DeltaContents) -> tuple[str, ...]:
+    """Names of the tensors that are the base's as they are."""
+    info = contents.info()
+    return (*info.reverted, *info.unchanged)
+
+
+def _entries(contents: DeltaContents, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
+    """What the dense folder holds, in the order of :func:`_dense_blocks`."""
+    info = contents.info()
+    for name, shape in contents.table:
+        rows = len(contents.new_rows[name]) if name in contents.new_rows else 0
+        yield Entry(info.saved_name(name), tensors[name].dtype, (shape[0] + rows, *shape[1:]) if rows else shape)
+    for name in _base_names(contents):
         yield Entry(info.saved_name(name), tensors[name].dtype, tuple(tensors[name].shape))
-    for name, tensor in reader.carried.items():
+    for name, tensor in contents.carried.items():
         yield Entry(info.saved_name(name), tensor.dtype, tuple(tensor.shape))
 
 
-def _dense(reader: DeltaReader, tensors: Mapping[str, Tensor], base_name: str, *, force: bool) -> Iterator[Tensor]:
-    """Flat pieces of the fine-tuned tensors, in order."""
-    info, check = reader.info, EntriesHash()
-    for name, part in reader.tensors():
-        kept = gather_entries(tensors[name], part.indices)
+def _dense_blocks(
+    contents: DeltaContents, tensors: Mapping[str, Tensor], base_name: str, *, force: bool
+) -> Iterator[Tensor]:
+    """Flat blocks of the fine-tuned tensors, in order."""
+    info, check = contents.info(), EntriesHash()
+    for name, sparse in contents.tensors():
+        kept = gather_entries(tensors[name], sparse.indices)
         check.update(kept)
         if not force and check.first not in ("", info.base_first):
-            raise ValueError(wrong_base(base_name, check.first, info))
-        yield from _overwritten(name, tensors[name], part, add_rescaled(kept, part.values, info.q))
-        if name in reader.new_rows:
-            yield reader.new_rows[name].to(tensors[name].dtype).reshape(-1)
+            raise ValueError(wrong_base_message(base_name, check.first, info))
+        yield from _overwritten_blocks(name, tensors[name], sparse, add_rescaled(kept, sparse.values, info.q))
+        if name in contents.new_rows:
+            yield contents.new_rows[name].to(tensors[name].dtype).reshape(-1)
     if not force and check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base(base_name, check.hexdigest(), info))
-    for name in (*info.reverted, *info.unchanged):
+        raise ValueError(wrong_base_message(base_name, check.hexdigest(), info))
+    for name in _base_names(contents):
         yield from tensors[name].reshape(-1).split(_BLOCK)
-    for tensor in reader.carried.values():
+    for tensor in contents.carried.values():
         yield from tensor.reshape(-1).split(_BLOCK)
 
 
-def _overwritten(name: str, base: Tensor, part: SparseTensor, values: Tensor) -> Iterator[Tensor]:
-    """The base's entries with the kept ones replaced, in flat blocks."""
+def _overwritten_blocks(name: str, base: Tensor, sparse: SparseTensor, values: Tensor) -> Iterator[Tensor]:
+    """The base's entries with the kept ones replaced by ``values``, in flat blocks."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype}")
-    numel = torch.Size(part.shape).numel()
+    numel = torch.Size(sparse.shape).numel()
     flat = base.reshape(-1)[:numel]
-    cuts = torch.searchsorted(part.indices.long(), torch.arange(0, numel + _BLOCK, _BLOCK)).tolist()
-    for place, start in enumerate(range(0, numel, _BLOCK)):
-        block, a, b = flat[start : start + _BLOCK].clone(), cuts[place], cuts[place + 1]
-        yield block.index_copy_(0, part.indices[a:b].long() - start, values[a:b])
+    cuts = torch.searchsorted(sparse.indices.long(), torch.arange(0, numel + _BLOCK, _BLOCK)).tolist()
+    for number, start in enumerate(range(0, numel, _BLOCK)):
+        block, first, last = flat[start : start + _BLOCK].clone(), cuts[number], cuts[number + 1]
+        yield block.index_copy_(0, sparse.indices[first:last].long() - start, values[first:last])

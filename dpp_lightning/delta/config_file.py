@@ -11,21 +11,19 @@ from typing import Any
 import xxhash
 
 from dpp_lightning._version import __version__
-from dpp_lightning.delta.contents import DeltaInfo
+from dpp_lightning.delta.contents import DeltaInfo, Table
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.sampling.sampler import SAMPLER_VERSION, exact_rate, stream_key
 from dpp_lightning.tensors.dtypes import DTYPES
 
 CONFIG_FILE = "delta_config.json"
 FORMAT_VERSION = 2
-_FORMAT, _MODEL_SUM, _OWN_SUM = "dpp-delta", "model_checksum", "config_checksum"
+_FORMAT, _MODEL_CHECKSUM, _CONFIG_CHECKSUM = "dpp-delta", "model_checksum", "config_checksum"
 _MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
 _MOST_DIMS = 16
 _MOST_NUMBER = 1 << 62
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # nor turn the line around
-
-Table = list[tuple[str, tuple[int, ...]]]
 
 
 def write_config(info: DeltaInfo, table: Table, *, seeded: bool, model_checksum: str) -> bytes:
@@ -49,9 +47,9 @@ def write_config(info: DeltaInfo, table: Table, *, seeded: bool, model_checksum:
         "positions": "seed" if seeded else "index",
         **asdict(info),
         "tensors": [[name, list(shape)] for name, shape in table],
-        _MODEL_SUM: model_checksum,
+        _MODEL_CHECKSUM: model_checksum,
     }
-    config[_OWN_SUM] = _checksum(config)
+    config[_CONFIG_CHECKSUM] = config_checksum(config)
     lines = [f" {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in config.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
@@ -65,16 +63,16 @@ def read_config(data: bytes) -> tuple[DeltaInfo, Table, bool, str]:
     Raises:
         ValueError: not such a file, damaged, of another version, or with a field out of its range.
     """
-    config = _parsed(data)
+    config = _parse(data)
     info, table = _info(config), _table(config)
     _check_names(info, table)
-    seeded, checksum = config.get("positions") == "seed", config.get(_MODEL_SUM)
+    seeded, checksum = config.get("positions") == "seed", config.get(_MODEL_CHECKSUM)
     if config.get("positions") not in ("seed", "index") or (seeded and not info.seeded):
         raise ValueError(
             f"{CONFIG_FILE}: positions {config.get('positions')!r} of a selection with seeded={info.seeded}"
         )
     if not isinstance(checksum, str):
-        raise ValueError(f"{CONFIG_FILE} lacks {_MODEL_SUM}")
+        raise ValueError(f"{CONFIG_FILE} lacks {_MODEL_CHECKSUM}")
     return info, table, seeded, checksum
 
 
@@ -89,8 +87,9 @@ def with_q(data: bytes, q: float) -> bytes:
     return write_config(changed, table, seeded=seeded, model_checksum=checksum)
 
 
-def _checksum(config: dict[str, Any]) -> str:
-    rest = {key: value for key, value in config.items() if key != _OWN_SUM}
+def config_checksum(config: dict[str, Any]) -> str:
+    """xxh3-128 of all other fields, as JSON with sorted keys and without spaces."""
+    rest = {key: value for key, value in config.items() if key != _CONFIG_CHECKSUM}
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -114,10 +113,10 @@ def _check_names(info: DeltaInfo, table: Table) -> None:
             raise ValueError(f"{CONFIG_FILE}: control characters in {key}, {value!r}")
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         config = json.loads(data)
-        own = _checksum(config) if isinstance(config, dict) else ""
+        checksum = config_checksum(config) if isinstance(config, dict) else ""
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG_FILE} is not readable JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
@@ -129,7 +128,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
             f"{FORMAT_VERSION} and sampler {SAMPLER_VERSION}: install the dpp_lightning that wrote it "
             f"({config.get('library_version')!r}) or a newer one"
         )
-    if config.get(_OWN_SUM) != own:
+    if config.get(_CONFIG_CHECKSUM) != checksum:
         raise ValueError(f"{CONFIG_FILE} does not have the checksum that it states: it is damaged or was edited")
     return config
 

@@ -1,12 +1,15 @@
-"""What a delta is made of: the kept entries of a tensor, and the description that goes into ``delta_config.json``."""
+"""What a delta is made of: kept entries, dense tensors, and the description that goes into ``delta_config.json``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Table = list[tuple[str, tuple[int, ...]]]  # canonical name and shape of every pruned tensor, in the file's order
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,33 @@ class DeltaInfo:
         """What the fine-tuned model's own files call a tensor."""
         return self.names.get(canonical, self.prefix + canonical)
 
+    def ratio(self, num_bytes: int) -> float:
+        """How many times larger the dense fine-tuned model in its own dtype is than the delta.
+
+        Args:
+            num_bytes: bytes of the delta's model and config file.
+        """
+        return self.dense_bytes / max(num_bytes, 1)
+
+
+@dataclass(frozen=True)
+class DeltaContents:
+    """A delta wherever it is: in memory, in a folder, or just being drawn or merged, one tensor after the other.
+
+    Attributes:
+        table: canonical name and shape of every pruned tensor, in order.
+        tensors: starts to read canonical name and kept entries of one pruned tensor after the other.
+        carried: canonical name to dense fine-tuned tensor, possibly mapped from a file.
+        new_rows: canonical name to the rows that follow those in common with the base (a vocabulary that grew).
+        info: gives the description. Of a delta that is being drawn or merged it is known only after the last tensor.
+    """
+
+    table: Table
+    tensors: Callable[[], Iterator[tuple[str, SparseTensor]]]
+    carried: Mapping[str, Tensor]
+    new_rows: Mapping[str, Tensor]
+    info: Callable[[], DeltaInfo]
+
 
 class AbsoluteEntries(NamedTuple):
     """New values of one tensor at some of its entries, as engines that hold the base take them.
@@ -86,12 +116,3 @@ class AbsoluteEntries(NamedTuple):
     dtype: torch.dtype
     values: Tensor
     indices: Tensor
-
-
-def wrong_base(target: str, got: str, info: DeltaInfo) -> str:
-    """The message for a base that is not the delta's own: both names, both hashes, the cure."""
-    return (
-        f"{target} is not the base of this delta: its values at the kept positions hash to {got}, those of the base "
-        f"{info.base_name or '(unnamed)'} to {info.base_check}. Use that base in its own dtype, or force the delta "
-        "onto this one (force=True, --force)"
-    )

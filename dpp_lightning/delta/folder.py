@@ -1,124 +1,113 @@
 """The delta folder: ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card, written and read.
 
 ``delta_model.safetensors`` holds the blob ``kept`` (chunks, see :mod:`dpp_lightning.delta.coding.chunk`) and the dense
-tensors
-``carried.NAME`` and ``rows.NAME``. Both ways go tensor by tensor, so a delta may be larger than memory. Everything read
-from a file is checked before use.
+tensors ``carried.NAME`` and ``rows.NAME``. Both ways go tensor by tensor, so a delta may be larger than memory.
+Everything read from a file is checked before use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from dpp_lightning.delta.coding.chunk_stream import ChunkWriter
-from dpp_lightning.delta.config_file import CONFIG_FILE, Table, write_config
-from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
-from dpp_lightning.delta.model_card import model_card
-from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.delta.coding.chunk_stream import ChunkReader, ChunkWriter
+from dpp_lightning.delta.config_file import CONFIG_FILE, check_name, read_config, with_q, write_config
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor, Table
+from dpp_lightning.delta.model_card import card_text
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.checkpoints import total_bytes
-from dpp_lightning.storage.model_folder import copy_files
+from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
+from dpp_lightning.storage.model_folder import copy_files, local_folder
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 
 MODEL_FILE, CARD_FILE = "delta_model.safetensors", "README.md"
-KEPT, CARRIED, ROWS = "kept", "carried.", "rows."
-_SPILL = 1 << 26  # bytes of chunks that are held in memory before they go to a temporary file
-_COPY = 1 << 22
-
-Parts = Iterable[tuple[str, SparseTensor]]
+_KEPT, _CARRIED, _ROWS = "kept", "carried.", "rows."
+_SPILL_BYTES = 1 << 26  # of chunks that are held in memory before they go to a temporary file
+_COPY_BYTES = 1 << 22
 
 
-def encode(
-    delta: SparseDelta, dtype: str | torch.dtype | None = None, positions: str | None = None
-) -> tuple[bytes, bytes]:
-    """A delta as the bytes of its two files.
-
-    Args:
-        delta: the delta.
-        dtype: how the file holds the kept values, default as they were drawn.
-        positions: ``seed`` or ``index``; default ``seed`` where the selection is seeded.
-
-    Raises:
-        ValueError: unknown dtype or coding, a coding that the selection does not allow, values that overflow.
-    """
-    info, parts, seeded = _as_saved(delta, dtype, positions)
-    file = BytesIO()
-    table, checksum = write_model(file, parts, delta.carried, delta.new_rows, seeded=seeded, dtype=info.dtype)
-    return file.getvalue(), write_config(info, table, seeded=seeded, model_checksum=checksum)
-
-
-def write_folder(
-    delta: SparseDelta,
+def save_folder(
+    contents: DeltaContents,
     folder: Path,
     *,
-    dtype: str | torch.dtype | None,
-    positions: str | None,
-    scores: Mapping[str, float] | None,
-    side_files: Mapping[str, Path | bytes],
+    dtype: str | torch.dtype | None = None,
+    positions: str | None = None,
+    scores: Mapping[str, float] | None = None,
+    reference_scores: Mapping[str, float] | None = None,
+    side_files: Mapping[str, Path | bytes] | None = None,
 ) -> Path:
-    """See :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`."""
-    info, parts, seeded = _as_saved(delta, dtype, positions)
+    """Write a delta that is in memory or in another folder; whole or not at all.
+
+    Args and errors: as :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
+    """
+    saved, seeded = _as_saved(contents, dtype, positions)
     with atomic_folder(folder, replaces=CONFIG_FILE) as temporary:
         write_files(
             temporary,
-            parts,
-            delta.carried,
-            delta.new_rows,
-            lambda: info,
+            saved,
             seeded=seeded,
-            dtype=info.dtype,
-            scores=scores or {},
+            dtype=saved.info().dtype,
             side_files=side_files,
+            scores=scores,
+            reference_scores=reference_scores,
         )
     return folder
 
 
 def write_files(
     folder: Path,
-    parts: Parts,
-    carried: Mapping[str, Tensor],
-    new_rows: Mapping[str, Tensor],
-    info: Callable[[], DeltaInfo],
+    contents: DeltaContents,
     *,
     seeded: bool,
     dtype: str | None,
-    scores: Mapping[str, float],
-    side_files: Mapping[str, Path | bytes],
+    side_files: Mapping[str, Path | bytes] | None = None,
+    scores: Mapping[str, float] | None = None,
+    reference_scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a delta's files into a folder, the kept entries one tensor at a time.
+    """Write a delta's files into a folder, also while it is drawn or merged, the kept entries one tensor at a time.
 
     Args:
         folder: exists; the caller makes it appear whole.
-        parts: canonical name and kept entries of every pruned tensor.
-        carried, new_rows: dense tensors, possibly mapped from a file.
-        info: asked for when all parts have been read.
-        seeded: store no positions.
+        contents: its description is asked for when all tensors have been read.
+        seeded: store no positions, as they follow from the seed.
         dtype: as ``DeltaInfo.dtype``.
-        scores, side_files: as for :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
+        side_files, scores, reference_scores: as for
+            :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
+
+    Raises:
+        ValueError: names that no reader would take.
+        OSError: it cannot be written.
     """
-    copy_files(side_files, folder)
+    copy_files(side_files or {}, folder)
     with (folder / MODEL_FILE).open("wb") as file:
-        table, checksum = write_model(file, parts, carried, new_rows, seeded=seeded, dtype=dtype)
-    description = info()
-    (folder / CONFIG_FILE).write_bytes(write_config(description, table, seeded=seeded, model_checksum=checksum))
-    write_card(folder, description, scores, {**carried, **new_rows})
+        table, checksum = _write_model(file, contents, seeded=seeded, dtype=dtype)
+    info = contents.info()
+    (folder / CONFIG_FILE).write_bytes(write_config(info, table, seeded=seeded, model_checksum=checksum))
+    _write_card(folder, info, {**contents.carried, **contents.new_rows}, scores, reference_scores)
 
 
-def write_card(folder: Path, info: DeltaInfo, scores: Mapping[str, float], dense: Mapping[str, Tensor]) -> None:
-    """Write the card of a folder that has its two files; ``dense`` are the carried tensors and new rows."""
-    card = model_card(info, delta_bytes(folder), scores, len(dense), total_bytes(dense))
-    (folder / CARD_FILE).write_bytes(card.encode())
+def set_q(folder: Path, q: float) -> None:
+    """Put another q into a delta folder: the kept values are stored undivided, so that they stay as they are.
+
+    Raises:
+        ValueError: q is not a finite number above 0.
+    """
+    config = with_q((folder / CONFIG_FILE).read_bytes(), q)
+    (folder / CONFIG_FILE).write_bytes(config)
+    dense = {name: tensor for name, tensor in load_tensors(folder / MODEL_FILE).items() if name != _KEPT}
+    _write_card(folder, read_config(config)[0], dense)
 
 
 def delta_bytes(folder: Path) -> int:
@@ -128,42 +117,149 @@ def delta_bytes(folder: Path) -> int:
 
 def further_bytes(folder: Path) -> int:
     """Bytes of what lies in a delta folder beside the delta and its card: configuration and tokenizer files."""
-    own = {MODEL_FILE, CONFIG_FILE, CARD_FILE}
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in own)
+    delta_files = {MODEL_FILE, CONFIG_FILE, CARD_FILE}
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in delta_files)
 
 
-def write_model(
-    file: BinaryIO,
-    parts: Parts,
-    carried: Mapping[str, Tensor],
-    new_rows: Mapping[str, Tensor],
-    *,
-    seeded: bool,
-    dtype: str | None,
-) -> tuple[Table, str]:
+def encode(
+    contents: DeltaContents, dtype: str | torch.dtype | None = None, positions: str | None = None
+) -> tuple[bytes, bytes]:
+    """A delta as the bytes of its model and config file.
+
+    Args and errors: as :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.to_bytes`.
+    """
+    saved, seeded = _as_saved(contents, dtype, positions)
+    file, info = BytesIO(), saved.info()
+    table, checksum = _write_model(file, saved, seeded=seeded, dtype=info.dtype)
+    return file.getvalue(), write_config(info, table, seeded=seeded, model_checksum=checksum)
+
+
+class DeltaReader:
+    """A delta's two files, opened and checked; the kept entries are read as they are asked for.
+
+    Args:
+        blobs: the tensors of ``delta_model.safetensors``.
+        config: the bytes of ``delta_config.json``.
+        checksum: xxh3-128 of the model file as it was read.
+        folder: where they lie on this machine.
+
+    Attributes:
+        info: the delta's description.
+        carried, new_rows: canonical name to dense tensor.
+        chunks: reads the kept entries.
+
+    Raises:
+        ValueError: a file that is damaged, hostile, or of another format.
+    """
+
+    def __init__(self, blobs: Mapping[str, Tensor], config: bytes, checksum: str, folder: Path = Path()) -> None:
+        self.folder = folder
+        self.info, table, seeded, stated_checksum = read_config(config)
+        if checksum != stated_checksum:
+            raise ValueError(
+                f"{MODEL_FILE} does not have the checksum that {CONFIG_FILE} states: one of them is damaged"
+            )
+        kept = blobs.get(_KEPT)
+        if kept is None or kept.dtype != torch.uint8 or kept.dim() != 1:
+            raise ValueError(f"{MODEL_FILE} holds no one-dimensional blob {_KEPT!r} of bytes")
+        self.carried = {n.removeprefix(_CARRIED): blobs[n] for n in sorted(blobs) if n.startswith(_CARRIED)}
+        self.new_rows = {n.removeprefix(_ROWS): blobs[n] for n in sorted(blobs) if n.startswith(_ROWS)}
+        unknown = [name for name in blobs if name != _KEPT and not name.startswith((_CARRIED, _ROWS))]
+        if unknown:
+            raise ValueError(f"{MODEL_FILE} holds {unknown[:5]}, which no delta has")
+        self._check_dense(dict(table))
+        self.chunks = ChunkReader(kept.numpy(), table, self.info, seeded=seeded)
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> DeltaReader:
+        """A local folder or a hub id.
+
+        Raises:
+            FileNotFoundError: no such folder, or a folder without a delta.
+            ValueError: as the class.
+        """
+        folder = local_folder(source, revision, [MODEL_FILE, CONFIG_FILE, "*.json", "*.model", "*.txt", "*.jinja"])
+        missing = [name for name in (MODEL_FILE, CONFIG_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder} is no delta folder: it lacks {' and '.join(missing)}")
+        model = folder / MODEL_FILE
+        return cls(load_tensors(model), (folder / CONFIG_FILE).read_bytes(), _file_checksum(model), folder)
+
+    @classmethod
+    def from_bytes(cls, model: bytes, config: bytes) -> DeltaReader:
+        """The bytes of the two files, as :func:`encode` makes them.
+
+        Raises:
+            ValueError: as the class.
+        """
+        try:
+            blobs = load_bytes(model)
+        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{MODEL_FILE} is not a readable safetensors file: {error}") from error
+        return cls(blobs, config, xxhash.xxh3_128_hexdigest(model))
+
+    @property
+    def contents(self) -> DeltaContents:
+        """All of the delta; reading its tensors raises ValueError at chunks that are damaged or hostile."""
+        return DeltaContents(self.chunks.table, self.chunks.tensors, self.carried, self.new_rows, lambda: self.info)
+
+    def _check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name in (*self.carried, *self.new_rows):
+            check_name(name)
+        both = sorted(set(self.carried) & set(shapes))
+        if both:
+            raise ValueError(f"{MODEL_FILE} holds tensors both pruned and carried: {both[:5]}")
+        for name, rows in self.new_rows.items():
+            shape = shapes.get(name, ())
+            if not shape or tuple(rows.shape[1:]) != shape[1:] or rows.dim() == 0:
+                raise ValueError(f"{MODEL_FILE}: new rows {list(rows.shape)} do not continue {name!r}, {list(shape)}")
+
+
+def _write_card(
+    folder: Path,
+    info: DeltaInfo,
+    dense: Mapping[str, Tensor],
+    scores: Mapping[str, float] | None = None,
+    reference_scores: Mapping[str, float] | None = None,
+) -> None:
+    """Write the card of a folder that has its two files; ``dense`` are the carried tensors and new rows."""
+    text = card_text(
+        info,
+        delta_bytes(folder),
+        carried=len(dense),
+        carried_bytes=total_bytes(dense),
+        scores=scores or {},
+        reference_scores=reference_scores or {},
+    )
+    (folder / CARD_FILE).write_bytes(text.encode())
+
+
+def _write_model(file: BinaryIO, contents: DeltaContents, *, seeded: bool, dtype: str | None) -> tuple[Table, str]:
     """Write ``delta_model.safetensors``; returns names and shapes in the order of the chunks, and the checksum."""
-    place = str(Path(file.name).parent) if isinstance(getattr(file, "name", None), str) else None
-    with SpooledTemporaryFile(max_size=_SPILL, dir=place) as spill:
-        writer = ChunkWriter(cast(BinaryIO, spill), seeded=seeded, dtype=dtype)
-        for name, part in parts:
-            writer.add(name, part)
-        writer.close()
+    spill_folder = str(Path(file.name).parent) if isinstance(getattr(file, "name", None), str) else None
+    with SpooledTemporaryFile(max_size=_SPILL_BYTES, dir=spill_folder) as spill:
+        chunks = ChunkWriter(cast(BinaryIO, spill), seeded=seeded, dtype=dtype)
+        for name, tensor in contents.tensors():
+            chunks.add(name, tensor)
+        chunks.close()
         size = spill.tell()
         spill.seek(0)
-        dense = {CARRIED + n: t for n, t in carried.items()} | {ROWS + n: t for n, t in new_rows.items()}
+        dense = {_CARRIED + n: t for n, t in contents.carried.items()} | {
+            _ROWS + n: t for n, t in contents.new_rows.items()
+        }
         order = sorted(dense, key=lambda name: (-dense[name].element_size(), name))  # keeps all of them aligned
         entries = [Entry(name, dense[name].dtype, tuple(dense[name].shape)) for name in order]
-        hashed = _Hashed(file)
-        out = SafetensorsWriter(cast(BinaryIO, hashed), [*entries, Entry(KEPT, torch.uint8, (size,))])
+        hashed = _HashedFile(file)
+        writer = SafetensorsWriter(cast(BinaryIO, hashed), [*entries, Entry(_KEPT, torch.uint8, (size,))])
         for name in order:
-            out.write(dense[name])
-        while block := spill.read(_COPY):
-            out.write(block)
-        out.close()
-    return writer.table, hashed.digest.hexdigest()
+            writer.write(dense[name])
+        while block := spill.read(_COPY_BYTES):
+            writer.write(block)
+        writer.close()
+    return chunks.table, hashed.digest.hexdigest()
 
 
-class _Hashed:
+class _HashedFile:
     """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -178,10 +274,10 @@ class _Hashed:
 
 
 def _as_saved(
-    delta: SparseDelta, dtype: str | torch.dtype | None, positions: str | None
-) -> tuple[DeltaInfo, Parts, bool]:
-    """The delta's description and kept entries as the file will hold them, and whether positions are left out."""
-    info = delta.info
+    contents: DeltaContents, dtype: str | torch.dtype | None, positions: str | None
+) -> tuple[DeltaContents, bool]:
+    """The delta as the file will hold it, and whether positions are left out."""
+    info = contents.info()
     coding = positions or ("seed" if info.seeded else "index")
     if coding not in ("seed", "index") or (coding == "seed" and not info.seeded):
         allowed = "'seed' or 'index'" if info.seeded else "'index' (this selection follows from no seed)"
@@ -190,8 +286,22 @@ def _as_saved(
     check_dtype(name)
     if info.method in METHODS:
         METHODS[info.method].check_dtype(info.method, name)
-    parts: Parts = delta.tensors.items()
     held = torch.float32 if name in INTEGERS and name == info.dtype else FLOATS.get(name or "")
-    if name is not None and any(t.values.dtype != held for t in delta.tensors.values()):
-        parts = ((n, replace(t, values=to_dtype(t.values, name, t.values, n))) for n, t in delta.tensors.items())
-    return replace(info, dtype=name), parts, coding == "seed"
+
+    def cast_tensors() -> Iterator[tuple[str, SparseTensor]]:
+        for tensor_name, tensor in contents.tensors():
+            if name is None or tensor.values.dtype == held:
+                yield tensor_name, tensor
+            else:
+                yield tensor_name, replace(tensor, values=to_dtype(tensor.values, name, tensor.values, tensor_name))
+
+    saved_info = replace(info, dtype=name)
+    return replace(contents, tensors=cast_tensors, info=lambda: saved_info), coding == "seed"
+
+
+def _file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return xxhash.xxh3_128_hexdigest(b"")
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+            return xxhash.xxh3_128_hexdigest(mapped)

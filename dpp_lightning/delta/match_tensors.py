@@ -1,4 +1,4 @@
-"""Finding a delta's tensors in a model or file, everything that does not fit told in one error."""
+"""Whether a model or file is the base of a delta: all tensors there, with the base's values at the kept positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpp_lightning.tensors.names import match_names
 _SHOWN = 40
 
 
-def matched(
+def find_tensors(
     shapes: Mapping[str, tuple[int, ...] | None],
     tensors: Mapping[str, Tensor],
     where: str,
@@ -20,7 +20,7 @@ def matched(
     *,
     longer: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors under the delta's names.
+    """A model's tensors under the delta's names.
 
     Args:
         shapes: the delta's names and the shapes they must have; None for any.
@@ -34,10 +34,10 @@ def matched(
     """
     names = match_names(shapes, tensors)
     faults = [f"{name}: not there" for name in shapes if name not in names]
-    for name, other in names.items():
-        shape, found = shapes[name], tuple(tensors[other].shape)
-        if shape is not None and found != shape and not (longer and _longer(found, shape)):
-            faults.append(f"{name}: shape {found}, the delta has {shape}")
+    for name, model_name in names.items():
+        expected, actual = shapes[name], tuple(tensors[model_name].shape)
+        if expected is not None and actual != expected and not (longer and _has_more_rows(actual, expected)):
+            faults.append(f"{name}: shape {actual}, the delta has {expected}")
     if faults:
         extra = sorted(set(tensors) - set(names.values()))
         lines = [*faults[:_SHOWN], *(f"{name}: not in the delta" for name in extra[:_SHOWN])]
@@ -45,8 +45,23 @@ def matched(
             f"the delta does not fit {where} ({len(faults)} of {len(shapes)} tensors); is it the architecture of its "
             f"base {info.base_name or '(unnamed)'}, with the fine-tuned head and vocabulary?\n  " + "\n  ".join(lines)
         )
-    return {name: tensors[other] for name, other in names.items()}
+    return {name: tensors[model_name] for name, model_name in names.items()}
 
 
-def _longer(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(found) == len(shape) > 0 and found[0] > shape[0] and found[1:] == shape[1:]
+def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:
+    """What to say of a base that is not the delta's: both names, both hashes, the cure.
+
+    Args:
+        target: what the delta was to be applied to.
+        digest: hash of its values at the kept positions, see :class:`dpp_lightning.tensors.flat_entries.EntriesHash`.
+        info: the delta's description.
+    """
+    return (
+        f"{target} is not the base of this delta: its values at the kept positions hash to {digest}, those of the base "
+        f"{info.base_name or '(unnamed)'} to {info.base_check}. Use that base in its own dtype, or force the delta "
+        "onto this one (force=True, --force)"
+    )
+
+
+def _has_more_rows(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(actual) == len(expected) > 0 and actual[0] > expected[0] and actual[1:] == expected[1:]

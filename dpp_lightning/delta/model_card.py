@@ -1,57 +1,56 @@
-"""The model card of a delta folder."""
+"""The model card of a delta folder: a metadata block that the hub reads, and a table for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.task_heads import task_names
 from dpp_lightning.methods.merge_rules import MERGES
 from dpp_lightning.methods.registry import METHODS
-
-if TYPE_CHECKING:
-    from dpp_lightning.delta.contents import DeltaInfo
+from dpp_lightning.storage.model_folder import hub_id
 
 
-def model_card(
-    info: DeltaInfo, num_bytes: int, scores: Mapping[str, float], carried: int = 0, carried_bytes: int = 0
+def card_text(
+    info: DeltaInfo,
+    num_bytes: int,
+    *,
+    carried: int = 0,
+    carried_bytes: int = 0,
+    scores: Mapping[str, float] | None = None,
+    reference_scores: Mapping[str, float] | None = None,
 ) -> str:
     """Markdown with the hub's metadata block: base, method, rate, q, true size, scores.
+
+    Of a base on this machine only the last part of its path is shown, and the metadata do not name it.
 
     Args:
         info: the delta's description.
         num_bytes: true bytes of the folder's model and config files.
-        scores: name to figure; left out if empty.
         carried, carried_bytes: number and bytes of the dense tensors.
+        scores: name to figure of base plus delta; they are in the metadata too, as ``model-index``.
+        reference_scores: name to figure of other models, such as the base and the fine-tuned one.
     """
-    row = METHODS.get(info.method) or MERGES.get(info.method)
     tasks = task_names(info)
-    head = ["---", "library_name: dpp_lightning", "tags:", "- delta-parameter-pruning"]
-    if info.base_name and not Path(info.base_name).is_absolute():
-        head.insert(1, f"base_model: {info.base_name}")
-    ratio = info.dense_bytes / max(num_bytes, 1)
+    rows = {
+        "base": f"{_base(info)} (fingerprint `{info.base_fingerprint}`)",
+        "pruning rate, q, mask seed": f"{info.pruning_rate:g}, {info.q:.6g}, {info.seed}",
+        "carried dense tensors": f"{carried} ({carried_bytes:,} bytes)",
+        "bytes, ratio to the dense model": f"{num_bytes:,}, {info.ratio(num_bytes):.1f}",
+    }
+    figures = [(name, f"{value:.6g}") for named in (scores, reference_scores) for name, value in (named or {}).items()]
     lines = [
-        *head,
+        "---",
+        _metadata(info, scores or {}),
         "---",
         "",
         "# Merged delta" if tasks else "# Pruned delta",
         "",
-        (
-            f"Deltas of one base ({', '.join(tasks)}) merged with `{info.method}`; together they drop "
-            f"{100 * info.pruning_rate:g} % of the entries"
-            if tasks
-            else f"Fine-tuned minus base weights, {100 * info.pruning_rate:g} % of them dropped with `{info.method}`"
-        )
-        + (f" ([{row.paper}]({row.url}))." if row else "."),
+        _summary(info, tasks),
         "",
         "| | |",
         "|---|---|",
-        f"| base | {info.base_name or 'unnamed'} (fingerprint `{info.base_fingerprint}`) |",
-        f"| pruning rate, q, mask seed | {info.pruning_rate:g}, {info.q:.6g}, {info.seed} |",
-        f"| carried dense tensors | {carried} ({carried_bytes:,} bytes) |",
-        f"| bytes, ratio to the dense model | {num_bytes:,}, {ratio:.1f} |",
-        *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
+        *(f"| {name} | {value} |" for name, value in (*rows.items(), *figures)),
         "",
         "```python",
         "from dpp_lightning import SparseDelta",
@@ -62,3 +61,41 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _summary(info: DeltaInfo, tasks: Sequence[str]) -> str:
+    row = METHODS.get(info.method) or MERGES.get(info.method)
+    rate, paper = f"{100 * info.pruning_rate:g} %", f" ([{row.paper}]({row.url}))" if row else ""
+    if tasks:
+        merged = f"Deltas of one base ({', '.join(tasks)}) merged with `{info.method}`"
+        return f"{merged}; together they drop {rate} of the entries{paper}."
+    return f"Fine-tuned minus base weights, {rate} of them dropped with `{info.method}`{paper}."
+
+
+def _metadata(info: DeltaInfo, scores: Mapping[str, float]) -> str:
+    """The YAML block. A delta is put onto its base as an adapter is, which is what the hub's ``adapter`` says."""
+    from huggingface_hub import EvalResult, ModelCardData  # takes a quarter of a second to import
+
+    base = None if info.base_name is None else hub_id(info.base_name)
+    results = [
+        EvalResult("other", "unknown", "unknown", metric_type=name, metric_value=value, metric_name=name)
+        for name, value in scores.items()
+    ]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="dpp_lightning",
+        tags=["delta-parameter-pruning", info.method, *(["merge"] if task_names(info) else [])],
+        model_name=f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}" if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml(line_break="\n")
+
+
+def _base(info: DeltaInfo) -> str:
+    """The base as strangers may read of it: its hub id, or the last part of a local path."""
+    if not info.base_name:
+        return "unnamed"
+    if hub_id(info.base_name):
+        return info.base_name
+    return f"`{info.base_name.replace(chr(92), '/').rstrip('/').rpartition('/')[2]}`, not on the hub"

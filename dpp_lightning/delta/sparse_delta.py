@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dpp_lightning.delta.contents import AbsoluteEntries, DeltaInfo, SparseTensor, wrong_base
-from dpp_lightning.delta.match_tensors import matched
+from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
+from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.delta.task_heads import of_task
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.tensors.flat_entries import (
@@ -50,7 +51,44 @@ class SparseDelta:
         self.carried = carried
         self.info = info
         self.new_rows = new_rows or {}
-        self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a target's tensor to what was overwritten in it
+
+    @classmethod
+    def from_contents(cls, contents: DeltaContents) -> SparseDelta:
+        """All of a delta read into memory; dense tensors are copied, as they may be pages of a file or in use.
+
+        Raises:
+            ValueError: reading meets chunks that are damaged or hostile.
+        """
+        tensors = dict(contents.tensors())
+        carried = {name: tensor.detach().clone() for name, tensor in contents.carried.items()}
+        new_rows = {name: rows.detach().clone() for name, rows in contents.new_rows.items()}
+        return cls(tensors, carried, contents.info(), new_rows)
+
+    @classmethod
+    def from_bytes(cls, model: bytes, config: bytes) -> SparseDelta:
+        """The delta in the bytes of its two files, as :meth:`to_bytes` gives them.
+
+        Raises:
+            ValueError: bytes that are damaged, hostile, or of a newer format.
+        """
+        return cls.from_contents(DeltaReader.from_bytes(model, config).contents)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None) -> SparseDelta:
+        """Read a delta from a local folder or a hub id, checking everything before use.
+
+        Raises:
+            FileNotFoundError: no such folder, or a folder without a delta.
+            ValueError: a file that is damaged, hostile, or of a newer format.
+        """
+        return cls.from_contents(DeltaReader.open(folder, revision).contents)
+
+    @property
+    def contents(self) -> DeltaContents:
+        """All of the delta, as it is written and merged; shares all tensors."""
+        table = [(name, tensor.shape) for name, tensor in self.tensors.items()]
+        return DeltaContents(table, lambda: iter(self.tensors.items()), self.carried, self.new_rows, lambda: self.info)
 
     @property
     def q(self) -> float:
@@ -75,15 +113,13 @@ class SparseDelta:
     @property
     def density(self) -> float:
         """Stored entries (kept and carried) over all entries of the model, in [0, 1]."""
-        dense = sum(t.numel() for part in (self.carried, self.new_rows) for t in part.values())
+        dense = sum(t.numel() for t in (*self.carried.values(), *self.new_rows.values()))
         return (self.num_kept + dense) / max(self.info.entries, 1)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of ``delta_model.safetensors`` and ``delta_config.json`` as ``save_pretrained`` writes them."""
-        from dpp_lightning.delta.folder import encode
-
-        model, config = encode(self)
+        """Bytes of ``delta_model.safetensors`` and ``delta_config.json`` as :meth:`save_pretrained` writes them."""
+        model, config = self.to_bytes()
         return len(model) + len(config)
 
     def rescaled(self, q: float) -> SparseDelta:
@@ -101,8 +137,8 @@ class SparseDelta:
         Raises:
             ValueError: it merges no such task.
         """
-        info, carried = of_task(self.info, self.carried, task)
-        return SparseDelta(self.tensors, carried, info, self.new_rows)
+        contents = of_task(self.contents, task)
+        return SparseDelta(self.tensors, dict(contents.carried), contents.info(), self.new_rows)
 
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
         """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
@@ -118,15 +154,13 @@ class SparseDelta:
             ValueError: tensors missing or of another shape, another base, or values that overflow the target's dtype.
             RuntimeError: this delta is applied to the target already.
         """
-        found = self._find(target)
-        if any(tensor in self._originals for tensor in found.values()):
+        targets = self._find(target)
+        if any(tensor in self._originals for tensor in targets.values()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
-        kept, values = self._kept_and_sums(found, target, force=force)
-        for name, tensor in found.items():
-            self._originals[tensor] = kept[name] if name in self.tensors else tensor.detach().clone()
-            if name in self.new_rows:
-                self._originals[tensor] = (kept[name], self._rows(name, tensor).clone())
-        self._write_all(found, lambda name: (values.get(name), self.new_rows.get(name)))
+        base_values, sums = self._base_values_and_sums(targets, target, force=force)
+        for name, originals in self._held(targets, base_values).items():
+            self._originals[targets[name]] = originals
+        self._write_all(targets, {name: (sums.get(name), self.new_rows.get(name)) for name in targets})
 
     def revert_(self, target: TensorSource, *, base: TensorSource | None = None) -> None:
         """Take the delta off in place, bit for bit. O(kept).
@@ -139,22 +173,20 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors.
         """
-        found = self._find(target)
+        targets = self._find(target)
         if base is not None:
-            source = self._find(base)
-            kept = {n: gather_entries(source[n], part.indices) for n, part in self.tensors.items()}
-            originals: dict[str, Any] = {n: source[n].detach().clone() for n in self.carried} | kept
-            originals |= {n: (kept[n], self._rows(n, source[n]).clone()) for n in self.new_rows}
-        elif all(tensor in self._originals for tensor in found.values()):
-            originals = {name: self._originals[tensor] for name, tensor in found.items()}
+            sources = self._find(base)
+            kept = {name: gather_entries(sources[name], tensor.indices) for name, tensor in self.tensors.items()}
+            originals = self._held(sources, kept)
+        elif all(tensor in self._originals for tensor in targets.values()):
+            originals = {name: self._originals[tensor] for name, tensor in targets.items()}
         else:
             raise RuntimeError(
                 "this delta is not applied to the target, so there is nothing to revert; if it was applied in another "
                 "process or by another SparseDelta object, pass base= with the base's weights"
             )
-        pairs = {name: value if isinstance(value, tuple) else (value, None) for name, value in originals.items()}
-        self._write_all(found, pairs.__getitem__)
-        for tensor in found.values():
+        self._write_all(targets, originals)
+        for tensor in targets.values():
             self._originals.pop(tensor, None)
 
     @contextmanager
@@ -182,18 +214,32 @@ class SparseDelta:
         Raises:
             ValueError: as :meth:`apply_`, before anything is yielded.
         """
-        found, own = self._find(base), source_names(base)
-        _, values = self._kept_and_sums(found, base, force=force)
-        names = match_names(self.tensors, own)
-        for name, part in self.tensors.items():
-            value, indices, rows = values[name], part.indices.long(), self.new_rows.get(name)
+        base_tensors, base_names = self._find(base), source_names(base)
+        _, sums = self._base_values_and_sums(base_tensors, base, force=force)
+        names = match_names(self.tensors, base_names)
+        for name, sparse in self.tensors.items():
+            tensor, values, indices, rows = (
+                base_tensors[name],
+                sums[name],
+                sparse.indices.long(),
+                self.new_rows.get(name),
+            )
             if rows is not None:
-                first = found[name].numel() - rows.numel()
-                indices = torch.cat([indices, torch.arange(first, found[name].numel())])
-                value = torch.cat([value, rows.to(value).reshape(-1)])
+                indices = torch.cat([indices, torch.arange(tensor.numel() - rows.numel(), tensor.numel())])
+                values = torch.cat([values, rows.to(values).reshape(-1)])
             if indices.numel():
-                tensor = found[name]
-                yield AbsoluteEntries(own[names[name]], tuple(tensor.shape), tensor.dtype, value, indices)
+                yield AbsoluteEntries(base_names[names[name]], tuple(tensor.shape), tensor.dtype, values, indices)
+
+    def to_bytes(self, *, dtype: str | torch.dtype | None = None, positions: str | None = None) -> tuple[bytes, bytes]:
+        """The delta as the bytes of ``delta_model.safetensors`` and ``delta_config.json``.
+
+        Args:
+            dtype, positions: as for :meth:`save_pretrained`.
+
+        Raises:
+            ValueError: as :meth:`save_pretrained`.
+        """
+        return encode(self.contents, dtype, positions)
 
     def save_pretrained(
         self,
@@ -202,6 +248,7 @@ class SparseDelta:
         dtype: str | torch.dtype | None = None,
         positions: str | None = None,
         scores: Mapping[str, float] | None = None,
+        reference_scores: Mapping[str, float] | None = None,
         side_files: Mapping[str, Path | bytes] | None = None,
     ) -> Path:
         """Write ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card; whole or not at all.
@@ -211,30 +258,25 @@ class SparseDelta:
             dtype: how the kept values are held (float32, bfloat16, float16, int8, int4); default as drawn.
             positions: ``seed`` (no bytes; only a seeded selection) or ``index`` (coded near their entropy); default
                 the smaller that is possible.
-            scores: figures for the card, name to value.
+            scores: figures of base plus delta for the card and its ``model-index``, name to value, such as
+                ``{"val_acc": 0.91}``.
+            reference_scores: figures of other models for the card's table alone, such as ``{"base": 0.52}``.
             side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``.
 
         Raises:
             ValueError: unknown dtype or coding, or values that overflow the dtype.
+            FileExistsError: the folder holds something other than a delta.
             OSError: the folder cannot be written.
         """
-        from dpp_lightning.delta.folder import write_folder
-
-        return write_folder(
-            self, Path(folder), dtype=dtype, positions=positions, scores=scores, side_files=side_files or {}
+        return save_folder(
+            self.contents,
+            Path(folder),
+            dtype=dtype,
+            positions=positions,
+            scores=scores,
+            reference_scores=reference_scores,
+            side_files=side_files,
         )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None) -> SparseDelta:
-        """Read a delta from a local folder or a hub id, checking everything before use.
-
-        Raises:
-            FileNotFoundError: no such folder, or a folder without a delta.
-            ValueError: a file that is damaged, hostile, or of a newer format.
-        """
-        from dpp_lightning.delta.reader import DeltaReader
-
-        return DeltaReader.open(folder, revision).delta()
 
     def push_to_hub(
         self,
@@ -251,80 +293,103 @@ class SparseDelta:
         Args:
             repo_id: ``name`` or ``organisation/name``; made if absent.
             revision: branch to commit to.
-            private, token, commit_message: as in ``huggingface_hub``.
+            private, token, commit_message: as in :func:`dpp_lightning.storage.hub.upload_folder`.
             save_settings: as for :meth:`save_pretrained`.
 
         Returns:
             The address of the commit.
+
+        Raises:
+            ValueError: as :meth:`save_pretrained`, before the hub is asked, or a malformed ``repo_id``.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses, for example for want of a valid token.
         """
         from dpp_lightning.storage.hub import upload_folder  # its client takes half a second to import
 
         with TemporaryDirectory() as temporary:
-            folder = self.save_pretrained(Path(temporary) / "delta", **save_settings)  # before the hub is asked
+            folder = self.save_pretrained(Path(temporary) / "delta", **save_settings)
             return upload_folder(
                 folder, repo_id, revision=revision, private=private, token=token, commit_message=commit_message
             )
 
-    def _kept_and_sums(
-        self, found: dict[str, Tensor], target: TensorSource, *, force: bool
+    def _base_values_and_sums(
+        self, targets: dict[str, Tensor], target: TensorSource, *, force: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Per pruned tensor the target's values at the kept entries and theta_0 + value / q there, all checked."""
-        shared = any(is_dtensor(tensor) for tensor in found.values())  # collectives have one order
-        each = in_order if shared else over_threads
-        kept = each(lambda name: gather_entries(found[name], self.tensors[name].indices), self._sizes(self.tensors))
+        in_shards = any(is_dtensor(tensor) for tensor in targets.values())
+        for_each = in_order if in_shards else over_threads  # all ranks must call collectives in one order
+        kept = for_each(
+            lambda name: gather_entries(targets[name], self.tensors[name].indices), self._sizes(self.tensors)
+        )
         if not force:
             self._check_base(kept, target)
         sums: dict[str, Tensor] = {}
         for names in group_by_device_and_dtype(kept):
-            total = add_rescaled(
+            together = add_rescaled(
                 torch.cat([kept[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
             )
-            added = dict(zip(names, total.split([kept[n].numel() for n in names]), strict=True))
-            if not bool(torch.isfinite(total.sum(dtype=torch.float64))):  # a single value would make the sum so
-                wrong = [name for name, part in added.items() if not bool(torch.isfinite(part).all())]
-                if wrong:
-                    raise ValueError(
-                        f"{wrong[0]}: theta_0 + value / q is not finite in {total.dtype} at q={self.q:g}; "
-                        "use a wider dtype or a larger q"
-                    )
-            sums |= added
+            group = dict(zip(names, together.split([kept[n].numel() for n in names]), strict=True))
+            if not bool(torch.isfinite(together.sum(dtype=torch.float64))):  # a single value would make the sum so
+                self._check_finite(group)
+            sums |= group
         return kept, sums
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in the fine-tuned model."""
+    def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
+        for name, values in sums.items():
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"{name}: theta_0 + value / q is not finite in {values.dtype} at q={self.q:g}; "
+                    "use a wider dtype or a larger q"
+                )
+
+    def _check_base(self, kept: Mapping[str, Tensor], target: TensorSource) -> None:
+        check = EntriesHash()
+        for values in kept.values():
+            check.update(values)
+        if check.hexdigest() != self.info.base_check:
+            raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), self.info))
+
+    def _find(self, target: TensorSource) -> dict[str, Tensor]:
+        """The target's tensors under this delta's names, shapes checked."""
+        of_task(self.contents, None)  # a merged delta needs its task chosen
+        shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
+        return find_tensors(shapes, canonical_tensors(target), describe_source(target), self.info)
+
+    def _finetuned_shape(self, name: str) -> tuple[int, ...]:
         if name in self.carried:
             return tuple(self.carried[name].shape)
         shape, rows = self.tensors[name].shape, self.new_rows.get(name)
         return shape if rows is None else (shape[0] + len(rows), *shape[1:])
 
-    def _find(self, target: TensorSource) -> dict[str, Tensor]:
-        """The target's tensors under this delta's names, shapes checked."""
-        of_task(self.info, self.carried, None)  # a merged delta needs its task chosen
-        shapes = {name: self._shape(name) for name in (*self.tensors, *self.carried)}
-        return matched(shapes, canonical_tensors(target), describe_source(target), self.info)
-
-    def _check_base(self, kept: dict[str, Tensor], target: TensorSource) -> None:
-        digest = EntriesHash()
-        for values in kept.values():
-            digest.update(values)
-        if digest.hexdigest() != self.info.base_check:
-            raise ValueError(wrong_base(describe_source(target), digest.hexdigest(), self.info))
+    def _held(
+        self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Copies of all that applying overwrites: values at kept entries or of a carried tensor, and those of new
+        rows."""
+        return {
+            name: (
+                kept[name] if name in self.tensors else tensor.detach().clone(),
+                self._rows(name, tensor).clone() if name in self.new_rows else None,
+            )
+            for name, tensor in tensors.items()
+        }
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows of a target's tensor that the base's vocabulary does not have."""
         return tensor.detach()[self.tensors[name].shape[0] :]
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         """How much there is to read or write of each tensor."""
         return {n: (self.tensors[n].values if n in self.tensors else self.carried[n]).numel() for n in names}
 
-    def _write_all(self, found: dict[str, Tensor], value: Callable[[str], tuple[Tensor | None, Tensor | None]]) -> None:
-        over_threads(lambda name: self._write(name, found[name], *value(name)), self._sizes(found))
+    def _write_all(self, targets: dict[str, Tensor], values: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
+        over_threads(lambda name: self._write(name, targets[name], *values[name]), self._sizes(targets))
 
-    def _write(self, name: str, tensor: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
+    def _write(self, name: str, target: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
+        """Overwrite kept entries and new rows of a tensor, or all of a carried one (None: with what is carried)."""
         if name in self.carried:
-            tensor.detach().copy_(shard_like(self.carried[name] if values is None else values, tensor))
+            target.detach().copy_(shard_like(self.carried[name] if values is None else values, target))
             return
         assert values is not None
-        scatter_entries(tensor, self.tensors[name].indices, values)
+        scatter_entries(target, self.tensors[name].indices, values)
         if rows is not None:
-            self._rows(name, tensor).copy_(rows)
+            self._rows(name, target).copy_(rows)

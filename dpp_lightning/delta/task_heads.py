@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from dpp_lightning.delta.contents import DeltaInfo
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
 
-_MARK = "/"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_SEPARATOR = "/"  # between a task and the name of its tensor
+_TASK_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")  # Windows drops a dot at the end of a folder
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse names that cannot name files and tensors, or that come twice.
+def check_task_names(tasks: Sequence[str]) -> None:
+    """Refuse names that cannot name files and tensors, or that come twice, where case does not count.
 
     Raises:
         ValueError: with the names and the cure.
     """
-    wrong = [task for task in tasks if not _NAME.fullmatch(task)]
-    if wrong or len(set(tasks)) != len(tasks):
+    unusable = [task for task in tasks if not _TASK_NAME.fullmatch(task)]
+    if unusable or len({task.lower() for task in tasks}) != len(tasks):
         raise ValueError(
             f"the deltas are named {', '.join(map(repr, tasks))}: each needs a name of its own of letters, digits, "
             "'_', '-' and '.'; give them in the deltas' order (tasks=, --tasks sst2 cola)"
@@ -34,59 +34,60 @@ def task_names(info: DeltaInfo) -> list[str]:
     return [str(task) for task in tasks] if isinstance(tasks, list) else []
 
 
-def for_tasks(carried: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Carried tensors of several tasks as one mapping: what all have alike once, the others under their task's name.
+def merge_carried(carried: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Carried tensors of several tasks as one mapping: those that all tasks have alike once, the others under their
+    task's name.
 
     Args:
         carried: task to (canonical name to tensor).
     """
     merged: dict[str, Tensor] = {}
     first, *others = carried.values()
-    for name in sorted({name for own in carried.values() for name in own}):
-        if name in first and all(name in own and _equal(first[name], own[name]) for own in others):
+    for name in sorted({name for task_carried in carried.values() for name in task_carried}):
+        if name in first and all(name in other and _equal(first[name], other[name]) for other in others):
             merged[name] = first[name]
-            continue
-        merged |= {f"{task}{_MARK}{name}": own[name] for task, own in carried.items() if name in own}
+        else:
+            merged |= {
+                f"{task}{_SEPARATOR}{name}": tensors[name] for task, tensors in carried.items() if name in tensors
+            }
     return merged
 
 
-def need_choice(tasks: Sequence[str], carried: Iterable[str]) -> bool:
-    """Whether something is carried for single tasks, so that one must be chosen before a merged delta is used."""
-    return any(name.startswith(f"{task}{_MARK}") for task in tasks for name in carried)
+def needs_task(contents: DeltaContents) -> bool:
+    """Whether a delta carries tensors for single tasks, so that one task must be chosen before it is used."""
+    tasks = task_names(contents.info())
+    return any(name.startswith(f"{task}{_SEPARATOR}") for task in tasks for name in contents.carried)
 
 
-def of_task(info: DeltaInfo, carried: Mapping[str, Tensor], task: str | None) -> tuple[DeltaInfo, dict[str, Tensor]]:
-    """Description and carried tensors of a merged delta as one task uses it.
+def of_task(contents: DeltaContents, task: str | None) -> DeltaContents:
+    """A delta as one task uses it: described as that task's, with that task's carried tensors.
 
     Args:
-        info, carried: of the merged delta, or of one that is no merge.
+        contents: of a merged delta, or of one that is no merge.
         task: one of its tasks; None where nothing differs between them.
 
     Raises:
         ValueError: a task that is not in it, or none where one must be chosen.
     """
+    info = contents.info()
     tasks = task_names(info)
     if task is None:
-        if need_choice(tasks, carried):
+        if needs_task(contents):
             raise ValueError(
                 f"this delta merges {', '.join(tasks)}, with a head for each: choose one "
                 f"(delta.for_task({tasks[0]!r}), --task {tasks[0]})"
             )
-        return info, dict(carried)
+        return contents
     if task not in tasks:
         known = f"it merges {', '.join(tasks)}" if tasks else "it is no merged delta, so leave the task out"
         raise ValueError(f"the delta has no task {task!r}: {known}")
-    own = _strip_task(carried, task, tasks)
-    unchanged = tuple(name for name in info.unchanged if name not in own)
+    start, starts = f"{task}{_SEPARATOR}", tuple(f"{name}{_SEPARATOR}" for name in tasks)
+    carried = {name: tensor for name, tensor in contents.carried.items() if not name.startswith(starts)}
+    carried |= {name[len(start) :]: t for name, t in contents.carried.items() if name.startswith(start)}
+    unchanged = tuple(name for name in info.unchanged if name not in carried)
     settings = {key: value for key, value in info.settings.items() if key != "tasks"} | {"task": task}
-    return replace(info, unchanged=unchanged, settings=settings), own
-
-
-def _strip_task(carried: Mapping[str, Tensor], task: str, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """What is under no task's name, and what is under this task's, without that name."""
-    shared = {n: tensor for n, tensor in carried.items() if not any(n.startswith(f"{t}{_MARK}") for t in tasks)}
-    start = f"{task}{_MARK}"
-    return shared | {name[len(start) :]: tensor for name, tensor in carried.items() if name.startswith(start)}
+    task_info = replace(info, unchanged=unchanged, settings=settings)
+    return replace(contents, carried=carried, info=lambda: task_info)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

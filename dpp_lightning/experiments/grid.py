@@ -90,7 +90,8 @@ class Experiment:
         method_settings: a method's own settings under its name.
         split, q_split: names of the scored data and of the data q is searched on.
         side_files: further files for the deltas' folders, name to bytes.
-        card: further figures for the deltas' cards, such as the scores of base and fine-tuned model.
+        monitor: name of the score, for the deltas' cards.
+        reference_scores: further figures for the cards, such as the scores of base and fine-tuned model.
         done: (method, rate, seed) of the rows that an earlier, unfinished run made; they are left out.
         last: the last delta that was scored.
     """
@@ -108,7 +109,8 @@ class Experiment:
     split: str = "validation"
     q_split: str = "calibration"
     side_files: dict[str, bytes] = field(default_factory=dict)
-    card: dict[str, float] = field(default_factory=dict)
+    monitor: str = "score"
+    reference_scores: dict[str, float] = field(default_factory=dict)
     gradients: OutputGradients | None = None
     done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
@@ -180,7 +182,10 @@ class Experiment:
             num_bytes = delta.num_bytes
         else:  # the bytes that were written, without encoding them a second time
             saved = delta.save_pretrained(
-                self.folder / name, scores={**self.card, "pruned": score}, side_files=self.side_files
+                self.folder / name,
+                scores={self.monitor: score},
+                reference_scores=self.reference_scores,
+                side_files=self.side_files,
             )
             num_bytes = delta_bytes(saved)
         return Result(
@@ -192,7 +197,7 @@ class Experiment:
             num_kept=delta.num_kept,
             density=delta.density,
             num_bytes=num_bytes,
-            ratio=info.dense_bytes / max(num_bytes, 1),
+            ratio=info.ratio(num_bytes),
             seconds=time.perf_counter() - start,
             forwards=forwards,
             split=self.split,

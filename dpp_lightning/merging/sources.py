@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from dpp_lightning.delta.config_file import Table
-from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
-from dpp_lightning.delta.match_tensors import matched
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.folder import DeltaReader
+from dpp_lightning.delta.match_tensors import find_tensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.delta.task_heads import check_tasks, task_names
+from dpp_lightning.delta.task_heads import check_task_names, task_names
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import match_names
 
@@ -24,19 +23,12 @@ class MergeSource:
 
     Attributes:
         task: its name.
-        info: its description.
-        table: canonical name and shape of every pruned tensor, in order.
-        tensors: starts to read name and kept entries of one tensor after the other.
-        carried, new_rows: canonical name to dense tensor.
+        contents: what it consists of.
         folder: where it lies, if it does.
     """
 
     task: str
-    info: DeltaInfo
-    table: Table
-    tensors: Callable[[], Iterator[tuple[str, SparseTensor]]]
-    carried: Mapping[str, Tensor]
-    new_rows: Mapping[str, Tensor]
+    contents: DeltaContents
     folder: Path | None = None
 
     @classmethod
@@ -50,20 +42,18 @@ class MergeSource:
             raise ValueError("there is nothing to merge: give at least one delta")
         if tasks is not None and len(tasks) != len(deltas):
             raise ValueError(f"got {len(tasks)} task names for {len(deltas)} deltas: {', '.join(tasks)}")
-        names = list(tasks or (_name(delta, place) for place, delta in enumerate(deltas)))
-        check_tasks(names)
+        folders = [delta.folder if isinstance(delta, DeltaReader) else None for delta in deltas]
+        names = list(tasks or (folder.name if folder else f"task{k}" for k, folder in enumerate(folders)))
+        check_task_names(names)
         for name, delta in zip(names, deltas, strict=True):
             if inner := task_names(delta.info):
                 raise ValueError(f"{name} is a merge of {', '.join(inner)}: merge the deltas of single models at once")
-        return [cls._of(delta, name) for name, delta in zip(names, deltas, strict=True)]
+        return [cls(name, delta.contents, at) for name, delta, at in zip(names, deltas, folders, strict=True)]
 
-    @classmethod
-    def _of(cls, delta: SparseDelta | DeltaReader, task: str) -> MergeSource:
-        if isinstance(delta, DeltaReader):
-            table, tensors, folder = delta.chunks.table, delta.tensors, delta.folder
-            return cls(task, delta.info, table, tensors, delta.carried, delta.new_rows, folder)
-        table = [(name, part.shape) for name, part in delta.tensors.items()]
-        return cls(task, delta.info, table, lambda: iter(delta.tensors.items()), delta.carried, delta.new_rows)
+    @property
+    def info(self) -> DeltaInfo:
+        """The delta's description."""
+        return self.contents.info()
 
     def names_in(self, base: Mapping[str, Tensor], where: str) -> dict[str, str]:
         """This delta's names of what is not carried, to the base's.
@@ -71,16 +61,16 @@ class MergeSource:
         Raises:
             ValueError: tensors that the base lacks or has in another shape, all in one message.
         """
-        shapes: dict[str, tuple[int, ...] | None] = dict(self.table)
+        shapes: dict[str, tuple[int, ...] | None] = dict(self.contents.table)
         shapes |= dict.fromkeys((*self.info.reverted, *self.info.unchanged))
-        matched(shapes, base, where, self.info, longer=True)
+        find_tensors(shapes, base, where, self.info, longer=True)
         return match_names(shapes, base)
 
     def fits(self, base: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
         """Whether the first tensor with kept entries was pruned against this base: a wrong one is known at once."""
         check = EntriesHash()
-        for name, part in self.tensors():
-            check.update(gather_entries(base[names[name]], part.indices))
+        for name, tensor in self.contents.tensors():
+            check.update(gather_entries(base[names[name]], tensor.indices))
             if check.first:
                 return check.first == self.info.base_first
         return True
@@ -92,15 +82,11 @@ class MergeSource:
             ValueError: at the end, if the base's values at the kept entries are not those of this delta's own base.
         """
         check = EntriesHash()
-        for name, part in self.tensors():
-            check.update(gather_entries(base[names[name]], part.indices))
-            yield names[name], part
+        for name, tensor in self.contents.tensors():
+            check.update(gather_entries(base[names[name]], tensor.indices))
+            yield names[name], tensor
         if check.hexdigest() != self.info.base_check:
-            raise ValueError(odd_ones([self], [self]))
-
-
-def _name(delta: SparseDelta | DeltaReader, place: int) -> str:
-    return delta.folder.name if isinstance(delta, DeltaReader) else f"task{place}"
+            raise ValueError(_wrong_bases_message([self], [self]))
 
 
 def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], where: str) -> list[dict[str, str]]:
@@ -109,22 +95,22 @@ def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], wh
     Raises:
         ValueError: tensors that the base lacks, or deltas of another base, as far as that is known at once.
     """
-    names = [source.names_in(base, where) for source in sources]
-    odd = [source for source, own in zip(sources, names, strict=True) if not source.fits(base, own)]
-    if odd:
-        raise ValueError(odd_ones(odd, sources))
-    return names
+    all_names = [source.names_in(base, where) for source in sources]
+    wrong = [source for source, names in zip(sources, all_names, strict=True) if not source.fits(base, names)]
+    if wrong:
+        raise ValueError(_wrong_bases_message(wrong, sources))
+    return all_names
 
 
-def odd_ones(odd: Sequence[MergeSource], sources: Sequence[MergeSource]) -> str:
-    """The message for deltas of another base: which, what their base is, and what that of the others is."""
-    others = sorted({s.info.base_fingerprint for s in sources if s not in odd})
+def _wrong_bases_message(wrong: Sequence[MergeSource], sources: Sequence[MergeSource]) -> str:
+    """What to say of deltas of another base: which, what their base is, and what that of the others is."""
+    others = sorted({s.info.base_fingerprint for s in sources if s not in wrong})
     lines = [
-        f"{s.task}: its base is {s.info.base_name or '(unnamed)'}, fingerprint {s.info.base_fingerprint}" for s in odd
+        f"{s.task}: its base is {s.info.base_name or '(unnamed)'}, fingerprint {s.info.base_fingerprint}" for s in wrong
     ]
-    rest = f" The other deltas' base has the fingerprint {', '.join(others)}." if others else ""
+    rest = f"The other deltas' base has the fingerprint {', '.join(others)}. " if others else ""
     return (
         "these deltas were not pruned against the base that was given; only deltas of one base can be merged:\n  "
         + "\n  ".join(lines)
-        + f"\n{rest.strip()} Leave them out, or give their base in its own dtype"
+        + f"\n{rest}Leave them out, or give their base in its own dtype"
     )

@@ -20,7 +20,7 @@ from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
 from dpp_lightning.tensors.names import canonical_tensors, describe_source, source_names
 
 
-class Blend(nn.Module):
+class MergedTensor(nn.Module):
     """One tensor of the base and the kept entries that the deltas have in it.
 
     Args:
@@ -33,54 +33,54 @@ class Blend(nn.Module):
 
     def __init__(self, tensor: Tensor, entries: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self._held = (tensor,)  # in a tuple, so that it does not become a parameter of this module too
+        self._in_tuple = (tensor,)  # so that it does not become a parameter of this module too
         self.deltas = sorted(entries)
-        union, places = union_of([entries[k][0] for k in self.deltas], tensor.numel())
+        union, indices_in_union = union_of([entries[k][0] for k in self.deltas], tensor.numel())
         self.register_buffer("union", union, persistent=False)
         self.register_buffer("original", gather_entries(tensor, union), persistent=False)
-        for k, place in zip(self.deltas, places, strict=True):
-            self.register_buffer(f"place{k}", place, persistent=False)
+        for k, indices in zip(self.deltas, indices_in_union, strict=True):
+            self.register_buffer(f"indices{k}", indices, persistent=False)
             self.register_buffer(f"values{k}", entries[k][1].float(), persistent=False)
 
     @property
     def tensor(self) -> Tensor:
         """The module's parameter."""
-        return self._held[0]
+        return self._in_tuple[0]
 
     def write(self, weights: Tensor) -> None:
         """Overwrite the kept entries with theta_0 + sum_k weights_k delta_k; ``weights``: (deltas,)."""
         total = self.original.float()
         for k in self.deltas:
-            total = total.index_add(0, getattr(self, f"place{k}"), getattr(self, f"values{k}") * weights[k])
+            total = total.index_add(0, getattr(self, f"indices{k}"), getattr(self, f"values{k}") * weights[k])
         scatter_entries(self.tensor, self.union, total.to(self.tensor.dtype))
 
     def restore(self) -> None:
         """Put the base's values back, bit for bit."""
         scatter_entries(self.tensor, self.union, self.original)
 
-    def pull(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The gradient of the weights, (deltas,), from that of the tensor."""
+    def weight_gradient(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """The gradient of the weights, (deltas,), from that of the tensor; dtype and device as ``like``."""
         at_union = gather_entries(gradient, self.union).float()
-        pulled = torch.zeros_like(like)
+        weight_gradient = torch.zeros_like(like)
         for k in self.deltas:
-            pulled[k] = (at_union[getattr(self, f"place{k}")] * getattr(self, f"values{k}")).sum()
-        return pulled
+            weight_gradient[k] = (at_union[getattr(self, f"indices{k}")] * getattr(self, f"values{k}")).sum()
+        return weight_gradient
 
 
-class _Merged(torch.autograd.Function):
+class _UseMerged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, blend: Blend) -> Tensor:
-        ctx.blend = blend
+    def forward(ctx: Any, weights: Tensor, merged: MergedTensor) -> Tensor:
+        ctx.merged = merged
         ctx.save_for_backward(weights)
-        return blend.tensor.detach()
+        return merged.tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
-        return ctx.blend.pull(gradients[0], weights), None
+        return ctx.merged.weight_gradient(gradients[0], weights), None
 
 
-class Blends(nn.Module):
+class MergedTensors(nn.Module):
     """All tensors of a base that some delta changes.
 
     Args:
@@ -96,29 +96,35 @@ class Blends(nn.Module):
 
     def __init__(self, module: nn.Module, sources: Sequence[MergeSource]) -> None:
         super().__init__()
-        base, own = canonical_tensors(module), source_names(module)
+        base, module_names = canonical_tensors(module), source_names(module)
         entries: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-        for k, (source, names) in enumerate(
-            zip(sources, names_in_base(sources, base, describe_source(module)), strict=True)
-        ):
-            for name, part in source.checked(base, names):
-                entries.setdefault(name, {})[k] = (part.indices, part.values.float() / source.info.q)
+        names_of_each = names_in_base(sources, base, describe_source(module))
+        for k, (source, names) in enumerate(zip(sources, names_of_each, strict=True)):
+            for name, tensor in source.checked(base, names):
+                entries.setdefault(name, {})[k] = (tensor.indices, tensor.values.float() / source.info.q)
         self.names = sorted(entries)
-        self._own = [own[name] for name in self.names]
-        self.parts = nn.ModuleList(Blend(base[name], entries[name]) for name in self.names)
+        self._module_names = [module_names[name] for name in self.names]
+        self.merged = nn.ModuleList(MergedTensor(base[name], entries[name]) for name in self.names)
 
     def write(self, coefficients: Tensor) -> None:
         """Let the module hold the merged weights; ``coefficients``: (tensors, deltas) or (1, deltas)."""
         with torch.no_grad():
-            for i, part in enumerate(self.parts):
-                part.write(coefficients[min(i, len(coefficients) - 1)])  # type: ignore[operator]
+            for merged, weights in zip(self.merged, self._rows(coefficients), strict=True):
+                merged.write(weights)  # type: ignore[operator]
 
     def restore(self) -> None:
         """Let the module hold the base's weights again."""
-        for part in self.parts:
-            part.restore()  # type: ignore[operator]
+        for merged in self.merged:
+            merged.restore()  # type: ignore[operator]
 
     def tensors(self, coefficients: Tensor) -> dict[str, Tensor]:
         """The module's own name of each tensor to its value as :meth:`write` left it, for ``functional_call``."""
-        rows = [coefficients[min(i, len(coefficients) - 1)] for i in range(len(self.parts))]
-        return {own: _Merged.apply(row, part) for own, row, part in zip(self._own, rows, self.parts, strict=True)}
+        rows = self._rows(coefficients)
+        return {
+            name: _UseMerged.apply(weights, merged)
+            for name, weights, merged in zip(self._module_names, rows, self.merged, strict=True)
+        }
+
+    def _rows(self, coefficients: Tensor) -> list[Tensor]:
+        """The weights of the deltas in each tensor; one row serves all tensors."""
+        return [coefficients[min(i, len(coefficients) - 1)] for i in range(len(self.merged))]

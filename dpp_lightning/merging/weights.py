@@ -30,8 +30,8 @@ class DeltaWeight:
             return self.weight
         if name in self.weight:
             return self.weight[name]
-        found = [pattern for pattern in self.weight if fnmatchcase(name, pattern)]
-        return self.weight[max(found, key=len)] if found else self.default
+        patterns = [pattern for pattern in self.weight if fnmatchcase(name, pattern)]
+        return self.weight[max(patterns, key=len)] if patterns else self.default
 
     def plain(self) -> float | None:
         """The number, where it is one for all tensors."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource
-from dpp_lightning.delta.config_file import CONFIG_FILE, read_config, with_q
-from dpp_lightning.delta.contents import SparseTensor
-from dpp_lightning.delta.folder import write_card, write_files
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.config_file import CONFIG_FILE
+from dpp_lightning.delta.contents import DeltaContents, SparseTensor
+from dpp_lightning.delta.folder import set_q, write_files
+from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.in_memory import draw_and_fit, find_rescaling, with_layer_inputs
 from dpp_lightning.pruning.plan import PruningPlan
@@ -74,10 +74,10 @@ def prune_checkpoint(
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:
-                found = find_rescaling(plan, spec, drawn := DeltaReader.open(folder).delta(), calibration)
+                found = find_rescaling(plan, spec, drawn := SparseDelta.from_pretrained(folder), calibration)
                 q = found.apply(drawn).q if found is not None else None
             if q is not None:
-                _set_q(folder, plan, q)
+                set_q(folder, q)
         else:  # the kept values get weights, which are known only when all entries are
             draw_and_fit(plan, spec, calibration)[0].save_pretrained(folder, side_files=beside)
     return Path(output)
@@ -88,24 +88,14 @@ def _stream(
 ) -> None:
     """Draw and write one pair of tensors at a time."""
     check = EntriesHash()
-    write_files(
-        folder,
-        _with_hashes(plan, plan.stream(spec), check, progress),
+    contents = DeltaContents(
+        [(pair.name, pair.shape) for pair in plan.pairs],
+        lambda: _with_hashes(plan, plan.stream(spec), check, progress),
         plan.carried,
         plan.new_rows,
         lambda: plan.info(spec, check),
-        seeded=spec.row.seeded,
-        dtype=spec.dtype,
-        scores={},
-        side_files=beside,
     )
-
-
-def _set_q(folder: Path, plan: PruningPlan, q: float) -> None:
-    """Put another q into a delta that is written."""
-    config = with_q((folder / CONFIG_FILE).read_bytes(), q)
-    (folder / CONFIG_FILE).write_bytes(config)
-    write_card(folder, read_config(config)[0], {}, {**plan.carried, **plan.new_rows})
+    write_files(folder, contents, seeded=spec.row.seeded, dtype=spec.dtype, side_files=beside)
 
 
 def _with_hashes(

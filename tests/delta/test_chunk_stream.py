@@ -18,8 +18,6 @@ from dpp_lightning.delta.coding import chunk_stream
 from dpp_lightning.delta.coding.chunk import CHUNK_KEPT, CHUNK_LEAST, decode_chunk, read_head
 from dpp_lightning.delta.coding.chunk_stream import ChunkReader, ChunkWriter
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
-from dpp_lightning.delta.folder import encode
-from dpp_lightning.delta.reader import decode
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
@@ -184,20 +182,20 @@ def test_decode_is_the_inverse_of_encode(method, rate, dtype):
         return
     delta = drawn(method, rate, dtype)
     for positions in ("seed", "index") if METHODS[method].seeded else ("index",):
-        model, config = encode(delta, positions=positions)
-        back = decode(model, config)
+        model, config = delta.to_bytes(positions=positions)
+        back = SparseDelta.from_bytes(model, config)
         equal_deltas(back, delta)
-        again = encode(back, positions=positions)
-        equal_deltas(decode(*again), delta)
-        assert encode(decode(*again), positions=positions) == again
+        again = back.to_bytes(positions=positions)
+        equal_deltas(SparseDelta.from_bytes(*again), delta)
+        assert SparseDelta.from_bytes(*again).to_bytes(positions=positions) == again
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_other_dtypes(method, weights):
     delta = drawn(method, 0.8, weights=weights)
-    equal_deltas(decode(*encode(delta)), delta)
-    halved = decode(*encode(delta, "bfloat16"))
+    equal_deltas(SparseDelta.from_bytes(*delta.to_bytes()), delta)
+    halved = SparseDelta.from_bytes(*delta.to_bytes(dtype="bfloat16"))
     assert halved.info == replace(delta.info, dtype="bfloat16")
     for name, part in delta.tensors.items():
         assert torch.equal(halved.tensors[name].values, part.values.bfloat16())

@@ -22,8 +22,6 @@ from safetensors.torch import load, save
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.delta.coding.chunk import read_head
-from dpp_lightning.delta.folder import encode
-from dpp_lightning.delta.reader import decode
 from dpp_lightning.tensors.dtypes import INTEGERS
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
@@ -174,7 +172,7 @@ def outcome(read):
         assert message
         return False
     check_valid(delta)
-    again = decode(*encode(delta, positions="index"))
+    again = SparseDelta.from_bytes(*delta.to_bytes(positions="index"))
     assert again.info == delta.info
     if delta.info.dtype not in INTEGERS:  # any scale can be written by hand, and is then rounded once more
         assert all(torch.equal(again.tensors[n].values, part.values) for n, part in delta.tensors.items())
@@ -197,7 +195,7 @@ def run_mutations(count, seed):
     for number in range(count):
         case = mutation(rng)
         try:
-            read += outcome(partial(decode, *case))
+            read += outcome(partial(SparseDelta.from_bytes, *case))
         except Exception as error:
             error.add_note(f"mutation {number} of seed {seed}")
             raise

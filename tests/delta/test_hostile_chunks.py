@@ -21,7 +21,7 @@ from hostile import (
 from safetensors.torch import save
 
 from dpp_lightning.delta.coding.positions import ALL, BITMAP, SEED
-from dpp_lightning.delta.reader import decode
+from dpp_lightning.delta.sparse_delta import SparseDelta
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 
@@ -70,7 +70,7 @@ def test_chunks_that_no_writer_makes_are_refused(fault):
 def test_the_chunk_that_these_are_made_of_is_read():
     for names, dtype in ((ONE, "float32"), (ONE, None), ([["v", [0, 3]], ["w", [100]], ["x", []]], None)):
         blob = chunk(sum(prod(shape) for _, shape in names), 2, b"\0\2", b"", *FLOAT)
-        delta = decode(*with_bare_chunks(blob, tensors=names, dtype=dtype))
+        delta = SparseDelta.from_bytes(*with_bare_chunks(blob, tensors=names, dtype=dtype))
         assert delta.tensors["w"].indices.tolist() == [0, 3]
         assert bool(torch.isfinite(delta.tensors["w"].values).all())
 
@@ -81,7 +81,7 @@ def test_descending_and_equal_positions_cannot_be_written():
     for _ in range(300):
         gaps = bytes(rng.choice([0, 0, 1, 5, 40, 254]) for _ in range(8))
         files_ = with_bare_chunks(chunk(2000, 8, gaps, b"", *[b"\x7f" * 8] * 4), tensors=[["w", [2000]]], dtype=None)
-        check_valid(decode(*files_))
+        check_valid(SparseDelta.from_bytes(*files_))
 
 
 ZEROS = zstandard.ZstdCompressor(level=1).compress(bytes(1 << 28))

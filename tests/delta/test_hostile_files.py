@@ -18,7 +18,6 @@ from hostile import (
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.delta.config_file import read_config, write_config
-from dpp_lightning.delta.reader import decode
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 
@@ -26,7 +25,7 @@ HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_themselves_are_read_and_every_cut_of_them_is_refused(kind):
     model, config = files(kind)
-    check_valid(decode(model, config))
+    check_valid(SparseDelta.from_bytes(model, config))
     for end in {*range(0, len(model), 7), 8, len(model) - 1}:
         refused(model[:end], config)
     for end in {*range(0, len(config) - 2, 7), len(config) - 3}:

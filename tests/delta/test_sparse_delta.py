@@ -13,9 +13,7 @@ from torch import nn
 
 from dpp_lightning import METHODS, SparseDelta, prune
 from dpp_lightning.calibration import Calibration
-from dpp_lightning.delta.config_file import _checksum
-from dpp_lightning.delta.folder import encode
-from dpp_lightning.delta.reader import decode
+from dpp_lightning.delta.config_file import config_checksum
 from dpp_lightning.sampling.sampler import kept_positions
 
 
@@ -273,7 +271,7 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
     base, finetuned = pair()
     delta = prune(base, finetuned, "dare", 0.9)
     delta.save_pretrained(tmp_path / "d")
-    monkeypatch.setattr("dpp_lightning.delta.folder.model_card", lambda *a: 1 / 0)
+    monkeypatch.setattr("dpp_lightning.delta.folder.card_text", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         delta.rescaled(0.5).save_pretrained(tmp_path / "d")
     assert SparseDelta.from_pretrained(tmp_path / "d").q == pytest.approx(0.1)
@@ -318,13 +316,13 @@ def hostile_configs():
 
 @pytest.mark.parametrize(("name", "change"), list(hostile_configs()), ids=lambda x: x if isinstance(x, str) else "")
 def test_hostile_configs_give_a_value_error(name, change):
-    model, config = encode(prune(*pair(), "dare", 0.9))
+    model, config = prune(*pair(), "dare", 0.9).to_bytes()
     changed = change(json.loads(config))
     with pytest.raises(ValueError, match=r"checksum|format"):
-        decode(model, json.dumps(changed).encode())
-    changed["config_checksum"] = _checksum(changed)
+        SparseDelta.from_bytes(model, json.dumps(changed).encode())
+    changed["config_checksum"] = config_checksum(changed)
     with pytest.raises(ValueError, match=r".+"):
-        decode(model, json.dumps(changed).encode())
+        SparseDelta.from_bytes(model, json.dumps(changed).encode())
 
 
 def test_every_method_has_paper_and_address():

@@ -264,7 +264,7 @@ def test_unions_of_positions(numel):
 def test_large_tensors_are_merged_in_blocks(monkeypatch):
     base, _ = pair()
     whole = merge(base, deltas_of(base), "ties")
-    monkeypatch.setattr("dpp_lightning.merging.merger._BLOCK", 50)
+    monkeypatch.setattr("dpp_lightning.merging.merge_deltas._BLOCK", 50)
     for name, part in merge(base, deltas_of(base), "ties").tensors.items():
         assert torch.equal(part.indices, whole.tensors[name].indices)
         assert torch.equal(part.values, whole.tensors[name].values)

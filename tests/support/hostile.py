@@ -14,9 +14,8 @@ from xxhash import xxh3_128_hexdigest
 
 from dpp_lightning import prune
 from dpp_lightning.delta.coding.positions import GAPS
-from dpp_lightning.delta.config_file import _checksum
-from dpp_lightning.delta.folder import encode
-from dpp_lightning.delta.reader import decode
+from dpp_lightning.delta.config_file import config_checksum
+from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.dtypes import DTYPES
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
@@ -37,13 +36,13 @@ def files(kind):
     grown = nn.Embedding(40, 8)
     grown.weight.data[:37] = finetuned.embed.weight.data
     finetuned.embed = grown
-    return encode(prune(base, finetuned, **{"pruning_rate": 0.9, "seed": 4, "carry": ["head.*"], **KINDS[kind]}))
+    return prune(base, finetuned, **{"pruning_rate": 0.9, "seed": 4, "carry": ["head.*"], **KINDS[kind]}).to_bytes()
 
 
 def repaired(model, config):
     """Both checksums made right again, so that what lies behind them is reached."""
     config = {**config, "model_checksum": xxh3_128_hexdigest(model)}
-    return model, json.dumps({**config, "config_checksum": _checksum(config)}).encode()
+    return model, json.dumps({**config, "config_checksum": config_checksum(config)}).encode()
 
 
 def with_config(kind, **changes):
@@ -77,7 +76,7 @@ def chunk(span, kept, *streams, coding=GAPS, shift=0, dtype="float32", form=0):
 
 def refused(model, config, message=None):
     with pytest.raises(ValueError, match=message) as caught:
-        decode(model, config)
+        SparseDelta.from_bytes(model, config)
     assert str(caught.value).strip()
 
 

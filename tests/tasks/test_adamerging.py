@@ -17,7 +17,7 @@ from dpp_lightning import SparseDelta, merge, prune
 from dpp_lightning.callbacks import ApplyDelta
 from dpp_lightning.cli import main
 from dpp_lightning.merging.sources import MergeSource
-from dpp_lightning.merging.trained_weights import Blends
+from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.tasks.adamerging.glue_mix import GLUEMixDataModule
 from dpp_lightning.tasks.adamerging.module import AdaMergingModule, prediction_entropy
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_dense_sums_and_the_base_comes_back(rows):
     base, _ = pair()
     deltas = deltas_of(base)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    blends = Blends(base.requires_grad_(False), MergeSource.all(list(deltas.values()), list(deltas)))
+    blends = MergedTensors(base.requires_grad_(False), MergeSource.all(list(deltas.values()), list(deltas)))
     torch.manual_seed(0)
     shape = (len(blends.names) if rows == "layer" else 1, len(deltas))
     coefficients, twin = (

@@ -2,10 +2,8 @@
 
 All pruned tensors in the order of the config's table, each in C order, form one line of entries. A chunk covers the
 next ``span`` of them: a head, the streams of its positions (:mod:`dpp_lightning.delta.coding.positions`), those of its
-values
-(:mod:`dpp_lightning.delta.coding.values`). So 200 tensors cost no 200 headers, and a file is written and read in
-bounded memory.
-Every stream is one zstandard frame, or the bytes as they are where that is no larger.
+values (:mod:`dpp_lightning.delta.coding.values`). So 200 tensors cost no 200 headers, and a file is written and read in
+bounded memory. Every stream is one zstandard frame, or the bytes as they are where that is no larger.
 """
 
 from __future__ import annotations
@@ -99,8 +97,8 @@ def encode_chunk(span: int, positions: Int64Array, values: list[Tensor], dtype: 
     coding, shift, streams = (SEED, 0, []) if seeded else encode_positions(positions, span)
     form, planes = encode_values(values, dtype) if len(positions) else (0, [])
     head = _HEAD.pack(span, len(positions), coding, shift, DTYPES.index(dtype), form)
-    squeeze = zstandard.ZstdCompressor(level=_LEVEL)
-    return b"".join([head, *(part for stream in (*streams, *planes) for part in _stored(stream, squeeze))])
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    return b"".join([head, *(_stored_stream(stream, compressor) for stream in (*streams, *planes))])
 
 
 def read_head(blob: ByteArray, start: int, left: int, *, seeded: bool) -> Head:
@@ -127,36 +125,36 @@ def read_head(blob: ByteArray, start: int, left: int, *, seeded: bool) -> Head:
     dtype = DTYPES[kind]
     planes = stream_count(dtype, form) if kept else 0
     limits = [*largest_streams(coding, shift, kept, span), *[kept + 1] * planes]
-    at, streams = start + _HEAD.size, []
+    position, streams = start + _HEAD.size, []
     for limit in limits:
-        if at + _STREAM.size > len(blob):
+        if position + _STREAM.size > len(blob):
             raise ValueError("the last chunk is cut short")
-        stored, size = _STREAM.unpack_from(blob.data, at)
-        if size > limit or stored > size or at + _STREAM.size + stored > len(blob):
+        stored, size = _STREAM.unpack_from(blob.data, position)
+        if size > limit or stored > size or position + _STREAM.size + stored > len(blob):
             raise ValueError(f"a stream of {stored} bytes for {size}, where {limit} are the most")
-        streams.append((at + _STREAM.size, stored, size))
-        at += _STREAM.size + stored
-    return Head(span, kept, coding, shift, dtype, form, streams, planes, at)
+        streams.append((position + _STREAM.size, stored, size))
+        position += _STREAM.size + stored
+    return Head(span, kept, coding, shift, dtype, form, streams, planes, position)
 
 
-def decode_chunk(blob: ByteArray, head: Head, place: Callable[[Int64Array | None], list[Int64Array]]) -> Chunk:
+def decode_chunk(blob: ByteArray, head: Head, locate: Callable[[Int64Array | None], list[Int64Array]]) -> Chunk:
     """The chunk of a head.
 
     Args:
         blob: all chunks, shape (bytes,).
         head: from :func:`read_head`.
-        place: from the stored positions in [0, span), or None where the seed gives them, to those in each tensor that
+        locate: from the stored positions in [0, span), or None where the seed gives them, to those in each tensor that
             the chunk touches.
 
     Raises:
         ValueError: streams that :func:`encode_chunk` does not write, or a seed that keeps another number of entries.
     """
-    streams = [_stream(blob, *stream) for stream in head.streams]
+    streams = [_expanded_stream(blob, *stream) for stream in head.streams]
     cut, stored = len(streams) - head.value_streams, None
     if head.coding != SEED:
         stored = decode_positions(head.coding, head.shift, streams[:cut], head.kept, head.span)
-    positions = place(stored)
-    counts = [len(part) for part in positions]
+    positions = locate(stored)
+    counts = [len(tensor_positions) for tensor_positions in positions]
     if sum(counts) != head.kept:
         raise ValueError(f"the seed keeps {sum(counts)} of these {head.span} entries, the file states {head.kept}")
     values = torch.empty(0)
@@ -165,12 +163,10 @@ def decode_chunk(blob: ByteArray, head: Head, place: Callable[[Int64Array | None
     return Chunk(head, positions, values)
 
 
-def _stream(blob: ByteArray, begin: int, stored: int, size: int) -> ByteArray:
+def _expanded_stream(blob: ByteArray, begin: int, stored: int, size: int) -> ByteArray:
     data: ByteArray = blob[begin : begin + stored]
-    return data if stored == size else _expanded(data, size)
-
-
-def _expanded(data: ByteArray, size: int) -> ByteArray:
+    if stored == size:
+        return data
     try:
         if zstandard.frame_content_size(data.data) != size:
             raise ValueError(f"a compressed stream that does not state its {size} bytes")
@@ -180,8 +176,9 @@ def _expanded(data: ByteArray, size: int) -> ByteArray:
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def _stored(stream: npt.NDArray[np.uint8], squeeze: zstandard.ZstdCompressor) -> tuple[bytes, bytes]:
-    data = squeeze.compress(stream.data) if len(stream) > 32 else b""
+def _stored_stream(stream: npt.NDArray[np.uint8], compressor: zstandard.ZstdCompressor) -> bytes:
+    """A stream with its head: compressed, or as it is where that is no larger."""
+    data = compressor.compress(stream.data) if len(stream) > 32 else b""
     if not data or len(data) >= len(stream):
         data = stream.tobytes()
-    return _STREAM.pack(len(data), len(stream)), data
+    return _STREAM.pack(len(data), len(stream)) + data

@@ -24,8 +24,7 @@ from dpp_lightning.delta.coding.chunk import (
     read_head,
 )
 from dpp_lightning.delta.coding.positions import ByteArray, Int64Array
-from dpp_lightning.delta.config_file import Table
-from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
+from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, Table
 from dpp_lightning.sampling.sampler import kept_positions_of
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
 
@@ -49,19 +48,19 @@ class ChunkWriter:
         self.table: Table = []
         self._positions: list[Int64Array] = []
         self._values: list[Tensor] = []
-        self._kind, self._span, self._kept = "float32", 0, 0
+        self._chunk_dtype, self._span, self._kept = "float32", 0, 0
 
-    def add(self, name: str, part: SparseTensor) -> None:
+    def add(self, name: str, tensor: SparseTensor) -> None:
         """The next tensor."""
-        self.table.append((name, part.shape))
-        values = part.values.detach().cpu()
-        indices = part.indices.cpu().numpy()
+        self.table.append((name, tensor.shape))
+        values = tensor.values.detach().cpu()
+        indices = tensor.indices.cpu().numpy()
         if len(indices):  # a tensor without kept entries goes with any dtype
-            kind = self.dtype if self.dtype in INTEGERS else str(values.dtype).removeprefix("torch.")
-            if self._kept and kind != self._kind:
+            dtype = self.dtype if self.dtype in INTEGERS else str(values.dtype).removeprefix("torch.")
+            if self._kept and dtype != self._chunk_dtype:
                 self._flush()
-            self._kind = kind or ""
-        numel, kept, begin = prod(part.shape), len(indices), 0
+            self._chunk_dtype = dtype or ""
+        numel, kept, begin = prod(tensor.shape), len(indices), 0
         for first in range(0, max(kept, 1), CHUNK_KEPT):
             last = min(first + CHUNK_KEPT, kept)
             end = int(indices[last - 1]) + 1 if last < kept else numel
@@ -80,7 +79,7 @@ class ChunkWriter:
 
     def _flush(self) -> None:
         positions = np.concatenate(self._positions)
-        self.sink.write(encode_chunk(self._span, positions, self._values, self._kind, seeded=self.seeded))
+        self.sink.write(encode_chunk(self._span, positions, self._values, self._chunk_dtype, seeded=self.seeded))
         self._positions, self._values, self._span, self._kept = [], [], 0, 0
 
 
@@ -109,7 +108,7 @@ class ChunkReader:
         self.heads = list(self._heads())
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
-        """Place in the table of the first tensor that a chunk touches, and the chunk.
+        """Index in the table of the first tensor that a chunk touches, and the chunk.
 
         Raises:
             ValueError: bytes that :class:`ChunkWriter` does not write.
@@ -117,36 +116,36 @@ class ChunkReader:
         drawn = self._drawn() if self.seeded else None
         for begin, head in self.heads:
             bounds = self._bounds(begin, head.span)
-            yield bounds[0][0], decode_chunk(self.blob, head, partial(self._local, bounds, begin, drawn))
+            yield bounds[0][0], decode_chunk(self.blob, head, partial(self._local_positions, bounds, begin, drawn))
 
     def tensors(self) -> Iterator[tuple[str, SparseTensor]]:
         """Name and kept entries of every tensor in the table's order; errors as :meth:`chunks`."""
-        done, parts = 0, list[tuple[Tensor, Tensor]]()
+        done, pieces = 0, list[tuple[Tensor, Tensor]]()  # tensors yielded; (indices, values) of the next one so far
         for first, chunk in self.chunks():
-            values = chunk.values.split([len(part) for part in chunk.positions])
-            for place, (positions, value) in enumerate(zip(chunk.positions, values, strict=True), first):
-                while done < place:
-                    yield self._whole(done, parts)
-                    done, parts = done + 1, []
+            chunk_values = chunk.values.split([len(positions) for positions in chunk.positions])
+            for index, (positions, values) in enumerate(zip(chunk.positions, chunk_values, strict=True), first):
+                while done < index:
+                    yield self._whole(done, pieces)
+                    done, pieces = done + 1, []
                 if len(positions):
-                    parts.append((self._short(place, positions), value))
-        for place in range(done, len(self.table)):
-            yield self._whole(place, parts)
-            parts = []
+                    pieces.append((self._indices(index, positions), values))
+        for index in range(done, len(self.table)):
+            yield self._whole(index, pieces)
+            pieces = []
 
     def _heads(self) -> Iterator[tuple[int, Head]]:
-        at, begin, total = 0, 0, self._offsets[-1]
+        position, begin, total = 0, 0, self._offsets[-1]
         while begin < total:
-            head = read_head(self.blob, at, total - begin, seeded=self.seeded)
+            head = read_head(self.blob, position, total - begin, seeded=self.seeded)
             stated = self.info.dtype or (head.dtype if head.dtype in FLOATS else "their own dtype")
             if head.kept and head.dtype != stated:
                 raise ValueError(f"a chunk of {head.dtype} values in a delta that holds them in {stated}")
             if self.seeded:
                 self._check_count(head)
             yield begin, head
-            at, begin = head.stop, begin + head.span
-        if at != len(self.blob):
-            raise ValueError(f"{len(self.blob) - at} bytes follow the last chunk")
+            position, begin = head.stop, begin + head.span
+        if position != len(self.blob):
+            raise ValueError(f"{len(self.blob) - position} bytes follow the last chunk")
 
     def _check_count(self, head: Head) -> None:
         """Refuse, before any is drawn, a number of kept entries that no seed can give."""
@@ -154,21 +153,23 @@ class ChunkReader:
         if abs(head.kept - head.span * (1 - p)) > 40 + 40 * sqrt(head.span * p * (1 - p)):
             raise ValueError(f"no seed keeps {head.kept} of {head.span} entries at pruning_rate {p}")
 
-    def _whole(self, place: int, parts: list[tuple[Tensor, Tensor]]) -> tuple[str, SparseTensor]:
-        name, shape = self.table[place]
-        if len(parts) == 1:
-            return name, SparseTensor(shape, *parts[0])
-        if not parts:
-            known = self.info.dtype if self.info.dtype in FLOATS else "float32"
-            none = self._short(place, np.empty(0, np.int64))
-            return name, SparseTensor(shape, none, torch.empty(0, dtype=FLOATS[known]))
-        return name, SparseTensor(shape, torch.cat([i for i, _ in parts]), torch.cat([v for _, v in parts]))
+    def _whole(self, index: int, pieces: list[tuple[Tensor, Tensor]]) -> tuple[str, SparseTensor]:
+        """Name and kept entries of the tensor at an index of the table, put together from what its chunks hold."""
+        name, shape = self.table[index]
+        if len(pieces) == 1:
+            return name, SparseTensor(shape, *pieces[0])
+        if not pieces:
+            dtype = self.info.dtype if self.info.dtype in FLOATS else "float32"
+            none = self._indices(index, np.empty(0, np.int64))
+            return name, SparseTensor(shape, none, torch.empty(0, dtype=FLOATS[dtype]))
+        return name, SparseTensor(shape, torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
 
-    def _short(self, place: int, positions: Int64Array) -> Tensor:
-        return torch.from_numpy(positions if self._sizes[place] >= 2**31 else positions.astype(np.int32))
+    def _indices(self, index: int, positions: Int64Array) -> Tensor:
+        """Positions as int32 where the tensor is small enough for that."""
+        return torch.from_numpy(positions if self._sizes[index] >= 2**31 else positions.astype(np.int32))
 
     def _bounds(self, begin: int, span: int) -> list[tuple[int, int, int]]:
-        """(place, start, stop) of every tensor that [begin, begin + span) touches, start and stop within it."""
+        """(index, start, stop) of every tensor that [begin, begin + span) touches, start and stop within it."""
         first = bisect_right(self._offsets, begin) - 1
         last = bisect_right(self._offsets, begin + span - 1) - 1
         return [
@@ -176,7 +177,7 @@ class ChunkReader:
             for i in range(first, last + 1)
         ]
 
-    def _local(
+    def _local_positions(
         self,
         bounds: list[tuple[int, int, int]],
         begin: int,
@@ -188,22 +189,22 @@ class ChunkReader:
             return [_between(drawn(i), start, stop, self._sizes[i]) for i, start, stop in bounds]
         assert stored is not None
         ends = np.searchsorted(stored, [self._offsets[i] + stop - begin for i, _, stop in bounds])
-        parts = np.split(stored, ends[:-1])
-        return [part - (self._offsets[i] - begin) for part, (i, _, _) in zip(parts, bounds, strict=True)]
+        pieces = np.split(stored, ends[:-1])
+        return [piece - (self._offsets[i] - begin) for piece, (i, _, _) in zip(pieces, bounds, strict=True)]
 
     def _drawn(self) -> Callable[[int], Int64Array]:
-        """Place in the table to the sampler's positions, for places that never go back."""
+        """Index in the table to the sampler's positions, for indices that never go back."""
         names = (name for name, _ in self.table)
         coming = enumerate(
             kept_positions_of(zip(names, self._sizes, strict=True), self.info.pruning_rate, self.info.seed)
         )
-        now = (-1, np.empty(0, np.int64))
+        current = (-1, np.empty(0, np.int64))
 
-        def positions(place: int) -> Int64Array:
-            nonlocal now
-            while now[0] < place:
-                now = next(coming)
-            return now[1]
+        def positions(index: int) -> Int64Array:
+            nonlocal current
+            while current[0] < index:
+                current = next(coming)
+            return current[1]
 
         return positions
 

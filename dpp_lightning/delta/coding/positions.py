@@ -60,10 +60,10 @@ def decode_positions(coding: int, shift: int, streams: list[ByteArray], kept: in
     if coding == BITMAP:
         if len(streams[0]) != (span + 7) // 8:
             raise ValueError(f"a bitmap of {len(streams[0])} bytes is not that of {span} entries")
-        found = np.flatnonzero(np.unpackbits(streams[0], count=span, bitorder="little"))
-        if len(found) != kept:
-            raise ValueError(f"a bitmap marks {len(found)} entries, {kept} were stated")
-        return found
+        positions = np.flatnonzero(np.unpackbits(streams[0], count=span, bitorder="little"))
+        if len(positions) != kept:
+            raise ValueError(f"a bitmap marks {len(positions)} entries, {kept} were stated")
+        return positions
     return _decode_gaps(shift, streams[0], streams[1], kept, span)
 
 

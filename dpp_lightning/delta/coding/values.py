@@ -30,9 +30,9 @@ def encode_values(values: list[Tensor], dtype: str) -> tuple[int, list[ByteArray
     """The kept values of consecutive tensors as (form, streams of bytes); each is of shape (kept >= 1,), all of one
     dtype."""
     if dtype in INTEGERS:
-        parts = [quantize(v, dtype) for v in values]
-        integers = torch.cat([i for i, _ in parts])
-        return PLANES, [integers.numpy().view(np.uint8), *_planes(_bits(torch.cat([s for _, s in parts])))]
+        quantized = [quantize(v, dtype) for v in values]
+        integers, scales = (torch.cat(tensors) for tensors in zip(*quantized, strict=True))
+        return PLANES, [integers.numpy().view(np.uint8), *_planes(_bits(scales))]
     together = _bits(torch.cat(values))
     magnitude = (1 << (8 * together.itemsize - 1)) - 1
     usual = np.array([_usual(_bits(v) & magnitude) for v in values], dtype=together.dtype)
@@ -41,7 +41,7 @@ def encode_values(values: list[Tensor], dtype: str) -> tuple[int, list[ByteArray
     if others > (1 - _EQUAL_SHARE) * together.size:
         return PLANES, _planes(together)
     same = together[~differs] if others else together
-    flags = [np.packbits(part, bitorder="little") for part in (same > magnitude, differs)]
+    flags = [np.packbits(bits, bitorder="little") for bits in (same > magnitude, differs)]
     return SIGNS, [*flags, *_planes(usual), *_planes(together[differs])]
 
 

@@ -16,10 +16,10 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from dpp_lightning.delta.reader import DeltaReader
+from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.sources import MergeSource
-from dpp_lightning.merging.trained_weights import Blends
+from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.tasks.common.module import ScoredModule
 from dpp_lightning.tasks.glue.scores import GLUEScores
@@ -97,7 +97,7 @@ class AdaMergingModule(ScoredModule):
             if lacking := sorted(missing - set(head)):
                 raise ValueError(f"neither the base nor the delta of {source.task} holds {', '.join(lacking)}")
         self.model = model
-        self.blends = Blends(model, sources)
+        self.blends = MergedTensors(model, sources)
         rows = len(self.blends.names) if self.granularity == "layer" else 1
         self.coefficients = nn.Parameter(torch.full((rows, len(self.tasks)), self.start))
         if self._fixed:
