@@ -7,11 +7,10 @@ import json
 import os
 import sys
 import textwrap
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -41,18 +40,16 @@ class FunctionCommand:
         groups: heading of the help to the first option under it; an option belongs to the heading before it.
     """
 
-    function: Callable[..., None]
+    function: Callable[..., object]
     example: str
     groups: Mapping[str, str] = field(default_factory=dict)
 
     def parser(self, name: str) -> ArgumentParser:
         """The parser of ``dpp NAME``, which raises :class:`argparse.ArgumentError` in place of leaving the process."""
-        documented = parse_docstring(inspect.getdoc(self.function) or "")
-        description = [documented.short_description, documented.long_description]
         parser = ArgumentParser(
             f"dpp {name}",
             usage=self._usage(name),
-            description=_plain("\n\n".join(filter(None, description))),
+            description=self.description(),
             epilog=f"example:\n  {self.example}",
             formatter_class=HelpFormatter,
             exit_on_error=False,
@@ -61,6 +58,11 @@ class FunctionCommand:
         parser.add_argument("--config", action=ActionConfigFile, help=_CONFIG)
         self.add_parameters(parser)
         return parser
+
+    def description(self) -> str:
+        """What the function's docstring says before its ``Args``."""
+        documented = parse_docstring(inspect.getdoc(self.function) or "")
+        return _plain("\n\n".join(filter(None, [documented.short_description, documented.long_description])))
 
     def add_parameters(self, parser: ArgumentParser) -> None:
         """Add the function's parameters to a parser, which may have others too."""
@@ -83,7 +85,7 @@ class FunctionCommand:
             The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
         """
         name, words = arguments[0], list(arguments[1:])
-        parser, words = self.parser(name), self.join_lists(words)
+        parser, words = self.parser(name), _configs_first(self.join_lists(words))
         try:
             _check_configs(words)
             refuse_repeated(read_settings(parser, words))
@@ -97,9 +99,8 @@ class FunctionCommand:
             say(f"dpp {name}: error: {explain(error, parser, words)}")
             return USAGE_ERROR
         try:
-            self.function(
-                **{parameter: options[parameter] for parameter in inspect.signature(self.function).parameters}
-            )
+            parameters = inspect.signature(self.function).parameters
+            self.function(**{name: options.get(name, parameter.default) for name, parameter in parameters.items()})
         except BrokenPipeError:  # the reader of the output has gone, which is no failure
             raise
         except (ValueError, OSError, MemoryError) as error:
@@ -146,15 +147,26 @@ def _as_list(items: list[str]) -> str:
     return text if whole else json.dumps(items)
 
 
+def _configs_first(words: Sequence[str]) -> list[str]:
+    """The words with config files before all others, since jsonargparse lets the last one win."""
+    configs: list[str] = []
+    others: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" and rest:
+            word = f"{word}={rest.pop(0)}"
+        (configs if word.startswith("--config=") else others).append(word)
+    return [*configs, *others]
+
+
 def _check_configs(words: Sequence[str]) -> None:
     """Refuse a config file that is not there, before what it should have held is missed.
 
     Raises:
         UsageError: with its name.
     """
-    files = [value for word, value in pairwise(words) if word == "--config"]
-    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    for file in files:
+    for file in (word.partition("=")[2] for word in words if word.startswith("--config=")):
         if not INLINE.search(file) and not Path(file).exists():
             raise UsageError(f"the config file {file!r} does not exist")
 
@@ -165,7 +177,9 @@ def _add_argument(group: Any, parameter: inspect.Parameter, kind: Any, text: str
     required, several = default is parameter.empty, get_origin(kind) is Sequence
     if parameter.kind is not parameter.KEYWORD_ONLY:
         item = get_args(kind)[0] if several else kind
-        nargs = {"nargs": "+"} if several else {} if required else {"nargs": "?", "default": default}
+        # argparse applies a default where the word is not typed, also over what a config file says
+        nargs = {"nargs": "+"} if several else {} if required else {"nargs": "?", "default": SUPPRESS}
+        text += "" if required else f" (default: {'null' if default is None else default})"
         group.add_argument(name, type=item, metavar=name.upper(), help=text, **nargs)
     elif kind is bool:
         group.add_argument(f"--{name}", action=ActionYesNo, default=default, help=text)

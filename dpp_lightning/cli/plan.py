@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
-from dpp_lightning.analysis.memory_plan import MODELS, ModelShape, fewest_devices, shape_of, table
+from dpp_lightning.analysis.memory_plan import MODELS, Dtype, ModelShape, fewest_devices, shape_of, table
 from dpp_lightning.cli.command import FunctionCommand, hub_errors, say
 
 
@@ -20,8 +20,8 @@ def plan_devices(
     outside: float = 0.0,
     devices: Sequence[int] = (1, 8, 64),
     device_gib: float | None = None,
-    weights: Literal["float32", "bfloat16"] = "float32",
-    compute: Literal["float32", "bfloat16"] | None = None,
+    weights: Dtype = "float32",
+    compute: Dtype | None = None,
     pruning_rate: float = 0.99,
 ) -> None:
     """Print what full fine-tuning with AdamR takes on each device, and what DeltaPruneCallback moves between them.
@@ -51,16 +51,10 @@ def plan_devices(
     else:
         models = dict(MODELS)
     rows = table(models, devices, weights=weights, compute=compute, pruning_rate=pruning_rate)
+    needed = [] if device_gib is None else [_needed(*model, device_gib, weights, compute) for model in models.items()]
     sys.stdout.write(rows + "\n")
-    if device_gib is None:
-        return
-    for label, shape in models.items():
-        least = [
-            fewest_devices(shape, device_gib, weights=weights, theta0=theta0, compute=compute)
-            for theta0 in ("float32", "bfloat16")
-        ]
-        counts = " / ".join(str(count) if count else "more than any number" for count in least)
-        say(f"{label}: devices of {device_gib:g} GiB at least, θ0 float32 / bfloat16, before activations: {counts}")
+    for line in needed:
+        say(line)
 
 
 COMMAND = FunctionCommand(
@@ -68,6 +62,14 @@ COMMAND = FunctionCommand(
     example="dpp plan Qwen/Qwen2-0.5B --devices 1 2 4 --device_gib 24",
     groups={"the model": "revision", "the devices": "devices", "the training": "weights"},
 )
+
+
+def _needed(label: str, shape: ModelShape, device_gib: float, weights: Dtype, compute: Dtype | None) -> str:
+    """How many devices of a memory are needed at least, θ0 in either dtype."""
+    dtypes: tuple[Dtype, ...] = get_args(Dtype)
+    counts = [fewest_devices(shape, device_gib, weights=weights, theta0=theta0, compute=compute) for theta0 in dtypes]
+    shown = " / ".join(str(count) if count else "more than any number" for count in counts)
+    return f"{label}: devices of {device_gib:g} GiB at least, θ0 {' / '.join(dtypes)}, before activations: {shown}"
 
 
 def _read_shape(model: str, revision: str | None) -> ModelShape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,12 +33,12 @@ class Architecture:
         name: of the class.
         model: the model with the sizes of the checkpoint, on the meta device.
         prefix: what stands before the model's own names in the checkpoint, such as ``model.``.
-        names: the model's own name of each tensor that was found, in the model's order, to the checkpoint's name.
-        tied: own name to that of the tensor it is tied to.
-        transposed: own names of the weights that lie as (inputs, outputs).
+        names: the model's name of each tensor that the checkpoint has, in the model's order, to the checkpoint's name.
+        tied: the model's name of a tensor to that of the one it is tied to.
+        transposed: the model's names of the weights that lie as (inputs, outputs).
         left_out: names in the checkpoint that are not the model's.
         missing, misfits, unexpected: faults, each a name or a line with a name.
-        rivals: other prefixes under which there is as much of the model.
+        rivals: further prefixes under which there is as much of the model.
     """
 
     name: str
@@ -66,11 +66,11 @@ def find_architecture(
     architecture: str | None = None,
     prefix: str | None = None,
 ) -> Architecture:
-    """The class that has the most of a checkpoint's tensors, and all of its own there.
+    """The class of transformers that has the most of a checkpoint's tensors, with every tensor of the class there.
 
     Args:
         config: of the base; labels and vocabulary may have other sizes than in the checkpoint. Not changed.
-        shapes: the checkpoint's names, without the parts of wrappers and adapters, and shapes.
+        shapes: the checkpoint's names, without what wrappers and adapters put into them, to shapes.
         architecture: the class, where it is known.
         prefix: what stands before the model's own names, where it is known.
 
@@ -81,9 +81,9 @@ def find_architecture(
     best: Architecture | None = None
     prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
     for name in [architecture] if architecture else _candidates(config):
-        found = _laid_over(name, config, shapes, prefix, asked=architecture is not None)
-        if found and (best is None or _order(found) > _order(best)):
-            best = found
+        candidate = _lay_over(name, config, shapes, prefix, asked=architecture is not None)
+        if candidate and (best is None or _rank(candidate) > _rank(best)):
+            best = candidate
             if len(best.names) == len(shapes) and not best.missing:
                 break
     if best is None:
@@ -97,37 +97,38 @@ def find_architecture(
     return best
 
 
-def _order(found: Architecture) -> tuple[int, int]:
-    return len(found.names), -len(found.missing)
+def _rank(candidate: Architecture) -> tuple[int, int]:
+    """By how much of the checkpoint it explains, then by how little it lacks."""
+    return len(candidate.names), -len(candidate.missing)
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[str]:
     """Classes of this model type, those that the configuration names first, the bare model last."""
     names = list(config.architectures or ())
     for kind in (*(f"MODEL_FOR_{kind}" for kind in _KINDS), "MODEL"):
-        found = getattr(modeling_auto, f"{kind}_MAPPING_NAMES", {}).get(config.model_type, ())
-        names += [found] if isinstance(found, str) else list(found)
+        classes = getattr(modeling_auto, f"{kind}_MAPPING_NAMES", {}).get(config.model_type, ())
+        names += [classes] if isinstance(classes, str) else list(classes)
     yield from dict.fromkeys(names)
 
 
-def _laid_over(
+def _lay_over(
     name: str, config: PretrainedConfig, shapes: Mapping[str, Shape], prefix: str | None, *, asked: bool
 ) -> Architecture | None:
     """The class over the checkpoint, with sizes made to fit; None for one that cannot be built."""
     model = _skeleton(name, config, asked=asked)
     if model is None:
         return None
-    found = _named(model, name, shapes, prefix)
-    resized = _resized(model, found, shapes)
+    candidate = _match_names(model, name, shapes, prefix)
+    resized = _resized(model, candidate, shapes)
     if resized is not None:
         model = _skeleton(name, resized, asked=asked) or model
-    found.model = model
+    candidate.model = model
     model.config.architectures = [name]
-    for own, parameter in model.state_dict().items():
-        here = shapes.get(found.names.get(own, ""))
-        if here is not None and here != tuple(parameter.shape):
-            found.misfits.append(f"{own} is {here}, the configuration says {tuple(parameter.shape)}")
-    return found
+    for tensor_name, parameter in model.state_dict().items():
+        shape = shapes.get(candidate.names.get(tensor_name, ""))
+        if shape is not None and shape != tuple(parameter.shape):
+            candidate.misfits.append(f"{tensor_name} is {shape}, the configuration says {tuple(parameter.shape)}")
+    return candidate
 
 
 def _skeleton(name: str, config: PretrainedConfig, *, asked: bool) -> PreTrainedModel | None:
@@ -146,64 +147,84 @@ def _skeleton(name: str, config: PretrainedConfig, *, asked: bool) -> PreTrained
         return None
 
 
-def _named(model: PreTrainedModel, name: str, shapes: Mapping[str, Shape], prefix: str | None) -> Architecture:
-    """Each of the model's tensors with its name in the checkpoint."""
+def _match_names(model: PreTrainedModel, name: str, shapes: Mapping[str, Shape], prefix: str | None) -> Architecture:
+    """Each of the model's tensors with its name in the checkpoint, which may hold further models beside it."""
     state = model.state_dict()
-    votes: Counter[str] = Counter()
-    for other in shapes:
-        parts = other.split(".")
-        starts = (".".join(parts[i:]) for i in range(len(parts)))
-        votes.update(other[: len(other) - len(own)] for own in starts if own in state)
-    most = votes.most_common()
-    chosen = prefix if prefix is not None else most[0][0] if most else ""
-    rivals = [p for p, count in most if p != chosen and count == votes[chosen]] if prefix is None else []
-    names = {own: chosen + own for own in state if chosen + own in shapes}
+    chosen, rivals = _choose_prefix(state, shapes) if prefix is None else (prefix, [])
+    names = {tensor: chosen + tensor for tensor in state if chosen + tensor in shapes}
     tied = {t: s for t, s in getattr(model, "all_tied_weights_keys", {}).items() if t in state and s in state}
-    needed = [own for own in state if own not in names and not _ignored(own, model._keys_to_ignore_on_load_missing)]
-    reverse = {source: target for target, source in tied.items() if target in names}
-    missing = [own for own in needed if tied.get(own) not in names and own not in reverse]
-    used, tops = set(names.values()), {own.partition(".")[0] for own in state}
-    rest = [other for other in shapes if other not in used]
-    own_rest = [r for r in rest if r.startswith(chosen) and (chosen or r.partition(".")[0] in tops)]
-    patterns = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
-    unexpected = [r for r in own_rest if not _ignored(r.removeprefix(chosen), patterns)]
-    transposed = frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D))
-    left_out = [r for r in rest if r not in unexpected]
+    stored_under_target = {source for target, source in tied.items() if target in names}
+    missing = [
+        tensor
+        for tensor in state
+        if tensor not in names
+        and not _ignored(tensor, model._keys_to_ignore_on_load_missing)
+        and tied.get(tensor) not in names
+        and tensor not in stored_under_target
+    ]
+    used, modules = set(names.values()), {tensor.partition(".")[0] for tensor in state}
+    rest = [key for key in shapes if key not in used]
+    of_this_model = [k for k in rest if k.startswith(chosen) and (chosen or k.partition(".")[0] in modules)]
+    computed = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    unexpected = [key for key in of_this_model if not _ignored(key.removeprefix(chosen), computed)]
     return Architecture(
-        name, model, chosen, names, tied, transposed, left_out, missing, [], unexpected, rivals
-    )  # fmt: skip
+        name,
+        model,
+        chosen,
+        names,
+        tied,
+        transposed=frozenset(f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)),
+        left_out=[key for key in rest if key not in unexpected],
+        missing=missing,
+        unexpected=unexpected,
+        rivals=rivals,
+    )
+
+
+def _choose_prefix(state: Collection[str], shapes: Mapping[str, Shape]) -> tuple[str, list[str]]:
+    """What stands before the most of a model's names in a checkpoint, and further prefixes before as many."""
+    votes: Counter[str] = Counter()
+    for key in shapes:
+        parts = key.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        votes.update(key.removesuffix(end) for end in ends if end in state)
+    ranked = votes.most_common()
+    if not ranked:
+        return "", []
+    chosen, most = ranked[0]
+    return chosen, [prefix for prefix, count in ranked[1:] if count == most]
 
 
 def _ignored(name: str, patterns: Any) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 
-def _resized(model: PreTrainedModel, found: Architecture, shapes: Mapping[str, Shape]) -> PretrainedConfig | None:
+def _resized(model: PreTrainedModel, candidate: Architecture, shapes: Mapping[str, Shape]) -> PretrainedConfig | None:
     """The configuration with the checkpoint's number of labels and size of vocabulary; None if both fit."""
     config = deepcopy(model.config)
     text, state, changed = config.get_text_config(), model.state_dict(), False
-    for own, other in found.names.items():
-        expected, here = tuple(state[own].shape), shapes[other]
-        if here == expected or not here or here[1:] != expected[1:]:
+    for name, key in candidate.names.items():
+        expected, shape = tuple(state[name].shape), shapes[key]
+        if shape == expected or not shape or shape[1:] != expected[1:]:
             continue
         if expected[0] == getattr(text, "vocab_size", None):
-            text.vocab_size, changed = here[0], True
+            text.vocab_size, changed = shape[0], True
         elif expected[0] == config.num_labels:
-            config.num_labels, changed = here[0], True
+            config.num_labels, changed = shape[0], True
     return config if changed else None
 
 
-def _check(found: Architecture) -> None:
-    place = f" (under {found.prefix!r})" if found.prefix else ""
-    faults = {"missing": found.missing, "of another shape": found.misfits, "unexpected": found.unexpected}
-    lines = [f"{what}: {_few(names)}" for what, names in faults.items() if names]
-    if lines and not found.names:
-        lines = [f"none of {found.name} is there; the checkpoint has {_few(found.left_out)}"]
+def _check(best: Architecture) -> None:
+    under = f" (under {best.prefix!r})" if best.prefix else ""
+    faults = {"missing": best.missing, "of another shape": best.misfits, "unexpected": best.unexpected}
+    lines = [f"{fault}: {_few(names)}" for fault, names in faults.items() if names]
+    if lines and not best.names:
+        lines = [f"none of {best.name} is there; the checkpoint has {_few(best.left_out)}"]
     if lines:
         listed = "\n  ".join(lines)
         raise ValueError(
-            f"the checkpoint's tensors are not those of {found.name}{place}; is the configuration that of the model it "
-            f"was trained from? --config-from and --architecture say so\n  {listed}"
+            f"the checkpoint's tensors are not those of {best.name}{under}; is the configuration that of the model it "
+            f"was trained from? --config_from and --architecture say so\n  {listed}"
         )
 
 

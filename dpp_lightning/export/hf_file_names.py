@@ -13,40 +13,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-Form = dict[str, tuple[int, ...]]  # name in the file to shape
+FileShapes = dict[str, tuple[int, ...]]  # name in the file to shape
 
 
-def saved_forms(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Form] | None:
-    """What each of a model's tensors is in its files.
+def file_shapes(model: PreTrainedModel, names: Sequence[str]) -> dict[str, FileShapes] | None:
+    """Under which names and in which shapes each of a model's tensors stands in its files.
 
     Args:
         model: on the meta device.
         names: of the tensors that are written, each tied one once.
 
     Returns:
-        Own name to names and shapes in the file; None where tensors can only be converted several together.
+        Name in memory to names and shapes in the file; None where tensors can only be converted several together.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if name in set(names)}
     try:
-        forms = {name: _shapes(revert_weight_conversion(model, {name: state[name]})) for name in names}
+        one_by_one = {name: _shapes(revert_weight_conversion(model, {name: state[name]})) for name in names}
         together = _shapes(revert_weight_conversion(model, state))
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError):
         return None
-    apart = {name: shape for form in forms.values() for name, shape in form.items()}
-    return forms if apart == together else None
+    gathered = {name: shape for shapes in one_by_one.values() for name, shape in shapes.items()}
+    return one_by_one if gathered == together else None
 
 
-def saved_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor as it is in the files.
+def file_tensors(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor as it stands in the files: renamed, or split into several.
 
     Args:
-        model: as for :func:`saved_forms`.
-        name: own name.
-        tensor: whole.
+        model: as for :func:`file_shapes`.
+        name: of the tensor in memory.
+        tensor: the whole tensor.
+
+    Returns:
+        Name in the file to tensor.
     """
     with torch.no_grad():
         return dict(revert_weight_conversion(model, {name: tensor}))
 
 
-def _shapes(state: Mapping[str, Tensor]) -> Form:
+def _shapes(state: Mapping[str, Tensor]) -> FileShapes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -34,7 +34,7 @@ class Adapter:
     embedding: bool
 
 
-def without_peft(
+def split_adapters(
     stored: Mapping[str, StoredTensor], hyper_parameters: Mapping[str, Any]
 ) -> tuple[dict[str, StoredTensor], dict[str, Adapter]]:
     """Weights under the names of the model without adapters, and the adapters of some of them.
@@ -65,8 +65,8 @@ def without_peft(
                 embeddings.add(weight)
         elif ".lora_" in name:
             raise ValueError(f"{name}: expected adapters of plain LoRA (without DoRA and bias); {_CURE}")
-        elif saved := _SAVED.search(name):
-            adapters.add(saved["adapter"])
+        elif whole := _SAVED.search(name):
+            adapters.add(whole["adapter"])
             plain[without_adapters(name)] = tensor
         elif ".original_module." in name:
             plain.setdefault(without_adapters(name), tensor)

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from dpp_lightning.export.hf_architecture import Architecture, find_architecture
-from dpp_lightning.export.hf_file_names import saved_forms
-from dpp_lightning.export.lora_merge import Adapter, without_peft
+from dpp_lightning.export.hf_file_names import file_shapes
+from dpp_lightning.export.lora_merge import Adapter, split_adapters
 from dpp_lightning.export.write import Export
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.mapped_file import load_outline
@@ -40,10 +40,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]
     elif path.is_file():
         tensors, extra = {name: StoredTensor.of(tensor) for name, tensor in load_tensors(path).items()}, path
     elif path.is_dir():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8])
+        files = ", ".join(sorted(p.name for p in path.iterdir())[:8])
         raise FileNotFoundError(
             f"{path}: expected a .ckpt file or a sharded folder (.metadata and *.distcp files); this folder holds "
-            f"{found or 'nothing'}. Name the checkpoint itself; DeepSpeed's are converted by its zero_to_fp32.py first"
+            f"{files or 'nothing'}. Name the checkpoint itself; DeepSpeed's are converted by its zero_to_fp32.py first"
         )
     else:
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a .ckpt file or a sharded folder")
@@ -77,7 +77,7 @@ def plan_export(
             the checkpoint's hyper-parameter ``pretrained``.
         config_revision: branch, tag or commit of a hub id.
         architecture: class of transformers; by default the one whose tensors these are.
-        prefix: what stands before the model's names, such as ``model.``; by default it is found.
+        prefix: what stands before the model's names, such as ``model.``; by default the one of most tensors.
         dtype: of the floating-point weights; by default as in the checkpoint.
 
     Raises:
@@ -87,20 +87,22 @@ def plan_export(
     stored, settings, notes = read_checkpoint(Path(checkpoint))
     source, revision = _source(config_from, config_revision, settings)
     files, config = _configuration(source, revision)
-    plain, adapters = without_peft(stored, settings)
-    found, names = _matched(config, plain, adapters, notes, architecture=architecture, prefix=prefix)
-    tensors = {own: plain[name] for own, name in names.items()}
-    merged = {own: adapters[name] for own, name in names.items() if name in adapters}
-    if lost := sorted(set(adapters) - {names[own] for own in merged}):
-        raise ValueError(f"the checkpoint holds adapters of {', '.join(lost[:5])}, but no such weights of {found.name}")
+    plain, adapters = split_adapters(stored, settings)
+    matched, names = _match(config, plain, adapters, notes, architecture=architecture, prefix=prefix)
+    tensors = {name: plain[key] for name, key in names.items()}
+    merged = {name: adapters[key] for name, key in names.items() if key in adapters}
+    if lost := sorted(set(adapters) - {names[name] for name in merged}):
+        raise ValueError(
+            f"the checkpoint holds adapters of {', '.join(lost[:5])}, but no such weights of {matched.name}"
+        )
     cast = FLOATS[dtype] if dtype else None
-    _set_dtype(found.config, tensors, cast)
-    forms = saved_forms(found.model, list(tensors))
-    if forms is None:
+    _set_dtype(matched.config, tensors, cast)
+    shapes = file_shapes(matched.model, list(tensors))
+    if shapes is None:
         notes.append("names are those of the model in memory, which its from_pretrained loads, not those of its files")
-        forms = {own: {own: tensor.shape} for own, tensor in tensors.items()}
-    notes += _notes(found, config, plain, source, len(merged))
-    return Export(found, tensors, forms, merged, cast, source, files, tuple(notes))
+        shapes = {name: {name: tensor.shape} for name, tensor in tensors.items()}
+    notes += _notes(matched, config, plain, source, len(merged))
+    return Export(matched, tensors, shapes, merged, cast, source, files, tuple(notes))
 
 
 def _source(given: str | None, revision: str | None, settings: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -109,16 +111,16 @@ def _source(given: str | None, revision: str | None, settings: Mapping[str, Any]
         return given, revision
     pretrained = settings.get("pretrained")
     if isinstance(pretrained, str):
-        own = settings.get("revision")
-        return pretrained, revision or (own if isinstance(own, str) else None)
+        trained_revision = settings.get("revision")
+        return pretrained, revision or (trained_revision if isinstance(trained_revision, str) else None)
     raise ValueError(
         "the checkpoint does not name the model that was trained (hyper-parameter pretrained): give its folder or hub "
-        "id with --config-from"
+        "id with --config_from"
     )
 
 
 def _configuration(source: str, revision: str | None) -> tuple[dict[str, Path], PretrainedConfig]:
-    cure = "give the folder or hub id of the model that was trained with --config-from"
+    cure = "give the folder or hub id of the model that was trained with --config_from"
     try:
         files = side_files(source, revision)
         if "config.json" not in files:
@@ -128,33 +130,37 @@ def _configuration(source: str, revision: str | None) -> tuple[dict[str, Path], 
         raise ValueError(f"no configuration of a transformers model from {source}: {error}; {cure}") from error
 
 
-def _matched(
+def _match(
     config: PretrainedConfig,
     stored: Mapping[str, StoredTensor],
     adapters: Mapping[str, Adapter],
     notes: list[str],
     **chosen: str | None,
 ) -> tuple[Architecture, dict[str, str]]:
-    """The class, and the model's own name of each tensor to the checkpoint's, each tied one once."""
-    shapes, untied = {name: tensor.shape for name, tensor in stored.items()}, deepcopy(config)
-    found = find_architecture(config, shapes, **chosen)
-    apart = _tied_apart(found, stored, adapters)
-    if apart and found.config.tie_word_embeddings:
-        for part in (untied, untied.get_text_config()):
-            part.tie_word_embeddings = False
-        notes.append(f"tie_word_embeddings is false: {', '.join(apart)} in the checkpoint has values of its own")
-        found = find_architecture(untied, shapes, **chosen)
-        apart = _tied_apart(found, stored, adapters)
-    if apart:
-        raise ValueError(f"{found.name} ties {', '.join(apart)}, which in the checkpoint has values of its own")
-    names = {own: name for own, name in found.names.items() if own not in found.tied}
-    only = {found.tied[own]: name for own, name in found.names.items() if own in found.tied}
-    return found, {**only, **names}  # a tied tensor that is there under its second name alone
+    """The class, and the model's name of each tensor to the checkpoint's, each tied one once."""
+    shapes, untied_config = {name: tensor.shape for name, tensor in stored.items()}, deepcopy(config)
+    matched = find_architecture(config, shapes, **chosen)
+    untied = _untied_in_checkpoint(matched, stored, adapters)
+    if untied and matched.config.tie_word_embeddings:
+        for section in (untied_config, untied_config.get_text_config()):
+            section.tie_word_embeddings = False
+        notes.append(f"tie_word_embeddings is false: {', '.join(untied)} in the checkpoint has values of its own")
+        matched = find_architecture(untied_config, shapes, **chosen)
+        untied = _untied_in_checkpoint(matched, stored, adapters)
+    if untied:
+        raise ValueError(f"{matched.name} ties {', '.join(untied)}, which in the checkpoint has values of its own")
+    names = {name: key for name, key in matched.names.items() if name not in matched.tied}
+    # a tied tensor that the checkpoint holds under its second name alone
+    second_names = {matched.tied[name]: key for name, key in matched.names.items() if name in matched.tied}
+    return matched, {**second_names, **names}
 
 
-def _tied_apart(found: Architecture, stored: Mapping[str, StoredTensor], adapters: Mapping[str, Adapter]) -> list[str]:
-    """Tensors that the class ties and the checkpoint does not."""
-    both = [(t, found.names[t], found.names[s]) for t, s in found.tied.items() if {t, s} <= found.names.keys()]
+def _untied_in_checkpoint(
+    matched: Architecture, stored: Mapping[str, StoredTensor], adapters: Mapping[str, Adapter]
+) -> list[str]:
+    """Tensors that the class ties, and that have different values in the checkpoint."""
+    names = matched.names
+    both = [(t, names[t], names[source]) for t, source in matched.tied.items() if {t, source} <= names.keys()]
     return [t for t, a, b in both if a in adapters or b in adapters or not stored[a].same(stored[b])]
 
 
@@ -165,21 +171,21 @@ def _set_dtype(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], ca
         if tensor.dtype.is_floating_point:
             sizes[cast or tensor.dtype] += tensor.numel
     if sizes:
-        for part in (config, config.get_text_config()):
-            part.dtype = sizes.most_common(1)[0][0]
+        for section in (config, config.get_text_config()):
+            section.dtype = sizes.most_common(1)[0][0]
 
 
 def _notes(
-    found: Architecture, config: PretrainedConfig, stored: Mapping[str, StoredTensor], source: str, merged: int
+    matched: Architecture, config: PretrainedConfig, stored: Mapping[str, StoredTensor], source: str, merged: int
 ) -> Iterator[str]:
     if merged:
         yield f"{merged} LoRA adapters merged into their weights"
-    if found.config.num_labels != config.num_labels:
-        yield f"num_labels is {found.config.num_labels}, as the head has it ({config.num_labels} in {source})"
-    rows, before = (getattr(c.get_text_config(), "vocab_size", None) for c in (found.config, config))
+    if matched.config.num_labels != config.num_labels:
+        yield f"num_labels is {matched.config.num_labels}, as the head has it ({config.num_labels} in {source})"
+    rows, before = (getattr(c.get_text_config(), "vocab_size", None) for c in (matched.config, config))
     if rows != before:
         yield f"vocab_size is {rows} ({before} in {source}, whose tokenizer files are written)"
-    if found.left_out:
-        size, more = sum(stored[name].nbytes for name in found.left_out), len(found.left_out) - 8
-        names = ", ".join(found.left_out[:8]) + (f" and {more} more" if more > 0 else "")
-        yield f"left out, {size:,} bytes that are not of {found.name}: {names}"
+    if matched.left_out:
+        size, more = sum(stored[name].nbytes for name in matched.left_out), len(matched.left_out) - 8
+        names = ", ".join(matched.left_out[:8]) + (f" and {more} more" if more > 0 else "")
+        yield f"left out, {size:,} bytes that are not of {matched.name}: {names}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.export.hf_architecture import Architecture
-from dpp_lightning.export.hf_file_names import Form, saved_parts
+from dpp_lightning.export.hf_file_names import FileShapes, file_tensors
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
@@ -27,9 +27,9 @@ class Export:
 
     Attributes:
         architecture: the model's class, configuration and names.
-        tensors: the model's own name to the tensor on disk, in order, each tied one once.
-        forms: own name to names and shapes in the files; several where they hold the tensor in parts.
-        adapters: own name to the adapter to merge.
+        tensors: the model's name to the tensor on disk, in order, each tied one once.
+        file_shapes: the model's name to names and shapes in the files; several where they hold the tensor in pieces.
+        adapters: the model's name to the adapter to merge.
         dtype: the floating-point tensors are cast to it; None leaves them as they are.
         source: folder or hub id of configuration and tokenizer.
         files: what is copied from there.
@@ -38,7 +38,7 @@ class Export:
 
     architecture: Architecture
     tensors: dict[str, StoredTensor]
-    forms: dict[str, Form]
+    file_shapes: dict[str, FileShapes]
     adapters: dict[str, Adapter]
     dtype: torch.dtype | None
     source: str
@@ -50,8 +50,8 @@ class Export:
         """What the folder's files of weights hold."""
         return [
             Entry(name, self._dtype(tensor), shape)
-            for own, tensor in self.tensors.items()
-            for name, shape in self.forms[own].items()
+            for model_name, tensor in self.tensors.items()
+            for name, shape in self.file_shapes[model_name].items()
         ]
 
     def write(self, folder: Path, max_shard_bytes: int, progress: Progress | None = None) -> None:
@@ -77,14 +77,14 @@ class Export:
         return self.dtype if self.dtype and tensor.dtype.is_floating_point else tensor.dtype
 
     def _blocks(self) -> Iterator[Tensor]:
-        """The entries' bytes, in order: blocks of a tensor, but the whole of one that is in parts in the files."""
+        """The entries' bytes, in order: blocks of a tensor, but the whole of one that the files hold in pieces."""
         for name, tensor in self.tensors.items():
             blocks = (self._cast(name, block, self._dtype(tensor)) for block in self._merged(name, tensor))
-            if [*self.forms[name].values()] == [tensor.shape]:
+            if [*self.file_shapes[name].values()] == [tensor.shape]:
                 yield from blocks
             else:
-                parts = saved_parts(self.architecture.model, name, torch.cat([*blocks]).reshape(tensor.shape))
-                yield from (parts[part].reshape(-1) for part in self.forms[name])
+                pieces = file_tensors(self.architecture.model, name, torch.cat([*blocks]).reshape(tensor.shape))
+                yield from (pieces[file_name].reshape(-1) for file_name in self.file_shapes[name])
 
     def _merged(self, name: str, tensor: StoredTensor) -> Iterator[Tensor]:
         if name not in self.adapters:
@@ -107,7 +107,7 @@ def export_checkpoint(
         export: of :func:`dpp_lightning.export.plan.plan_export`.
         output: a folder that is new or empty.
         max_shard_bytes: largest file of weights.
-        progress: told the bytes written, and all of them.
+        progress: called with the bytes written, and with all of them.
 
     Raises:
         FileExistsError: the output folder is not empty.

@@ -19,10 +19,21 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpp_lightning import prune
-from dpp_lightning.analysis.memory_plan import GATHERS, GIB, LOOKS, MODELS, READS, ModelShape, plan_memory, table
+from dpp_lightning.analysis.memory_plan import (
+    GATHERS,
+    GIB,
+    LOOKS,
+    MODELS,
+    READS,
+    ModelShape,
+    fewest_devices,
+    plan_memory,
+    shape_of,
+    table,
+)
 from dpp_lightning.optim import AdamR
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "configs" / "README.md"
 SHARED = ("weights", "gradients", "moments", "theta0")
 SCALARS = {"step", "exp_avg_sq_sum"}
 
@@ -41,36 +52,36 @@ def held(dtype=torch.float32, shards=False):
     optimizer = AdamR(net.parameters())
     net(torch.ones(2, 6, dtype=dtype)).square().sum().backward()
     optimizer.step()
-    found = dict.fromkeys((*SHARED, "scalars", "parameters", "tensors"), 0)
+    sizes = dict.fromkeys((*SHARED, "scalars", "parameters", "tensors"), 0)
     for p in net.parameters():
         state = optimizer.state[p]
         assert state.keys() == {"exp_avg", "exp_avg_sq", "pretrained", *SCALARS}
-        found["weights"] += local_bytes(p)
-        found["gradients"] += local_bytes(p.grad)
-        found["moments"] += local_bytes(state["exp_avg"]) + local_bytes(state["exp_avg_sq"])
-        found["theta0"] += local_bytes(state["pretrained"])
-        found["scalars"] += sum(local_bytes(state[name]) for name in SCALARS)
-        found["parameters"] += p.numel()
-        found["tensors"] += 1
-    return found
+        sizes["weights"] += local_bytes(p)
+        sizes["gradients"] += local_bytes(p.grad)
+        sizes["moments"] += local_bytes(state["exp_avg"]) + local_bytes(state["exp_avg_sq"])
+        sizes["theta0"] += local_bytes(state["pretrained"])
+        sizes["scalars"] += sum(local_bytes(state[name]) for name in SCALARS)
+        sizes["parameters"] += p.numel()
+        sizes["tensors"] += 1
+    return sizes
 
 
-def agree(found, plan):
-    assert {name: found[name] for name in SHARED} == {name: getattr(plan, name) for name in SHARED}
-    assert found["scalars"] == 8 * found["tensors"]
+def agree(sizes, plan):
+    assert {name: sizes[name] for name in SHARED} == {name: getattr(plan, name) for name in SHARED}
+    assert sizes["scalars"] == 8 * sizes["tensors"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_device_holds_what_is_planned(dtype):
-    found = held(getattr(torch, dtype))
-    plan = plan_memory(found["parameters"], 1, weights=dtype)
-    agree(found, plan)
-    assert plan.total == sum(found[name] for name in SHARED)
+    sizes = held(getattr(torch, dtype))
+    plan = plan_memory(sizes["parameters"], 1, weights=dtype)
+    agree(sizes, plan)
+    assert plan.total == sum(sizes[name] for name in SHARED)
 
 
 def test_two_ranks_of_fsdp2_hold_what_is_planned():
-    for found in distjobs.run(held, 2, torch.float32, True).values():
-        agree(found, plan_memory(found["parameters"], 2))
+    for sizes in distjobs.run(held, 2, torch.float32, True).values():
+        agree(sizes, plan_memory(sizes["parameters"], 2))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8, 64])
@@ -175,12 +186,12 @@ def pruning_traffic(make, dtype, method, settings, least=None):
 )
 def test_two_ranks_receive_for_a_pruned_model_what_is_planned(method, settings, looks, reads, dtype):
     plan = plan_memory(114, 2, weights=dtype, pruning_rate=0.9)
-    own = getattr(torch, dtype)
-    expected = Counter({own: plan.callback_once // GATHERS})  # the delta's own; the others are the run's
+    torch_dtype = getattr(torch, dtype)
+    expected = Counter({torch_dtype: plan.callback_once // GATHERS})  # the delta's own; the others are the run's
     expected += Counter({torch.float32: looks * plan.callback_look})
-    for gathered, kept, count in distjobs.run(pruning_traffic, 2, even_net, own, method, settings).values():
+    for gathered, kept, count in distjobs.run(pruning_traffic, 2, even_net, torch_dtype, method, settings).values():
         assert gathered == expected
-        assert kept == reads * count * own.itemsize
+        assert kept == reads * count * torch_dtype.itemsize
         assert method != "magnitude" or kept == plan.callback_kept
 
 
@@ -219,8 +230,8 @@ def fitting_traffic(folder, carry):
 
 @pytest.mark.parametrize("carried", [0, 4])
 def test_a_fit_with_the_callback_moves_what_is_planned(tmp_path, carried):
-    found = distjobs.run(fitting_traffic, 2, str(tmp_path), ("*5.bias",) if carried else (), lightning=True)
-    for gathered, traffic, kept, entries in found.values():
+    ranks = distjobs.run(fitting_traffic, 2, str(tmp_path), ("*5.bias",) if carried else (), lightning=True)
+    for gathered, traffic, kept, entries in ranks.values():
         plan = plan_memory(entries, 2)
         expected = plan.callback_once + LOOKS * plan.callback_look
         expected += (len(kept) - (GATHERS - 1) - LOOKS) * carried // 2 * 4  # whole for each model, else not
@@ -273,8 +284,29 @@ def test_the_table_is_the_plans_in_gib():
     )
 
 
-def test_the_readme_shows_this_table():
-    assert table() in README.read_text(encoding="utf-8")
+def test_the_page_of_the_recipes_shows_this_table():
+    assert table() in PAGE.read_text(encoding="utf-8")
+
+
+def test_a_model_s_shape_from_its_tensors():
+    entries = {"embed.weight": 50, "layers.0.a": 10, "layers.0.b": 5, "layers.1.a": 20, "head.weight": 7}
+    assert shape_of(entries) == ModelShape(92, 2, 57, 20)
+    assert shape_of({"net.0.weight": 8, "net.0.bias": 2}) == ModelShape(10, 1)
+    assert shape_of({f"encoder.layer.{i}.w": 4 for i in range(3)}) == ModelShape(12, 3, 0, 4)
+
+
+@pytest.mark.parametrize("theta0", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
+def test_one_device_fewer_than_the_fewest_is_too_few(shape, theta0):
+    def total(devices):
+        settings = {"blocks": shape.blocks, "outside": shape.outside, "unit": shape.unit, "theta0": theta0}
+        return plan_memory(shape.parameters, devices, **settings).total
+
+    least = fewest_devices(shape, 24, theta0=theta0)
+    assert total(least) <= 24 * GIB
+    assert least == 1 or total(least - 1) > 24 * GIB
+    assert fewest_devices(shape, 24, theta0=theta0, most=least - 1) is None
+    assert fewest_devices(shape, 1e-3, theta0=theta0) is None
 
 
 def test_it_needs_no_torch():

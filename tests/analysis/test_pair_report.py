@@ -17,7 +17,7 @@ LINEAR = "encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def models(tmp_path_factory):
     """A base, two classifiers fine-tuned from it (with a small and a large delta), and calibration files."""
     folder = tmp_path_factory.mktemp("pair")
     make_model(folder / "base")
@@ -38,16 +38,16 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(capsys, place, *arguments):
+def run(capsys, models, *arguments):
     """Exit code, standard output and standard error."""
-    code = main(["inspect", *(str(place / a) if (place / a).exists() else a for a in arguments)])
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    code = main(["inspect", *(str(models / a) if (models / a).exists() else a for a in arguments)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
 
 
-def test_without_calibration_only_the_delta_is_known(place, capsys, monkeypatch):
+def test_without_calibration_only_the_delta_is_known(models, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = run(capsys, place, "base", "small")
+    code, out, _ = run(capsys, models, "base", "small")
     assert code == 0
     assert LINEAR in out
     assert "mean c" not in out
@@ -56,43 +56,43 @@ def test_without_calibration_only_the_delta_is_known(place, capsys, monkeypatch)
     assert re.search(r"recommended: darex-q; mean \|delta\| is 0\.0008, below 0\.01", out)
 
 
-def test_the_table_of_influences(place, capsys, monkeypatch):
+def test_the_table_of_influences(models, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = run(capsys, place, "base", "small", "--calibration", "text.txt", "--pruning_rate", "0.99")
+    code, out, _ = run(capsys, models, "base", "small", "--calibration", "text.txt", "--pruning_rate", "0.99")
     assert code == 0
     assert "factors at p = 0.99: Hoeffding 70.7, Kearns-Saul 46.2; Berend-Kontorovich 14.1, no guarantee" in out
     assert "the least here is 0.16" in out
     assert all(name in out for name in ("mean c", "var c", "bound", "outliers", "massive"))
-    _, out, _ = run(capsys, place, "base", "small", "--pruning_rate", "0.3")
+    _, out, _ = run(capsys, models, "base", "small", "--pruning_rate", "0.3")
     assert "Berend" not in out
 
 
 @pytest.mark.parametrize("data", ["text.txt", "batch.safetensors"])
-def test_json_has_the_numbers_of_a_twin(place, capsys, data):
-    code, out, _ = run(capsys, place, "base", "small", "--calibration", data, "--json")
+def test_json_has_the_numbers_of_a_twin(models, capsys, data):
+    code, out, _ = run(capsys, models, "base", "small", "--calibration", data, "--json")
     assert code == 0
-    found = json.loads(out)
-    rows = {row["name"]: row for row in found["layers"]}
-    base, tuned = load_file(place / "base/model.safetensors"), load_file(place / "small/model.safetensors")
+    report = json.loads(out)
+    rows = {row["name"]: row for row in report["layers"]}
+    base, tuned = load_file(models / "base/model.safetensors"), load_file(models / "small/model.safetensors")
     deltas = {name: tuned["bert." + name] - tensor for name, tensor in base.items()}
     assert set(rows) == set(deltas)
     flat = torch.cat([delta.flatten() for delta in deltas.values()]).abs()
-    assert found["mean_delta"] == pytest.approx(float(flat.mean()), rel=1e-5)
+    assert report["mean_delta"] == pytest.approx(float(flat.mean()), rel=1e-5)
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    c = deltas[LINEAR].double() * mean_input(place)
+    c = deltas[LINEAR].double() * mean_input(models)
     influence = rows[LINEAR]["influence"]
     assert influence["variance"] == pytest.approx(float(c.var(1, correction=0).mean()), rel=1e-4)
     assert influence["mean"] == pytest.approx(float(c.mean(1).abs().mean()), rel=1e-4)
-    ratio = rows[LINEAR]["bounds"]["hoeffding"]["mean"] / found["factors"]["hoeffding"]
+    ratio = rows[LINEAR]["bounds"]["hoeffding"]["mean"] / report["factors"]["hoeffding"]
     assert ratio == pytest.approx(float(c.norm(dim=1).mean()) * 3.6889**0.5, rel=1e-4)
     assert rows["embeddings.word_embeddings.weight"]["influence"] is None
 
 
 @torch.no_grad()
-def mean_input(place):
+def mean_input(models):
     """What the first layer's query sees, over the tokens that are no padding."""
-    model = BertForSequenceClassification.from_pretrained(place / "small").eval()
-    batch = load_file(place / "batch.safetensors")
+    model = BertForSequenceClassification.from_pretrained(models / "small").eval()
+    batch = load_file(models / "batch.safetensors")
     hidden = model.bert.embeddings(batch["input_ids"], token_type_ids=batch["token_type_ids"])
     return hidden[batch["attention_mask"].bool()].double().mean(0)
 
@@ -101,22 +101,22 @@ def mean_input(place):
     ("model", "options", "method", "optimizer"),
     [
         ("small", ["--labels"], "darex-q", None),
-        ("small", ["--can-retrain"], "darex-q", "AdamR-L2"),
+        ("small", ["--can_retrain"], "darex-q", "AdamR-L2"),
         ("large", [], "magnitude", None),
         ("large", ["--labels"], "dppa", None),
-        ("large", ["--calibration", "text.txt", "--calibration-samples", "2"], "wanda", None),
+        ("large", ["--calibration", "text.txt", "--calibration_samples", "2"], "wanda", None),
     ],
 )
-def test_the_advice(place, capsys, model, options, method, optimizer):
-    code, out, _ = run(capsys, place, "base", model, "--json", *options)
+def test_the_advice(models, capsys, model, options, method, optimizer):
+    code, out, _ = run(capsys, models, "base", model, "--json", *options)
     assert code == 0
     advice = json.loads(out)["recommendation"]
     assert (advice["method"], advice["optimizer"]) == (method, optimizer)
 
 
-def test_one_argument_is_still_a_delta(place, capsys, tmp_path):
-    prune_checkpoint(place / "base", place / "small", tmp_path / "delta", PruningSpec())
-    assert main(["inspect", str(tmp_path / "delta", PruningSpec()), "--json"]) == 0
+def test_one_argument_is_still_a_delta(models, capsys, tmp_path):
+    prune_checkpoint(models / "base", models / "small", tmp_path / "delta", PruningSpec())
+    assert main(["inspect", str(tmp_path / "delta"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "dare"
 
 
@@ -126,28 +126,28 @@ def test_one_argument_is_still_a_delta(place, capsys, tmp_path):
         (["base"], "delta_config.json"),
         (["base", "--labels"], "--labels: of a pair of models"),
         (["base", "--calibration", "text.txt"], "--calibration: of a pair"),
-        (["base", "small", "--revision", "main"], "--base-revision"),
+        (["base", "small", "--revision", "main"], "--base_revision"),
         (["base", "./none"], "no such file or folder"),
         (["base", "small", "--pruning_rate", "1"], r"\[0, 1\)"),
         (["base", "small", "--calibration", "none.txt"], "no such calibration file"),
-        (["base", "small", "--calibration", "text.txt", "--calibration-samples", "0"], "at least 1 example"),
+        (["base", "small", "--calibration", "text.txt", "--calibration_samples", "0"], "at least 1 example"),
         (["base", "small/model.safetensors", "--calibration", "text.txt"], "folder or hub id"),
         (["base", "small", "--calibration", "base/model.safetensors"], "exactly one of input_ids"),
         (["base", "small", "--calibration", "wrong.safetensors"], "does not hold the inputs"),
-        (["base", "small", "large"], "unrecognized arguments"),
+        (["base", "small", "large"], "large is not expected"),
     ],
 )
-def test_wrong_arguments_are_told_in_a_line(place, capsys, arguments, message):
-    code, out, err = run(capsys, place, *arguments)
+def test_wrong_arguments_are_told_in_a_line(models, capsys, arguments, message):
+    code, out, err = run(capsys, models, *arguments)
     assert code == 2
     assert out == ""
     assert re.search(message, err)
     assert "Traceback" not in err
 
 
-def test_layers_of_one_side_only_are_refused(place, capsys, tmp_path):
-    tensors = load_file(place / "small/model.safetensors")
+def test_layers_of_one_side_only_are_refused(models, capsys, tmp_path):
+    tensors = load_file(models / "small/model.safetensors")
     save_file({k: v for k, v in tensors.items() if k != "bert." + LINEAR}, tmp_path / "model.safetensors")
-    code, _, err = run(capsys, place, "base", str(tmp_path / "model.safetensors"))
+    code, _, err = run(capsys, models, "base", str(tmp_path / "model.safetensors"))
     assert code == 2
     assert f"{LINEAR}: only in the base" in err

@@ -76,9 +76,9 @@ def test_hoeffding_and_kearns_saul_are_guarantees(rate, gamma):
 
 def test_berend_and_kontorovich_is_a_scaling_only():
     """At p = 0.999 one kept entry of 64 is rare (6.2 %) and moves the output by more than the 'bound'."""
-    found = violations(np.ones(64), 0.999, 100_000, berend_kontorovich, 0.95)
-    assert found == pytest.approx(1 - 0.999**64, abs=0.004)
-    assert found > 0.05
+    share = violations(np.ones(64), 0.999, 100_000, berend_kontorovich, 0.95)
+    assert share == pytest.approx(1 - 0.999**64, abs=0.004)
+    assert share > 0.05
     wide = np.random.default_rng(0).normal(size=4096)
     assert violations(wide, 0.9, 4000, berend_kontorovich, 0.95) <= 0.05  # where n (1 - p) is large it holds
 
@@ -120,15 +120,15 @@ def test_statistics_are_those_of_a_dense_twin(axis, block, monkeypatch):
     torch.manual_seed(0)
     base, x = torch.randn(33, 21), torch.randn(50, (33, 21)[axis]) + 0.5
     tuned = base + 0.01 * torch.randn_like(base)
-    found = layer_statistics(TensorPair.of("w", base, tuned, inputs_of(x, axis)))
+    statistics = layer_statistics(TensorPair.of("w", base, tuned, inputs_of(x, axis)))
     delta = (tuned - base).double().numpy()
-    assert found.shape == (33, 21)
-    assert found.numel == 33 * 21
-    assert found.magnitude == pytest.approx(np.abs(delta).mean())
-    assert found.largest == pytest.approx(np.abs(delta).max())
+    assert statistics.shape == (33, 21)
+    assert statistics.numel == 33 * 21
+    assert statistics.magnitude == pytest.approx(np.abs(delta).mean())
+    assert statistics.largest == pytest.approx(np.abs(delta).max())
     rows = delta if axis == 1 else delta.T  # one row an output
     c = np.array([[d * m for d, m in zip(row, x.double().mean(0).tolist(), strict=True)] for row in rows])
-    influence = found.influence
+    influence = statistics.influence
     assert influence.features == c.shape[1]
     assert influence.magnitude == pytest.approx(np.abs(c).mean(), rel=1e-5)
     assert influence.mean == pytest.approx(np.mean([abs(row.mean()) for row in c]), rel=1e-5)
@@ -141,10 +141,10 @@ def test_statistics_are_those_of_a_dense_twin(axis, block, monkeypatch):
 def test_tensors_of_any_rank(shape, monkeypatch):
     monkeypatch.setattr(tensor_pair, "BLOCK", 5)
     delta = torch.linspace(-1, 2, int(torch.Size(shape).numel())).reshape(shape)
-    found = layer_statistics(TensorPair.of("w", torch.zeros(shape), delta))
-    assert found.influence is None
-    assert found.total == pytest.approx(float(delta.abs().sum()))
-    assert found.largest == (float(delta.abs().max()) if delta.numel() else 0.0)
+    statistics = layer_statistics(TensorPair.of("w", torch.zeros(shape), delta))
+    assert statistics.influence is None
+    assert statistics.total == pytest.approx(float(delta.abs().sum()))
+    assert statistics.largest == (float(delta.abs().max()) if delta.numel() else 0.0)
 
 
 def test_the_mean_of_the_model_weighs_entries():
@@ -188,8 +188,8 @@ def test_hooks_keep_the_largest_input_of_all_calls():
     with collected_inputs(layer) as collector:
         for batch in x:
             layer(batch)
-    found = collector.statistics["weight"]
-    assert torch.equal(found.largest, x.reshape(-1, 6).abs().amax(0).double())
+    statistics = collector.statistics["weight"]
+    assert torch.equal(statistics.largest, x.reshape(-1, 6).abs().amax(0).double())
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ def test_hooks_keep_the_largest_input_of_all_calls():
     ],
 )
 def test_the_choice_follows_figure_4(mean_delta, situation, method, objective, optimizer):
-    found = recommend(mean_delta, **situation)
-    assert (found.method, found.objective, found.optimizer) == (method, objective, optimizer)
-    assert f"{mean_delta:.2g}" in found.reason
-    assert found.method in METHODS
+    advice = recommend(mean_delta, **situation)
+    assert (advice.method, advice.objective, advice.optimizer) == (method, objective, optimizer)
+    assert f"{mean_delta:.2g}" in advice.reason
+    assert advice.method in METHODS
 
 
 @pytest.mark.parametrize("mean_delta", [-1.0, float("nan"), float("inf")])

@@ -97,7 +97,9 @@ def harness(monkeypatch):
 
 
 def run_eval(model, output, *options):
-    return main(["eval", str(model), "--tasks", "gsm8k", "--device", "cpu", "--output", str(output), *options])
+    defaults = {"--tasks": "gsm8k", "--device": "cpu", "--output": str(output)}
+    words = [word for option in defaults.items() if option[0] not in options for word in option]
+    return main(["eval", str(model), *words, *options])
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -107,11 +109,11 @@ def run_eval(model, output, *options):
     ("options", "said"),
     [
         (["--limit", "0"], "--limit is 0, expected 1 or more"),
-        (["--num-fewshot", "-1"], "--num-fewshot is -1, expected 0 or more"),
-        (["--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
-        (["--max-length", "1"], "--max-length is 1, expected 2 or more"),
-        (["--task", "sst2"], "--task sst2 chooses a task of a merged delta: give --delta DIR"),
-        (["--include-path", "nowhere"], "--include-path nowhere: no such folder"),
+        (["--num_fewshot", "-1"], "--num_fewshot is -1, expected 0 or more"),
+        (["--batch_size", "0"], "--batch_size is 0, expected 1 or more"),
+        (["--max_length", "1"], "--max_length is 1, expected 2 or more"),
+        (["--task", "sst2"], "--task sst2 chooses a task of a merged delta: give --delta DELTA"),
+        (["--include_path", "nowhere"], "--include_path nowhere: no such folder"),
         (["--output", "/proc/nowhere/x.json"], "cannot write into /proc/nowhere"),
         (["--output", "."], "--output . is a folder, expected a file"),
         (["--device", "cuba"], "--device cuba cannot be used here"),
@@ -142,7 +144,7 @@ def test_missing_harness_is_named_with_its_cure(tmp_path, monkeypatch, capsys):
         (["--delta", "/nowhere"], "/nowhere: no such folder"),
         (["--delta", "{base}"], "base is no delta folder: it lacks delta_model.safetensors"),
         (["--delta", "{delta}", "--task", "sst2"], "has no task 'sst2': it is no merged delta"),
-        (["--apply-chat-template"], "the tokenizer has no chat template"),
+        (["--apply_chat_template"], "the tokenizer has no chat template"),
     ],
 )
 def test_wrong_tasks_and_deltas_are_refused_before_the_model_is_loaded(
@@ -176,8 +178,8 @@ def test_another_base_a_classifier_and_answers_without_room_are_refused(models, 
     make_tokenizer().save_pretrained(tmp_path / "classifier")
     assert run_eval(tmp_path / "classifier", tmp_path / "x.json") == 2
     assert "lacks 1 tensors of Qwen2ForCausalLM, such as lm_head.weight" in capsys.readouterr().err
-    assert run_eval(base, tmp_path / "x.json", "--max-length", "90") == 2
-    assert "gsm8k writes up to 90 tokens, no room for a prompt within 90: raise --max-length" in capsys.readouterr().err
+    assert run_eval(base, tmp_path / "x.json", "--max_length", "90") == 2
+    assert "gsm8k writes up to 90 tokens, no room for a prompt within 90: raise --max_length" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
 
 
@@ -188,7 +190,7 @@ def test_base_plus_delta_scores_as_the_dense_model(models, tmp_path, harness, ca
     base, tuned = models
     delta = make_delta(base, tuned, tmp_path / "delta")
     capsys.readouterr()
-    settings = ("--limit", "3", "--num-fewshot", "2", "--batch-size", "4")
+    settings = ("--limit", "3", "--num_fewshot", "2", "--batch_size", "4")
     for name, model, options in (("base", base, ()), ("tuned", tuned, ()), ("both", base, ("--delta", delta))):
         assert run_eval(model, tmp_path / f"{name}.json", *options, *settings) == 0
     shown = capsys.readouterr()
@@ -203,7 +205,7 @@ def test_base_plus_delta_scores_as_the_dense_model(models, tmp_path, harness, ca
         ["gsm8k", "sum", f"{read['both']['results']['gsm8k']['sum,none']:.4f}"],
         ["gsm8k", "acc", "(strict)", "0.2500", "0.1250"],
     ]
-    assert "--num-fewshot 2 is not used where a task fixes its own: {'gsm8k': 5}" in shown.err
+    assert "--num_fewshot 2 is not used where a task fixes its own: {'gsm8k': 5}" in shown.err
     asked = {"num_fewshot": 2, "limit": 3, "batch_size": 4, "device": "cpu"}
     assert all(asked.items() <= settings.items() for _, _, settings in harness)
 
@@ -262,7 +264,7 @@ def test_merged_delta_is_scored_as_a_task_of_it(models, tmp_path, harness):
 
 
 def write_task(folder, name, rows, kind, **further):
-    """A task YAML (JSON is YAML) over a local file, for ``--include-path``."""
+    """A task YAML (JSON is YAML) over a local file, for ``--include_path``."""
     config = {
         "task": name,
         "dataset_path": "json",
@@ -303,7 +305,7 @@ def test_real_harness_gives_base_plus_delta_the_dense_scores(models, own_tasks, 
 
     def scored(model, name, *options):
         output = tmp_path / f"{name}.json"
-        assert run_eval(model, output, "--include-path", own_tasks, "--tasks", "sums", "--log-samples", *options) == 0
+        assert run_eval(model, output, "--include_path", own_tasks, "--tasks", "sums", "--log_samples", *options) == 0
         result = json.loads(output.read_text())
         tasks = ("sum_choices", "sum_answers")
         return result["results"], [sample["resps"] for task in tasks for sample in result["samples"][task]]
@@ -319,10 +321,10 @@ def test_real_harness_gives_base_plus_delta_the_dense_scores(models, own_tasks, 
 
 def test_real_harness_refuses_unknown_tasks_and_keeps_to_the_limit(models, own_tasks, tmp_path, capsys):
     base, _ = models
-    options = ("--include-path", own_tasks, "--limit", "2", "--dtype", "float32", "--tasks")
+    options = ("--include_path", own_tasks, "--limit", "2", "--dtype", "float32", "--tasks")
     assert run_eval(base, tmp_path / "x.json", *options, "sum_choice") == 2
     assert "has no task 'sum_choice' (near: sum_choices" in capsys.readouterr().err
-    assert run_eval(base, tmp_path / "x.json", *options, "sum_choices,sum_answers", "--num-fewshot", "1") == 0
+    assert run_eval(base, tmp_path / "x.json", *options, "sum_choices,sum_answers", "--num_fewshot", "1") == 0
     result = json.loads((tmp_path / "x.json").read_text())
     assert {task: count["effective"] for task, count in result["n-samples"].items()} == dict.fromkeys(
         ("sum_choices", "sum_answers"), 2

@@ -40,7 +40,7 @@ from dpp_lightning.storage import sharded_checkpoint, stored_tensor
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.sharded_checkpoint import read_sharded
 from dpp_lightning.tasks.common.lora import LoRA
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
+from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
 TOKENS = {"input_ids": torch.arange(4, 24).reshape(2, 10)}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,9 +68,10 @@ def same_weights(folder, model):
     """Loaded without a word of missing or unexpected tensors, every one equal."""
     loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    own = model.state_dict()
+    state = model.state_dict()
     return (
-        all(torch.equal(t, own[n]) for n, t in loaded.state_dict().items()) and loaded.state_dict().keys() == own.keys()
+        all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())
+        and loaded.state_dict().keys() == state.keys()
     )
 
 
@@ -95,26 +96,26 @@ def save_pieces(folder, tensors, dim, cuts):
     for name, tensor in tensors.items():
         ends = [0, *(round(tensor.shape[dim] * c) for c in cuts), tensor.shape[dim]] if tensor.dim() > dim else None
         for start, stop in pairwise(ends) if ends else [(0, 0)]:
-            part = tensor.narrow(dim, start, stop - start).clone() if ends else tensor
+            piece = tensor.narrow(dim, start, stop - start).clone() if ends else tensor
             offset = [start if d == dim else 0 for d in range(tensor.dim())]
-            pieces[f"{name}@{start}"] = part
-            where[f"{name}@{start}"] = (name, torch.Size(offset), part.shape)
+            pieces[f"{name}@{start}"] = piece
+            where[f"{name}@{start}"] = (name, torch.Size(offset), piece.shape)
     dcp.save({**pieces, "optimizer.state": torch.ones(9)}, checkpoint_id=folder)
 
     def join(metadata):
-        places = {index.fqn: place for index, place in metadata.storage_data.items()}
-        found = dict(metadata.state_dict_metadata)
+        infos = {index.fqn: info for index, info in metadata.storage_data.items()}
+        tensors_metadata = dict(metadata.state_dict_metadata)
         metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, {}, {}
         for key, (name, offset, size) in where.items():
-            about = found[key]
-            new = TensorStorageMetadata(about.properties, tensors[name].shape, [])
-            old = metadata.state_dict_metadata.setdefault(f"state_dict.{name}", new)
-            old.chunks.append(ChunkStorageMetadata(offset, size))
-            metadata.storage_data[MetadataIndex(f"state_dict.{name}", offset)] = places[key]
+            metadata_of_piece = tensors_metadata[key]
+            new = TensorStorageMetadata(metadata_of_piece.properties, tensors[name].shape, [])
+            joined = metadata.state_dict_metadata.setdefault(f"state_dict.{name}", new)
+            joined.chunks.append(ChunkStorageMetadata(offset, size))
+            metadata.storage_data[MetadataIndex(f"state_dict.{name}", offset)] = infos[key]
             metadata.planner_data[f"state_dict.{name}"] = ("state_dict", name)
-        metadata.state_dict_metadata["optimizer_0.state.x"] = found["optimizer.state"]
+        metadata.state_dict_metadata["optimizer_0.state.x"] = tensors_metadata["optimizer.state"]
         metadata.planner_data["optimizer_0.state.x"] = ("optimizer_0", "state", "x")
-        metadata.storage_data[MetadataIndex("optimizer_0.state.x", torch.Size([0]))] = places["optimizer.state"]
+        metadata.storage_data[MetadataIndex("optimizer_0.state.x", torch.Size([0]))] = infos["optimizer.state"]
 
     change_metadata(folder, join)
     return folder
@@ -126,37 +127,37 @@ def save_pieces(folder, tensors, dim, cuts):
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory):
     """The base's folder, and checkpoints that one step of a real fit left: of all weights, and of adapters."""
-    place = tmp_path_factory.mktemp("glue")
-    base, data = make_model(place / "base"), make_data(place / "data", "mnli", n_train=24, n_test=8)
+    folder = tmp_path_factory.mktemp("glue")
+    base, data = make_model(folder / "base"), make_data(folder / "data", "mnli", n_train=24, n_test=8)
     modules = {}
     for name, lora in (("full", None), ("lora", LoRA(r=4, alpha=12, target_modules=["query", "value"]))):
         module = GLUEModule("mnli", base, lora=lora)
-        fit = make_trainer(place, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+        fit = make_trainer(folder, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
         fit.fit(module, GLUEDataModule("mnli", data))
-        fit.save_checkpoint(place / f"{name}.ckpt")
+        fit.save_checkpoint(folder / f"{name}.ckpt")
         modules[name] = module.eval()
-    return place, base, modules
+    return folder, base, modules
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_fit_of_glue_becomes_the_folder_of_its_classifier(glue, kind, tmp_path, capsys):
-    place, base, modules = glue
-    assert main(["export", str(place / f"{kind}.ckpt"), "--output", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().err
-    assert f"num_labels is 3, as the head has it (2 in {base})" in told
-    assert ("4 LoRA adapters merged" in told) == (kind == "lora")
+    folder, base, modules = glue
+    assert main(["export", str(folder / f"{kind}.ckpt"), "--output", str(tmp_path / "out")]) == 0
+    stderr = capsys.readouterr().err
+    assert f"num_labels is 3, as the head has it (2 in {base})" in stderr
+    assert ("4 LoRA adapters merged" in stderr) == (kind == "lora")
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert (model.config.architectures, model.config.num_labels) == (["BertForSequenceClassification"], 3)
-    expected, found = modules[kind].model(**TOKENS).logits, model(**TOKENS).logits
-    assert torch.equal(found, expected) if kind == "full" else torch.allclose(found, expected, atol=1e-6)
+    expected, logits = modules[kind].model(**TOKENS).logits, model(**TOKENS).logits
+    assert torch.equal(logits, expected) if kind == "full" else torch.allclose(logits, expected, atol=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [2, 5, 6, 3]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_with_a_base_it_is_the_delta_of_the_dense_folder(glue, kind, tmp_path):
-    place, base, _ = glue
-    source, out = str(place / f"{kind}.ckpt"), {n: str(tmp_path / n) for n in ("dense", "direct", "delta", "applied")}
+    folder, base, _ = glue
+    source, out = str(folder / f"{kind}.ckpt"), {n: str(tmp_path / n) for n in ("dense", "direct", "delta", "applied")}
     delta = ["--base", base, "--method", "magnitude", "--pruning_rate", "0.8", "--dtype", "bfloat16"]
     assert main(["export", source, "--output", out["dense"]]) == 0
     assert main(["export", source, *delta, "--output", out["direct"]]) == 0
@@ -209,13 +210,13 @@ def test_class_sizes_ties_and_names_are_those_of_save_pretrained(case, tmp_path)
     trained(model)
     metric = {"val.total": torch.tensor(3.0)}
     path = save_ckpt(tmp_path / "x.ckpt", model, "net._orig_mod.", tmp_path / "base", **metric)
-    assert main(["export", path, "--output", str(tmp_path / "out"), "--max-shard-bytes", "1000000000"]) == 0
+    assert main(["export", path, "--output", str(tmp_path / "out"), "--max_shard_bytes", "1000000000"]) == 0
     if case == "a head of its own":
         model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "own")
-    found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "own"))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(t, found[n]) and t.dtype == found[n].dtype for n, t in expected.items())
+    written, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "own"))
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(t, written[n]) and t.dtype == written[n].dtype for n, t in expected.items())
     assert same_weights(tmp_path / "out", model)
 
 
@@ -257,14 +258,14 @@ def test_dtypes(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """A decoder with a tied head, its base, and its sharded checkpoint."""
-    place = tmp_path_factory.mktemp("sharded")
+    folder = tmp_path_factory.mktemp("sharded")
     model = trained(make_decoder())
-    return save_dcp(place / "dcp", model), save_decoder(place / "base"), model
+    return save_dcp(folder / "dcp", model), save_decoder(folder / "base"), model
 
 
 def test_a_folder_of_dcp(sharded, tmp_path):
     folder, base, model = sharded
-    options = ["--config-from", base, "--max-shard-bytes", "9000"]
+    options = ["--config_from", base, "--max_shard_bytes", "9000"]
     assert main(["export", str(folder), "--output", str(tmp_path / "out"), *options]) == 0
     files = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 5
@@ -304,7 +305,7 @@ def test_prune_takes_a_sharded_folder_as_the_finetuned_model(tmp_path, sharded):
     deltas = []
     for source in (folder, pieces, tmp_path / "dense"):
         out = tmp_path / f"delta{len(deltas)}"
-        assert main(["prune", base, str(source), "--output", str(out), "--weights-only"]) == 0
+        assert main(["prune", base, str(source), "--output", str(out), "--weights_only"]) == 0
         deltas.append(SparseDelta.from_pretrained(out))
     assert main(["apply", base, str(tmp_path / "delta1"), "--output", str(tmp_path / "applied")]) == 0
     assert deltas[0].info.base_check == deltas[1].info.base_check == deltas[2].info.base_check
@@ -339,7 +340,7 @@ def test_memory_is_that_of_a_block_and_optimizer_state_is_never_looked_at(tmp_pa
     monkeypatch.setattr(stored_tensor, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(sharded_checkpoint._Files, "view", seen)
     monkeypatch.setattr(stored_tensor.StoredTensor, "blocks", blocks)
-    assert main(["export", str(folder), "--output", str(tmp_path / "out"), "--config-from", base]) == 0
+    assert main(["export", str(folder), "--output", str(tmp_path / "out"), "--config_from", base]) == 0
     assert max(copied) <= 1024 < 280 * 32 * 4
     assert sum(copied) > 90_000
     assert looked
@@ -366,21 +367,21 @@ def refused(capsys, *arguments):
 def test_code_in_metadata_is_never_run(tmp_path, sharded, capsys):
     _, base, model = sharded
     folder = save_dcp(tmp_path / "dcp", model)
-    options = ["--config-from", base, "--output", tmp_path / "out"]
+    options = ["--config_from", base, "--output", tmp_path / "out"]
     (folder / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     assert "is not the metadata of a torch.distributed.checkpoint" in refused(capsys, folder, *options)
     folder = save_dcp(tmp_path / "dcp2", model)
     change_metadata(folder, lambda m: setattr(m, "storage_meta", Runs(tmp_path / "ran")))
-    assert main(["export", str(folder), "--config-from", base, "--output", str(tmp_path / "fine")]) == 0
+    assert main(["export", str(folder), "--config_from", base, "--output", str(tmp_path / "fine")]) == 0
     torch.save({"hyper_parameters": {"pretrained": base, "hook": Runs(tmp_path / "ran")}}, folder / "meta.pt")
-    assert "--config-from" in refused(capsys, folder, "--output", tmp_path / "out")
+    assert "--config_from" in refused(capsys, folder, "--output", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
 
 
 def test_incomplete_and_damaged_shards_are_named(tmp_path, sharded, capsys):
     _, base, model = sharded
-    options = ["--config-from", base, "--output", tmp_path / "out"]
+    options = ["--config_from", base, "--output", tmp_path / "out"]
 
     def folder():
         return save_dcp(tmp_path / f"dcp{len(os.listdir(tmp_path))}", model)
@@ -424,8 +425,8 @@ def exchange(metadata):
 
 
 def compress(metadata):
-    for place in metadata.storage_data.values():
-        place.transform_descriptors = ["zstd"]
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["zstd"]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_metadata_that_does_not_hold_together(tmp_path, sharded, capsys, change,
     _, base, model = sharded
     folder = save_dcp(tmp_path / "dcp", model)
     change_metadata(folder, change)
-    assert message in refused(capsys, folder, "--config-from", base, "--output", tmp_path / "out")
+    assert message in refused(capsys, folder, "--config_from", base, "--output", tmp_path / "out")
     assert os.listdir(tmp_path) == ["dcp"]
 
 
@@ -455,17 +456,17 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path, sharded, g
     state["model.layers.0.extra.weight"] = torch.ones(3)
     del state["model.norm.weight"]
     torch.save({"state_dict": {f"lit.{n}": t for n, t in state.items()}}, tmp_path / "x.ckpt")
-    error = refused(capsys, tmp_path / "x.ckpt", "--config-from", base, *out)
+    error = refused(capsys, tmp_path / "x.ckpt", "--config_from", base, *out)
     assert "not those of Qwen2ForCausalLM (under 'lit.')" in error
     assert "missing: model.norm.weight" in error
     assert "unexpected: lit.model.layers.0.extra.weight" in error
-    assert "none of BertModel is there; the checkpoint has " in refused(capsys, folder, "--config-from", glue[1], *out)
+    assert "none of BertModel is there; the checkpoint has " in refused(capsys, folder, "--config_from", glue[1], *out)
     narrow = save_decoder(tmp_path / "narrow", "qwen2", positions=64)
     config = (
         (tmp_path / "narrow" / "config.json").read_text().replace('"intermediate_size": 48', '"intermediate_size": 40')
     )
     (tmp_path / "narrow" / "config.json").write_text(config)
-    error = refused(capsys, folder, "--config-from", narrow, *out)
+    error = refused(capsys, folder, "--config_from", narrow, *out)
     assert "model.layers.0.mlp.gate_proj.weight is (48, 32), the configuration says (40, 32)" in error
     assert not (tmp_path / "out").exists()
 
@@ -488,9 +489,9 @@ def test_sources_and_options_are_checked_first(tmp_path, sharded, glue, capsys):
     full, out = glue[0] / "full.ckpt", ["--output", tmp_path / "out"]
     assert "no such checkpoint" in refused(capsys, tmp_path / "nowhere", *out)
     assert "expected a .ckpt file or a sharded folder" in refused(capsys, glue[0], *out)
-    assert "give its folder or hub id with --config-from" in refused(capsys, folder, *out)
-    assert "has no config.json" in refused(capsys, folder, "--config-from", tmp_path, *out)
-    assert "--config-from" in refused(capsys, folder, "--config-from", tmp_path / "nowhere", *out)
+    assert "give its folder or hub id with --config_from" in refused(capsys, folder, *out)
+    assert "has no config.json" in refused(capsys, folder, "--config_from", tmp_path, *out)
+    assert "--config_from" in refused(capsys, folder, "--config_from", tmp_path / "nowhere", *out)
     assert "--seed: only of a delta folder" in refused(capsys, full, "--seed", "1", *out)
     assert "no such model class" in refused(capsys, full, "--architecture", "BertForNothing", *out)
     delta = ["--base", glue[1], *out]
