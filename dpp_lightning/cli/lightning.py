@@ -1,7 +1,9 @@
 """The Lightning half of ``dpp``: fit, validate, test and predict on LightningCLI. Importing it imports torch."""
 
+import errno
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -10,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,15 +32,18 @@ from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.optim import AdamR
-from dpp_lightning.tasks.adamerging.glue_mix import GLUEMixDataModule
-from dpp_lightning.tasks.adamerging.module import AdaMergingModule
-from dpp_lightning.tasks.adamerging.text_mix import TextMixDataModule
-from dpp_lightning.tasks.causal_lm.data import InstructionDataModule
-from dpp_lightning.tasks.causal_lm.module import CausalLMModule
-from dpp_lightning.tasks.glue.module import GLUEDataModule, GLUEModule
-from dpp_lightning.tasks.vision.digits import DigitsDataModule
-from dpp_lightning.tasks.vision.images import ImageDataModule
-from dpp_lightning.tasks.vision.module import VisionModule
+from dpp_lightning.tasks import (
+    AdaMergingModule,
+    CausalLMModule,
+    DigitsDataModule,
+    GLUEDataModule,
+    GLUEMixDataModule,
+    GLUEModule,
+    ImageDataModule,
+    InstructionDataModule,
+    TextMixDataModule,
+    VisionModule,
+)
 from dpp_lightning.trainer.checkpoint_io import AtomicCheckpointIO, SameCheckpoint
 from dpp_lightning.trainer.interruption import how_to_resume, lost_rank
 from dpp_lightning.trainer.strategies import FSDP2Strategy
@@ -60,16 +66,27 @@ SHORT_NAMES = (
     WritePredictions,
 )
 
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _REFUSING = ("dpp_lightning.", "lightning.pytorch.trainer.")  # packages whose ValueErrors are about settings
 
-_EPILOG = f"""Classes have settings of their own, which --CLASS_OPTION.help lists:
-  dpp {{command}} --model.help GLUEModule
-  dpp {{command}} --trainer.callbacks.help DeltaPruneCallback
+_EXAMPLES = {
+    "fit": "--config bert_cola_adamr.yaml --trainer.max_epochs 2",
+    "validate": "--config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
+    "test": "--config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
+    "predict": "--config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt --output predictions.jsonl",
+    "sweep": "--config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt --rates 0.9 0.99 --output sweep",
+}
+_EPILOG = f"""example:
+  dpp {{name}} {{example}}
 
-An error is one line. To see where in the code it was raised:
-  {SHOW_TRACEBACK}=1 dpp {{command}} --config NAME
+settings of a class, which an option that ends in .help lists:
+  dpp {{name}} --model.help GLUEModule
+  dpp {{name}} --trainer.callbacks.help DeltaPruneCallback
 
-Exit codes:
+where in the code an error was raised:
+  {SHOW_TRACEBACK}=1 dpp {{name}} --config NAME
+
+exit codes:
 {{codes}}
 """
 
@@ -88,12 +105,7 @@ class DPPCLI(LightningCLI):
     """
 
     usage = "dpp {name} --config NAME [options]"
-    examples: ClassVar[dict[str, str]] = {
-        "fit": "dpp fit --config bert_cola_adamr.yaml --trainer.max_epochs 2",
-        "validate": "dpp validate --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
-        "test": "dpp test --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
-        "predict": "dpp predict --config bert_cola_adamr.yaml --ckpt_path runs/bert_cola_adamr/last.ckpt",
-    }
+    names: ClassVar[dict[str, str]] = {"fit": "fit", "validate": "validate", "test": "test", "predict": "predict"}
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
@@ -106,34 +118,39 @@ class DPPCLI(LightningCLI):
                 "allow_abbrev": False,
                 "exit_on_error": False,
                 "formatter_class": HelpFormatter,
-                **{command: self._help_texts(command) for command in self.subcommands()},
+                **{command: self.help_texts(command) for command in self.subcommands()},
             },
         )
 
-    def summary(self, command: str) -> str:
-        """What the command does, in a sentence for its help."""
-        summary = COMMANDS[command].summary
-        return f"{summary[0].upper()}{summary[1:]}."
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """With a help of ``--config`` that names the recipes."""
+        parser = super().init_parser(**kwargs)
+        config = next(action for action in parser._actions if action.dest == "config")
+        config.help = "A YAML file, or the name of a packaged recipe (dpp configs lists them); later ones win."
+        return parser
 
-    def _help_texts(self, command: str) -> dict[str, str]:
+    def help_texts(self, command: str) -> dict[str, str]:
+        """Usage, description and epilog of a command's help."""
+        name = self.names[command]
         codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in MEANINGS.items())
+        summary = COMMANDS[name].summary
         return {
-            "usage": self.usage.format(name=command),
-            "description": f"{self.summary(command)}\n\nexample:\n  {self.examples[command]}",
-            "epilog": _EPILOG.format(command=command, codes=codes),
+            "usage": self.usage.format(name=name),
+            "description": f"{summary[0].upper()}{summary[1:]}.",
+            "epilog": _EPILOG.format(name=name, example=_EXAMPLES[name], codes=codes),
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As LightningCLI's, with every refusal in one line."""
         command, *words = cast(list[str], args)
         command_parser = self._subcommand_parsers[command]
-        command_parser.prog = self.usage.split(" --")[0].format(name=command)
+        command_parser.prog = f"dpp {self.names[command]}"
         settings = read_settings(command_parser, words)
         refuse_repeated(settings)
         try:
             self.config = parser.parse_args([command, *words])
         except ArgumentError as error:
-            if f"required: {command}.model" in str(error) and not any(s.keys[:1] == ("model",) for s in settings):
+            if re.search(rf"required: .*\b{command}\.model\b", str(error)):
                 raise UsageError(
                     "no model is named: give a config, --config NAME (dpp configs lists them), or --model CLASS"
                 ) from error
@@ -246,16 +263,27 @@ def guarded(command: str, act: Callable[[], object]) -> int:
     except SystemExit as stop:
         return signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except Exception as error:
-        message, code = _message(error), USAGE_ERROR
-        if message is None and (message := lost_rank(error)):
-            code = FAILED
+        message = _message(error) or lost_rank(error)
         if message is None or os.environ.get(SHOW_TRACEBACK):
             raise
-        say(f"dpp {command}: error: {' '.join(message.split())}")
+        failed = _is_failure(error)
+        say(f"dpp {command}: {'failed' if failed else 'error'}: {' '.join(message.split())}")
         for note in getattr(error, "__notes__", ()):
             say(note)
-        return code
+        return FAILED if failed else USAGE_ERROR
     return DONE
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Whether no setting is to blame: a full disk, no memory, no network, a lost rank."""
+    if error is not None and lost_rank(error):
+        return True
+    while error is not None:
+        no_network = isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
+        if no_network or isinstance(error, MemoryError) or getattr(error, "errno", None) in _DISK_FULL:
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def _silence_what_no_user_can_cure() -> None:
@@ -276,7 +304,7 @@ def _message(error: BaseException | None) -> str | None:
     Lightning's trainer. jsonargparse wraps whatever a constructor raises in a ValueError of its own, hence the chain.
     """
     while error is not None:
-        if isinstance(error, (OSError, MisconfigurationException)):
+        if isinstance(error, (OSError, MemoryError, MisconfigurationException)):
             return str(error)
         if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
             return str(error)

@@ -13,6 +13,8 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ActionYesNo
+
 from dpp_lightning.cli.given_settings import Setting, read_settings
 from dpp_lightning.cli.packaged_configs import UsageError, nearest
 from dpp_lightning.cli.signatures import (
@@ -44,13 +46,24 @@ def explain(error: BaseException | str, parser: argparse.ArgumentParser, argumen
     Returns:
         Where the fault is (the option, or the file, line and key), what it is, and the nearest known name.
     """
-    checker = _Checker(parser)
     try:
-        faults = [fault for setting in read_settings(parser, arguments) if (fault := checker.fault(setting))]
+        faults = find_faults(parser, arguments)
     except UsageError as unreadable:
         return str(unreadable)
-    faults = faults or list(checker.missing())
+    except Exception:  # a signature that cannot be read must not hide what the parser said
+        faults = []
     return "; ".join(faults[:_FAULTS_SHOWN]) if faults else shorten(str(error))
+
+
+def find_faults(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """A line for every setting that the signatures do not take; where there is none, for every one that is missing.
+
+    Raises:
+        UsageError: a config file that is no YAML, or holds a key twice.
+    """
+    checker = _Checker(parser)
+    faults = [fault for setting in read_settings(parser, arguments) if (fault := checker.fault(setting))]
+    return faults or list(checker.missing())
 
 
 def shorten(message: str) -> str:
@@ -214,7 +227,7 @@ class _Checker:
         return f"{_where(setting)} is {whose} ({lists} lists them)"
 
     def _help(self, option: str) -> str:
-        return f"{self._parser.prog.replace(' [options]', '')} {option}".strip()
+        return f"{self._parser.prog} {option}".strip()
 
 
 def _actions(parser: argparse.ArgumentParser, on_command_line: bool) -> dict[str, argparse.Action]:
@@ -240,7 +253,7 @@ def _value_fault(setting: Setting, action: Any) -> str | None:
     """A value that an action does not take, or that is missing."""
     if setting.value is None:
         return f"{_where(setting)} needs a value" if action.nargs is None else None
-    typehint, choices = getattr(action, "_typehint", None), action.choices
+    typehint = bool if isinstance(action, ActionYesNo) else getattr(action, "_typehint", None)
     if typehint is None or accepts(typehint, setting.value):
         return None
     choices = literals(typehint)

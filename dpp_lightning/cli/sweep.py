@@ -6,56 +6,132 @@ and trainer are built as ``dpp test`` builds them.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
-from dpp_lightning.cli.lightning import DPPCLI, guarded, is_callback, signal_code
+from dpp_lightning.cli.command import FunctionCommand
+from dpp_lightning.cli.config_checks import is_callback, listed
+from dpp_lightning.cli.lightning import DPPCLI, guarded, signal_code
+from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.sweep_progress import Bar
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
 
-_COMMANDS = {"test": "test", "validation": "validate"}
+_LOCK = ".sweep.lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Prune one fine-tuned checkpoint by every method, rate and mask seed, and score every pruned model.
+
+    Rows (results.jsonl), a table (table.md) and plots are written. Killed, a sweep goes on where it was when the
+    command is repeated; further methods, rates and seeds may be added to it. What these options leave out is taken from
+    the config's DeltaPruneCallback, or from its defaults.
+
+    Args:
+        output: folder of the rows, deltas, table and plots
+        methods: names of methods; without them those of the config
+        rates: fractions of the delta that are dropped, in [0, 1); without them those of the config
+        seeds: seeds of the masks, q is found on the first one's; without them those of the config
+        split: the data that every model is scored on
+        curve: a method, for which score and output change are plotted over q
+        deltas: save a delta folder for each row; their bytes are counted all the same
+    """
+
+    output: str
+    methods: Sequence[str] = ()
+    rates: Sequence[float] = ()
+    seeds: Sequence[int] = ()
+    split: Literal["test", "validation"] = "test"
+    curve: str | None = None
+    deltas: bool = True
+
+    def grid(self) -> dict[str, list[Any]]:
+        """The callback's settings that the options give."""
+        given = {"method": self.methods, "pruning_rate": self.rates, "seeds": self.seeds}
+        return {name: list(values) for name, values in given.items() if values}
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the config says.
+
+        Raises:
+            ValueError: an unknown method, a rate outside [0, 1), a value twice, a folder that cannot be written.
+        """
+        DeltaPruneCallback(**self.grid(), plot=(self.curve or False) if self.methods else False)
+        check_writable(Path(self.output))
+
+
+OPTIONS = FunctionCommand(
+    SweepOptions,
+    example="dpp sweep --config bert_sst2_adamw.yaml --ckpt_path runs/bert_sst2_adamw/last.ckpt --methods dare "
+    "darex-q --rates 0.9 0.99 --output sweep",
+    groups={"sweep": "output"},
+)
 
 
 class SweepCLI(DPPCLI):
-    """``test`` or ``validate`` with the sweep's own callback, a progress bar, and a report at the end.
+    """``dpp test`` with the sweep's own callback, a progress bar, and a report at the end.
 
     Args:
-        options: the sweep's own, parsed.
-        arguments: LightningCLI's, after the command.
+        args: the command line behind the command's name.
+        stack: holds the lock of the output folder for as long as it is open.
     """
 
-    def __init__(self, options: argparse.Namespace, arguments: Sequence[str]) -> None:
-        self.options = options
-        super().__init__([_COMMANDS[options.split], *arguments])
-
     usage = "dpp sweep --config NAME --ckpt_path FILE --output DIR [options]"
+    names: ClassVar[dict[str, str]] = {"test": "sweep"}
+
+    def __init__(self, args: Sequence[str], stack: ExitStack) -> None:
+        self._stack = stack
+        super().__init__(["test", *OPTIONS.join_lists(args)])
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's ``test`` alone, whose arguments ``validate`` has too."""
+        return {"test": DPPCLI.subcommands()["test"]}
+
+    def help_texts(self, command: str) -> dict[str, str]:
+        """The sweep's description and example."""
+        return {**super().help_texts(command), "description": OPTIONS.description()}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """With the sweep's own options, before those of the trainer."""
+        OPTIONS.add_parameters(parser)
+        super().add_default_arguments_to_parser(parser)
+
+    def add_options(self, parser: LightningArgumentParser, command: str) -> None:
+        """None: a sweep makes its deltas and predicts nothing."""
+
+    def check(self, command: str, config: Namespace) -> None:
+        """Refuse a sweep without a checkpoint, and options that are wrong whatever the config says."""
+        if config.get("ckpt_path") is None:
+            raise UsageError("a sweep needs the fine-tuned checkpoint: give --ckpt_path FILE")
+        super().check("validate" if config.split == "validation" else "test", config)
+        self.options = SweepOptions(**{field.name: config[field.name] for field in fields(SweepOptions)})
+        self.options.check()
 
     def before_instantiate_classes(self) -> None:
-        """Put the sweep's callback into the config, and check the checkpoint before a model is built."""
+        """Put the sweep's callback into the config, and keep other sweeps out of its folder."""
         self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config_sweep.yaml"}
-        config = self.config[self.subcommand]
-        _check_checkpoint(config.get("ckpt_path"))
-        place_callback(config.trainer, self.options)
+        place_callback(self.config[self.subcommand].trainer, self.options)
+        if rank_zero_only.rank == 0:
+            lock_folder(Path(self.options.output), self._stack)
 
     def test(self, **arguments: Any) -> None:
-        """The sweep on the test split."""
-        self._sweep(self.trainer.test, arguments)
-
-    def validate(self, **arguments: Any) -> None:
-        """The sweep on the validation split."""
-        self._sweep(self.trainer.validate, arguments)
-
-    def _sweep(self, evaluate: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        """Score every pruned model on the split, and write the report."""
         (callback,) = (c for c in self.trainer.callbacks if isinstance(c, DeltaPruneCallback))  # type: ignore[attr-defined]
+        evaluate = self.trainer.validate if self.options.split == "validation" else self.trainer.test
         first = self.trainer.is_global_zero
         try:
             with Bar(shown=first) as callback.reporter:
@@ -73,11 +149,14 @@ class SweepCLI(DPPCLI):
                 "the config pretrained=<folder or hub id of the base>"
             )
         if first:
-            task = getattr(self.model, "task", None) or type(self.model).__name__
-            monitor = EvaluationPasses(self.trainer, callback.settings.monitor).monitor
-            subject = Subject(str(task), str(arguments["ckpt_path"]), monitor, callback.settings.objective)
-            written = write_report(callback.results, Path(self.options.output), subject)
-            sys.stderr.write("".join(f"{path}\n" for path in written))
+            self._report(callback, str(arguments["ckpt_path"]))
+
+    def _report(self, callback: DeltaPruneCallback, checkpoint: str) -> None:
+        task = getattr(self.model, "task", None) or type(self.model).__name__
+        monitor = EvaluationPasses(self.trainer, callback.settings.monitor).monitor
+        subject = Subject(str(task), checkpoint, monitor, callback.settings.objective)
+        written = write_report(callback.results, Path(self.options.output), subject)
+        sys.stderr.write("".join(f"{path}\n" for path in written))
 
 
 def run(arguments: list[str]) -> int:
@@ -87,57 +166,29 @@ def run(arguments: list[str]) -> int:
         arguments: the command line from the command on, config names already resolved to paths.
 
     Returns:
-        The exit code: 0, 2 for a wrong command line or setting, 130 or 143 where a signal stopped it.
+        The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
-
-    def act() -> None:
-        options, others = _parser().parse_known_args(arguments[1:])
-        _check(options)
-        SweepCLI(options, others)
-
-    return guarded("sweep", act)
+    with ExitStack() as stack:
+        return guarded("sweep", lambda: SweepCLI(arguments[1:], stack))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "dpp sweep",
-        usage=SweepCLI.usage,
-        allow_abbrev=False,
-        description="Prune one fine-tuned checkpoint by every method, rate and mask seed, score every pruned model, "
-        "and write rows (results.jsonl), table (table.md) and plots. Killed, it goes on where it was when the command "
-        "is repeated; further methods, rates and seeds may be added to it. Other settings are those of the config's "
-        "DeltaPruneCallback.",
-        epilog="All further options are those of dpp test (of dpp validate with --split validation), such as --config, "
-        "--ckpt_path (the fine-tuned checkpoint), --model.pretrained, --data.path, --trainer.accelerator.",
-    )
-    parser.add_argument("--methods", nargs="+", metavar="M", help="method names (default: the config's)")
-    parser.add_argument("--rates", nargs="+", type=float, metavar="P", help="fractions dropped, in [0, 1)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="mask seeds; q is found on the first one's")
-    parser.add_argument("--output", required=True, metavar="DIR", help="rows, deltas, table and plots go here")
-    parser.add_argument("--split", choices=_COMMANDS, default="test", help="what is scored (default: %(default)s)")
-    parser.add_argument("--curve", metavar="M", help="also plot score and output change over q for this method")
-    parser.add_argument(
-        "--no-deltas", action="store_true", help="save no delta folders; bytes are counted all the same"
-    )
-    return parser
+def lock_folder(folder: Path, stack: ExitStack) -> None:
+    """Hold a folder's lock until the stack is closed; a file system without locks goes without.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        stack.enter_context(FileLock(folder / _LOCK).acquire(timeout=0))
+    except Timeout:
+        raise ValueError(
+            f"another dpp sweep writes into {folder} at this moment: wait until it ends, or choose another --output"
+        ) from None
+    except NotImplementedError:
+        pass
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the config says."""
-    given = {"method": options.methods, "pruning_rate": options.rates, "seeds": options.seeds}
-    given |= {"plot": options.curve if options.methods else None}
-    DeltaPruneCallback(**{name: value for name, value in given.items() if value is not None})
-    check_writable(Path(options.output))
-
-
-def _check_checkpoint(path: Any) -> None:
-    if path is None:
-        raise ValueError("a sweep needs the fine-tuned checkpoint: give --ckpt_path FILE")
-    if "://" not in str(path) and not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint file {str(path)!r} (--ckpt_path)")
-
-
-def place_callback(trainer: Namespace, options: argparse.Namespace) -> None:
+def place_callback(trainer: Namespace, options: SweepOptions) -> None:
     """Give the trainer's config the sweep's callback; what else the config says of it stays.
 
     Args:
@@ -147,27 +198,31 @@ def place_callback(trainer: Namespace, options: argparse.Namespace) -> None:
     Raises:
         ValueError: the config has several DeltaPruneCallbacks.
     """
-    given = trainer.get("callbacks") or []
-    callbacks = list(given) if isinstance(given, list) else [given]
-    own = [c for c in callbacks if is_callback(c, DeltaPruneCallback)]
-    if len(own) > 1:
-        raise ValueError(f"a sweep takes one DeltaPruneCallback, the config has {len(own)}: remove all but one")
+    callbacks = listed(trainer.get("callbacks"))
+    pruning = [callback for callback in callbacks if is_callback(callback, DeltaPruneCallback)]
+    if len(pruning) > 1:
+        raise ValueError(f"a sweep takes one DeltaPruneCallback, the config has {len(pruning)}: remove all but one")
     path = f"{DeltaPruneCallback.__module__}.{DeltaPruneCallback.__name__}"
-    callback = own[0] if own else Namespace(class_path=path, init_args=Namespace())
-    callback.init_args = Namespace(**{**vars(callback.get("init_args") or Namespace()), **_settings(callback, options)})
-    others = [c for c in callbacks if not is_callback(c, DeltaPruneCallback) and not is_callback(c, ProgressBar)]
-    trainer.callbacks = [*others, callback]
+    callback = pruning[0] if pruning else Namespace(class_path=path, init_args=Namespace())
+    configured = vars(callback.get("init_args") or Namespace())
+    callback.init_args = Namespace(**{**configured, **_settings(configured, options)})
+    kept = [c for c in callbacks if not is_callback(c, DeltaPruneCallback) and not is_callback(c, ProgressBar)]
+    trainer.callbacks = [*kept, callback]
     trainer.default_root_dir, trainer.enable_progress_bar = options.output, False
     if trainer.get("logger") in (None, True):
         trainer.logger = False
 
 
-def _settings(callback: Namespace, options: argparse.Namespace) -> dict[str, Any]:
-    before = vars(callback.get("init_args") or Namespace())
-    grid = {"method": options.methods, "pruning_rate": options.rates, "seeds": options.seeds}
-    settings: dict[str, Any] = {name: value for name, value in grid.items() if value is not None}
-    methods = settings.get("method", before.get("method", []))
-    own = {name: s for name, s in (before.get("method_settings") or {}).items() if name in methods}
-    settings |= {"method_settings": own or None, "output_dir": options.output, "plot": options.curve or False}
+def _settings(configured: dict[str, Any], options: SweepOptions) -> dict[str, Any]:
+    """What a sweep sets of the callback, whatever the config says of it.
+
+    Args:
+        configured: the callback's settings in the config.
+        options: of ``dpp sweep``.
+    """
+    settings: dict[str, Any] = options.grid()
+    methods = settings.get("method", configured.get("method", []))
+    of_methods = {name: s for name, s in (configured.get("method_settings") or {}).items() if name in methods}
+    settings |= {"method_settings": of_methods or None, "output_dir": options.output, "plot": options.curve or False}
     settings |= {"resume": True, "apply": False, "ckpt": "last", "push_to_hub": None, "hub_private": None}
-    return settings | ({"save_deltas": False} if options.no_deltas else {})
+    return settings | ({} if options.deltas else {"save_deltas": False})

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import ExitStack
 from statistics import fmean, stdev
 
 import datasets
@@ -12,14 +13,21 @@ from tiny_glue import make_data, make_model
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli import main
+from dpp_lightning.cli.sweep import lock_folder
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size, points
 from dpp_lightning.experiments.results import ResultsLog, grid
 from dpp_lightning.methods.registry import METHODS
 
 METHODS_SWEPT = ("dare", "darex-q", "magnitude")
-GRID = ["--methods", *METHODS_SWEPT, "--rates", "0.5", "0.9", "--seeds", "0", "1"]
-TOLD = ("seconds", "forwards")
+GRID = {"--methods": METHODS_SWEPT, "--rates": ("0.5", "0.9"), "--seeds": ("0", "1")}
+MEASURED = ("seconds", "forwards")
+
+
+def options(values):
+    """Options with their values as words of a command line."""
+    words = ((option, *((value,) if isinstance(value, str) else value)) for option, value in values.items())
+    return [word for option in words for word in option]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def job(tmp_path_factory):
 def whole(job, tmp_path_factory):
     """The folder of an uninterrupted sweep."""
     folder = tmp_path_factory.mktemp("whole")
-    assert main(["sweep", *job, *GRID, "--output", str(folder), "--curve", "darex-q"]) == 0
+    assert main(["sweep", *job, *options(GRID), "--output", str(folder), "--curve", "darex-q"]) == 0
     return folder
 
 
@@ -82,7 +90,7 @@ def rows(folder):
 
 
 def figures(folder):
-    return [{name: value for name, value in row.items() if name not in TOLD} for row in rows(folder)]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows(folder)]
 
 
 def test_a_whole_sweep_has_rows_deltas_table_and_plots(whole):
@@ -115,7 +123,7 @@ def test_the_table_is_that_of_the_rows_and_names_every_split(whole):
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(job, whole, tmp_path, scored, signals, capsys):
-    command = ["sweep", *job, *GRID, "--output", str(tmp_path), "--no-deltas"]
+    command = ["sweep", *job, *options(GRID), "--output", str(tmp_path), "--no_deltas"]
     scored["stop"] = 2 + 5  # base, fine-tuned and four rows are made
     assert main(command) == 130
     assert "repeat the command" in capsys.readouterr().err
@@ -147,16 +155,16 @@ def test_a_finished_sweep_only_reports_and_takes_further_rates(job, whole, score
 
 
 @pytest.mark.parametrize(
-    ("other", "named"),
+    ("changed", "named"),
     [
-        (["--split", "validation"], "split test in the file, validation now"),
-        (["--seeds", "1"], "first seed 0 in the file, 1 now"),
-        (["--data.max_length=3"], "fine-tuned model"),
+        ({"--split": "validation"}, "split test in the file, validation now"),
+        ({"--seeds": "1"}, "first seed 0 in the file, 1 now"),
+        ({"--data.max_length": "3"}, "fine-tuned model"),
     ],
 )
-def test_rows_of_another_run_are_refused(other, named, job, whole, capsys):
+def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):
     before = (whole / "results.jsonl").read_text()
-    assert main(["sweep", *job, "--output", str(whole), *GRID, *other]) == 2
+    assert main(["sweep", *job, "--output", str(whole), *options(GRID | changed)]) == 2
     error = capsys.readouterr().err
     assert named in error
     assert "another output folder" in error
@@ -184,31 +192,61 @@ def test_the_configs_own_callback_is_used_but_for_the_grid(job, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--methods", "dar"], "did you mean 'dare'"),
-        (["--rates", "1.0"], "[0, 1)"),
-        (["--rates", "x"], "invalid float"),
-        (["--seeds", "0", "0"], "none twice"),
-        (["--methods", "dare", "--curve", "importance"], "importance"),
-        (["--methods", "darex-q-layer", "--curve", "darex-q-layer"], "more than one q"),
-        (["--split", "train"], "train"),
-        (["--ckpt_path", "nope.ckpt"], "nope.ckpt"),
-        (["--output", "/proc/nowhere"], "/proc/nowhere"),
-        (["--nonsense", "1"], "nonsense"),
+        ({"--methods": "dar"}, "did you mean 'dare'"),
+        ({"--rates": "1.0"}, "[0, 1)"),
+        ({"--rates": "x"}, "--rates"),
+        ({"--seeds": ("0", "0")}, "none twice"),
+        ({"--methods": "dare", "--curve": "importance"}, "importance"),
+        ({"--methods": "darex-q-layer", "--curve": "darex-q-layer"}, "more than one q"),
+        ({"--split": "train"}, "--split train is not one of test, validation"),
+        ({"--ckpt_path": "nope.ckpt"}, "nope.ckpt"),
+        ({"--output": "/proc/nowhere"}, "/proc/nowhere"),
+        ({"--methds": "dare"}, "did you mean --methods?"),
+        ({"--no-deltas": ()}, "did you mean --no_deltas?"),
+        ({"--nonsense": "1"}, "--nonsense is not an option"),
     ],
 )
-def test_bad_input_is_refused_before_a_model_is_built(wrong, said, job, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dpp_lightning.tasks.glue.module.GLUEModule.__init__", None)
-    assert main(["sweep", *job, "--output", str(tmp_path / "out"), *wrong]) == 2
+def test_bad_input_is_one_line_before_a_model_is_built(wrong, said, job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dpp_lightning.cli.lightning.DPPCLI.instantiate_classes", None)
+    config, checkpoint = job[:2], {"--ckpt_path": job[3]}
+    assert main(["sweep", *config, *options(checkpoint | {"--output": str(tmp_path / "out")} | wrong)]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert "Traceback" not in error
+    assert error.startswith("dpp sweep: error: ")
+    assert error.count("\n") == 1
 
 
 def test_checkpoint_and_output_are_needed(job, tmp_path, capsys):
     assert main(["sweep", *job[:2], "--output", str(tmp_path)]) == 2
     assert "--ckpt_path" in capsys.readouterr().err
     assert main(["sweep", *job]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert "--output is missing" in capsys.readouterr().err
+    assert main(["sweep", *job[2:], "--output", str(tmp_path)]) == 2
+    assert "dpp configs lists them" in capsys.readouterr().err
+
+
+def test_its_options_stand_in_a_config_too(job, tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text("{methods: [dare, dp], rates: [0.5, 1e-1], deltas: false, output: there}")
+    assert main(["sweep", *job, "--config", str(tmp_path / "sweep.yaml"), "--seeds", "3", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {name: printed[name] for name in ("methods", "rates", "seeds", "deltas", "output", "split")} == {
+        "methods": ["dare", "dp"],
+        "rates": [0.5, 0.1],
+        "seeds": [3],
+        "deltas": False,
+        "output": "there",
+        "split": "test",
+    }
+
+
+def test_a_second_sweep_into_a_folder_is_refused_while_the_first_runs(job, tmp_path, capsys):
+    command = ["sweep", *job, "--output", str(tmp_path), "--methods", "magnitude", "--rates", "0.5"]
+    with ExitStack() as stack:
+        lock_folder(tmp_path, stack)
+        assert main(command) == 2
+        assert "another dpp sweep writes into" in capsys.readouterr().err
+        assert not (tmp_path / "results.jsonl").exists()
+    assert main(command) == 0
 
 
 # --- the file and the plots -----------------------------------------------------------------------------------------
