@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.delta.task_heads import task_names
 
 
 class ApplyDelta(pl.Callback):
@@ -35,7 +34,7 @@ class ApplyDelta(pl.Callback):
         if stage == "fit":
             raise ValueError("a delta is applied to a base that is scored, not trained: use validate, test or predict")
         delta = SparseDelta.from_pretrained(self.folder, revision=self.revision)
-        delta_tasks, module_task = task_names(delta.info), getattr(pl_module, "task", None)
+        delta_tasks, module_task = delta.info.tasks, getattr(pl_module, "task", None)
         task = self.task or (module_task if module_task in delta_tasks else None)
         if task is not None and module_task is not None and task != module_task:
             raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {module_task!r}")

@@ -21,7 +21,6 @@ from dpp_lightning._version import __version__
 from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.tensors.names import canonical_names
@@ -244,7 +243,7 @@ def read_delta(folder: str, task: str | None) -> SparseDelta:
         FileNotFoundError: no such folder, or a folder without a delta.
     """
     delta = SparseDelta.from_pretrained(folder)
-    of_task(delta.contents, task)
+    delta.contents.for_task(task)
     return delta.for_task(task) if task else delta
 
 
@@ -261,7 +260,7 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
     if delta is None:
         yield model
         return
-    tasks = task_names(DeltaReader.open(delta).info)
+    tasks = DeltaReader.open(delta).info.tasks
     with TemporaryDirectory() as folder:
         copy_files(dense_side_files(model, delta, tasks=tasks, task=task), Path(folder))
         yield folder

@@ -11,7 +11,6 @@ from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.folder import DeltaReader, delta_bytes
-from dpp_lightning.delta.task_heads import needs_task, task_names
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
@@ -79,10 +78,10 @@ def merge_to_folder(
             progress=progress,
         )
     reader = DeltaReader.open(folder)
-    names, size = task_names(reader.info), delta_bytes(folder)
+    names, size = reader.info.tasks, delta_bytes(folder)
     say(f"{folder}: {size:,} bytes, {', '.join(names)} merged by {reader.info.method} ({CONFIG_FILE} has the settings)")
     if dense_folder is not None:
-        choose = needs_task(reader.contents)
+        choose = reader.contents.needs_task
         for task, target in [(name, dense_folder / name) for name in names] if choose else [(None, dense_folder)]:
             apply_checkpoint(base, folder, target, base_revision=base_revision, task=task)
             say(f"{target}: load it with from_pretrained")

@@ -11,7 +11,6 @@ from torch import Tensor
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
-from dpp_lightning.delta.task_heads import of_task, task_names
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files
@@ -58,7 +57,7 @@ def apply_checkpoint(
     """
     with atomic_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
-        contents, info = of_task(reader.contents, task), reader.info
+        contents, info = reader.contents.for_task(task), reader.info
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
         shapes |= dict.fromkeys(_base_names(contents))
         base_tensors = canonical_tensors(load_tensors(base, base_revision))
@@ -76,7 +75,7 @@ def apply_checkpoint(
             delta,
             base_revision=base_revision,
             delta_revision=delta_revision,
-            tasks=task_names(info),
+            tasks=info.tasks,
             task=task,
         )
         copy_files(side_files, folder)

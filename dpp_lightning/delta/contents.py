@@ -1,13 +1,18 @@
-"""What a delta is made of: kept entries, dense tensors, and the description that goes into ``delta_config.json``."""
+"""What a delta is made of: kept entries, dense tensors, and the description that goes into ``delta_config.json``.
+
+A merged delta carries what differs between its tasks, such as heads, once for each, under ``TASK/name``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+TASK_SEPARATOR = "/"  # between a task and the name of a tensor that is carried for it alone
 
 Table = list[tuple[str, tuple[int, ...]]]  # canonical name and shape of every pruned tensor, in the file's order
 
@@ -68,6 +73,12 @@ class DeltaInfo:
     prefix: str = ""
     names: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that a merged delta is for; empty for a delta of one model."""
+        tasks = self.settings.get("tasks", [])
+        return [str(task) for task in tasks] if isinstance(tasks, list) else []
+
     def saved_name(self, canonical: str) -> str:
         """What the fine-tuned model's own files call a tensor."""
         return self.names.get(canonical, self.prefix + canonical)
@@ -98,6 +109,41 @@ class DeltaContents:
     carried: Mapping[str, Tensor]
     new_rows: Mapping[str, Tensor]
     info: Callable[[], DeltaInfo]
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether tensors are carried for single tasks, so that one task must be chosen before the delta is used."""
+        starts = tuple(f"{task}{TASK_SEPARATOR}" for task in self.info().tasks)
+        return any(name.startswith(starts) for name in self.carried)
+
+    def for_task(self, task: str | None) -> DeltaContents:
+        """The delta as one task uses it: described as that task's, with that task's carried tensors.
+
+        Args:
+            task: one of a merged delta's tasks; None where nothing differs between them, or for one that is no merge.
+
+        Raises:
+            ValueError: a task that is not in it, or none where one must be chosen.
+        """
+        info = self.info()
+        tasks = info.tasks
+        if task is None:
+            if self.needs_task:
+                raise ValueError(
+                    f"this delta merges {', '.join(tasks)}, with a head for each: choose one "
+                    f"(delta.for_task({tasks[0]!r}), --task {tasks[0]})"
+                )
+            return self
+        if task not in tasks:
+            known = f"it merges {', '.join(tasks)}" if tasks else "it is no merged delta, so leave the task out"
+            raise ValueError(f"the delta has no task {task!r}: {known}")
+        start, starts = f"{task}{TASK_SEPARATOR}", tuple(f"{name}{TASK_SEPARATOR}" for name in tasks)
+        carried = {name: tensor for name, tensor in self.carried.items() if not name.startswith(starts)}
+        carried |= {name[len(start) :]: t for name, t in self.carried.items() if name.startswith(start)}
+        unchanged = tuple(name for name in info.unchanged if name not in carried)
+        settings = {key: value for key, value in info.settings.items() if key != "tasks"} | {"task": task}
+        task_info = replace(info, unchanged=unchanged, settings=settings)
+        return replace(self, carried=carried, info=lambda: task_info)
 
 
 class AbsoluteEntries(NamedTuple):

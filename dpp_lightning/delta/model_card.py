@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dpp_lightning.delta.contents import DeltaInfo
-from dpp_lightning.delta.task_heads import task_names
 from dpp_lightning.methods.merge_rules import MERGES
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.model_folder import hub_id
@@ -31,7 +30,7 @@ def card_text(
         scores: name to figure of base plus delta; they are in the metadata too, as ``model-index``.
         reference_scores: name to figure of other models, such as the base and the fine-tuned one.
     """
-    tasks = task_names(info)
+    tasks = info.tasks
     rows = {
         "base": f"{_base(info)} (fingerprint `{info.base_fingerprint}`)",
         "pruning rate, q, mask seed": f"{info.pruning_rate:g}, {info.q:.6g}, {info.seed}",
@@ -85,7 +84,7 @@ def _metadata(info: DeltaInfo, scores: Mapping[str, float]) -> str:
         base_model=base,
         base_model_relation="adapter" if base else None,
         library_name="dpp_lightning",
-        tags=["delta-parameter-pruning", info.method, *(["merge"] if task_names(info) else [])],
+        tags=["delta-parameter-pruning", info.method, *(["merge"] if info.tasks else [])],
         model_name=f"{info.method}-p{info.pruning_rate:g}-seed{info.seed}" if results else None,
         eval_results=results or None,
     )

@@ -16,7 +16,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
-from dpp_lightning.delta.task_heads import of_task
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.tensors.flat_entries import (
     EntriesHash,
@@ -137,7 +136,7 @@ class SparseDelta:
         Raises:
             ValueError: it merges no such task.
         """
-        contents = of_task(self.contents, task)
+        contents = self.contents.for_task(task)
         return SparseDelta(self.tensors, dict(contents.carried), contents.info(), self.new_rows)
 
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
@@ -350,7 +349,7 @@ class SparseDelta:
 
     def _find(self, target: TensorSource) -> dict[str, Tensor]:
         """The target's tensors under this delta's names, shapes checked."""
-        of_task(self.contents, None)  # a merged delta needs its task chosen
+        self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
         return find_tensors(shapes, canonical_tensors(target), describe_source(target), self.info)
 

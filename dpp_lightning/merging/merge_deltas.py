@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.delta.config_file import CONFIG_FILE
-from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.contents import TASK_SEPARATOR, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.folder import DeltaReader, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.delta.task_heads import merge_carried
 from dpp_lightning.merging.sources import MergeSource, names_in_base
 from dpp_lightning.merging.weights import Weights, delta_weights
 from dpp_lightning.methods.kept_entries import GrowingBuffer
@@ -185,7 +184,7 @@ class _Merger:
         self._names = names_in_base(sources, base, base_name or "the base")
         self._shapes = self._merged_shapes()
         self._check_conflicts()
-        self._carried = merge_carried({source.task: source.contents.carried for source in sources})
+        self._carried = _merge_carried({source.task: source.contents.carried for source in sources})
         self._new_rows = dict(sources[0].contents.new_rows)
         first = sources[0].info
         self.seeded = self.row.keeps_all and all(
@@ -344,3 +343,23 @@ def _entries_between(entries: WeightedEntries, start: int, size: int) -> Weighte
     bounds = torch.tensor([start, start + size], dtype=entries.indices.dtype)
     first, last = torch.searchsorted(entries.indices, bounds).tolist()
     return entries._replace(indices=entries.indices[first:last] - start, values=entries.values[first:last])
+
+
+def _merge_carried(carried: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Carried tensors of several tasks as one mapping: what all tasks have alike once, the others for each task.
+
+    Args:
+        carried: task to (canonical name to tensor).
+    """
+    merged: dict[str, Tensor] = {}
+    first, *others = carried.values()
+    for name in sorted({name for tensors in carried.values() for name in tensors}):
+        if name in first and all(name in other and _equal(first[name], other[name]) for other in others):
+            merged[name] = first[name]
+        else:
+            merged |= {f"{task}{TASK_SEPARATOR}{name}": t[name] for task, t in carried.items() if name in t}
+    return merged
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())

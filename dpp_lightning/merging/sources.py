@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.delta.task_heads import check_task_names, task_names
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import match_names
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")  # Windows drops a dot at the end of a folder
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class MergeSource:
             raise ValueError(f"got {len(tasks)} task names for {len(deltas)} deltas: {', '.join(tasks)}")
         folders = [delta.folder if isinstance(delta, DeltaReader) else None for delta in deltas]
         names = list(tasks or (folder.name if folder else f"task{k}" for k, folder in enumerate(folders)))
-        check_task_names(names)
+        _check_task_names(names)
         for name, delta in zip(names, deltas, strict=True):
-            if inner := task_names(delta.info):
+            if inner := delta.info.tasks:
                 raise ValueError(f"{name} is a merge of {', '.join(inner)}: merge the deltas of single models at once")
         return [cls(name, delta.contents, at) for name, delta, at in zip(names, deltas, folders, strict=True)]
 
@@ -100,6 +102,20 @@ def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], wh
     if wrong:
         raise ValueError(_wrong_bases_message(wrong, sources))
     return all_names
+
+
+def _check_task_names(tasks: Sequence[str]) -> None:
+    """Refuse names that cannot name files and tensors, or that come twice, where case does not count.
+
+    Raises:
+        ValueError: with the names and the cure.
+    """
+    unusable = [task for task in tasks if not _TASK_NAME.fullmatch(task)]
+    if unusable or len({task.lower() for task in tasks}) != len(tasks):
+        raise ValueError(
+            f"the deltas are named {', '.join(map(repr, tasks))}: each needs a name of its own of letters, digits, "
+            "'_', '-' and '.'; give them in the deltas' order (tasks=, --tasks sst2 cola)"
+        )
 
 
 def _wrong_bases_message(wrong: Sequence[MergeSource], sources: Sequence[MergeSource]) -> str:
