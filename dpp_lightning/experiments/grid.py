@@ -19,7 +19,6 @@ from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import get_method
-from dpp_lightning.pruning.in_memory import draw_and_fit
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.tensors.names import TensorSource
 
@@ -128,8 +127,8 @@ class Experiment:
                     start, known, spec = time.perf_counter(), found, self._spec(method, rate, seed)
                     if found is None and spec.fit is not None and seed != drawn_seeds[0]:
                         first = self._spec(method, rate, drawn_seeds[0])
-                        found = draw_and_fit(self.plan, first, self.calibration)[1]
-                    delta, found = draw_and_fit(self.plan, spec, self.calibration, found)
+                        found = self.plan.draw_and_fit(first, self.calibration)[1]
+                    delta, found = self.plan.draw_and_fit(spec, self.calibration, found)
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta

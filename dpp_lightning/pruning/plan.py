@@ -1,4 +1,4 @@
-"""A plan: two sets of weights matched by name, from which masks are drawn, in memory or tensor by tensor."""
+"""The one road from two models to a delta: match them by name, draw by a spec, fit on calibration data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dpp_lightning.calibration.calibration_data import CalibrationSource
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, cast
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
@@ -128,6 +130,16 @@ class PruningPlan:
         names = match_names(self.pruned, inputs)
         return replace(self, inputs={name: inputs[name_in_inputs] for name, name_in_inputs in names.items()})
 
+    def for_spec(self, spec: PruningSpec, calibration: CalibrationSource | None) -> PruningPlan:
+        """This plan, knowing what the layers see as input where the spec needs that.
+
+        Raises:
+            ValueError: the method cannot do without calibration data, and there is none.
+        """
+        inputs = calibration.layer_inputs() if calibration is not None and spec.needs_inputs else None
+        spec.check_calibration(objective=calibration is not None, inputs=bool(inputs))
+        return self.with_inputs(inputs) if inputs else self
+
     @property
     def carried(self) -> dict[str, Tensor]:
         """Tensors that are stored dense."""
@@ -189,6 +201,54 @@ class PruningPlan:
         carried = {name: full_tensor(tensor.detach()).clone() for name, tensor in self.carried.items()}
         rows = {name: tensor.detach().clone() for name, tensor in self.new_rows.items()}
         return SparseDelta(tensors, carried, self.info(spec, check), rows)
+
+    def fit(
+        self, spec: PruningSpec, delta: SparseDelta, calibration: CalibrationSource | None
+    ) -> FoundRescaling | None:
+        """What the spec's method finds on calibration data; None where it fits nothing or there is no data.
+
+        Args:
+            spec: what the delta was drawn by.
+            delta: one mask, as :meth:`draw` gives it.
+            calibration: what the fit goes by.
+
+        Raises:
+            ValueError: the method cannot do without an objective, inputs or gradients that the data does not give.
+        """
+        if spec.fit is None or calibration is None:
+            return None
+        objective = calibration.objective(self.replaced_base, gradients=spec.fit.needs_gradients)
+        if objective is None:
+            spec.check_calibration(objective=False, inputs=True)
+            return None
+        return Calibrator(self.pairs, objective).fit(delta)
+
+    def draw_and_fit(
+        self,
+        spec: PruningSpec,
+        calibration: CalibrationSource | None = None,
+        found: FoundRescaling | None = None,
+    ) -> tuple[SparseDelta, FoundRescaling | None]:
+        """One pruned delta, with the q or weights that its method finds.
+
+        Args:
+            spec: what is drawn; a plan that does not know the layers' inputs yet learns them by :meth:`for_spec`.
+            calibration: what a fit goes by; None leaves q at the method's own.
+            found: what was found on another mask of the same method and rate; nothing is fitted then.
+
+        Returns:
+            The delta, its values in the spec's dtype, and what was found for it.
+
+        Raises:
+            ValueError: see :meth:`stream` and :meth:`fit`.
+        """
+        delta = self.draw(spec)
+        if spec.q is not None:
+            return delta.rescaled(spec.q), None
+        found = found or self.fit(spec, delta, calibration)
+        if found is not None:
+            delta = found.apply(delta)
+        return cast(delta, self.pairs, spec), found
 
     def info(self, spec: PruningSpec, check: EntriesHash) -> DeltaInfo:
         """What the delta says of itself, given the hash of the base's values at the kept positions."""

@@ -14,7 +14,6 @@ from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.folder import set_q, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
-from dpp_lightning.pruning.in_memory import draw_and_fit, find_rescaling, with_layer_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder
@@ -68,18 +67,18 @@ def prune_checkpoint(
             base_revision=base_revision,
             files=has_hf_names(finetuned),
         )
-        plan = with_layer_inputs(plan, spec, calibration)
+        plan = plan.for_spec(spec, calibration)
         beside = {} if weights_only else changed_side_files(base, finetuned, base_revision, finetuned_revision)
         if spec.drawn_dtype == spec.dtype:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:
-                found = find_rescaling(plan, spec, drawn := SparseDelta.from_pretrained(folder), calibration)
+                found = plan.fit(spec, drawn := SparseDelta.from_pretrained(folder), calibration)
                 q = found.apply(drawn).q if found is not None else None
             if q is not None:
                 set_q(folder, q)
         else:  # the kept values get weights, which are known only when all entries are
-            draw_and_fit(plan, spec, calibration)[0].save_pretrained(folder, side_files=beside)
+            plan.draw_and_fit(spec, calibration)[0].save_pretrained(folder, side_files=beside)
     return Path(output)
 
 

@@ -7,7 +7,6 @@ from tiny import pair
 from dpp_lightning import METHODS, prune
 from dpp_lightning.calibration import Calibration
 from dpp_lightning.methods import PruningSpec
-from dpp_lightning.pruning.in_memory import draw_and_fit
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 
@@ -46,9 +45,9 @@ def test_what_is_found_on_one_mask_serves_the_next_without_another_search():
     base, finetuned = pair()
     plan, calls = PruningPlan.of(base, finetuned, Scope()), []
     calibration = Calibration(lambda delta: calls.append(delta.q) or (delta.q - 0.3) ** 2)
-    first, found = draw_and_fit(plan, PruningSpec("darex-q", 0.9, seed=0), calibration)
+    first, found = plan.draw_and_fit(PruningSpec("darex-q", 0.9, seed=0), calibration)
     searched = len(calls)
-    second, again = draw_and_fit(plan, PruningSpec("darex-q", 0.9, seed=1), calibration, found)
+    second, again = plan.draw_and_fit(PruningSpec("darex-q", 0.9, seed=1), calibration, found)
     assert searched == len(found.tried) > 1
     assert len(calls) == searched
     assert again is found
