@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
@@ -90,20 +90,15 @@ class SweepCLI(DPPCLI):
     """
 
     usage = "dpp sweep --config NAME --ckpt_path FILE --output DIR [options]"
-    names: ClassVar[dict[str, str]] = {"test": "sweep"}
+    name = "sweep"
 
     def __init__(self, args: Sequence[str], stack: ExitStack) -> None:
         self._stack = stack
         super().__init__(["test", *OPTIONS.join_lists(args)])
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The trainer's ``test`` alone, whose arguments ``validate`` has too."""
-        return {"test": DPPCLI.subcommands()["test"]}
-
-    def help_texts(self, command: str) -> dict[str, str]:
-        """The sweep's description and example."""
-        return {**super().help_texts(command), "description": OPTIONS.description()}
+    def help_texts(self) -> dict[str, str]:
+        """With the description of the sweep's own options."""
+        return {**super().help_texts(), "description": OPTIONS.description()}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """With the sweep's own options, before those of the trainer."""
