@@ -43,11 +43,11 @@ def kept_entries(shape, density, dtype, rng, positions=None):
     return SparseTensor(shape, torch.from_numpy(positions.astype(np.int32)), values.to(dtype))
 
 
-def written(parts, *, seeded=False, dtype=None):
+def written(tensors, *, seeded=False, dtype=None):
     sink = BytesIO()
     writer = ChunkWriter(sink, seeded=seeded, dtype=dtype)
-    for name, part in parts.items():
-        writer.add(name, part)
+    for name, sparse in tensors.items():
+        writer.add(name, sparse)
     writer.close()
     return writer.table, np.frombuffer(sink.getvalue(), dtype=np.uint8)
 
@@ -64,60 +64,60 @@ def same_entries(a, b):
 
 
 def all_same(a, b):
-    return list(a) == list(b) and all(same_entries(a[name], part) for name, part in b.items())
+    return list(a) == list(b) and all(same_entries(a[name], sparse) for name, sparse in b.items())
 
 
 @st.composite
 def lines(draw, **fixed):
     """Tensors of odd shapes, any density, dtypes mixed; and how small the chunks are cut."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    parts = {}
+    tensors = {}
     for number in range(draw(st.integers(0, 8))):
         dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
         shape, density = draw(SHAPES), draw(st.sampled_from([0, 0.001, 0.01, 0.1, 0.3, 0.9, 1]))
-        parts[f"layers.{number}"] = kept_entries(shape, density, dtype, rng)
+        tensors[f"layers.{number}"] = kept_entries(shape, density, dtype, rng)
     most = draw(st.sampled_from([1, 5, 64, 1000, CHUNK_KEPT]))
-    return parts, most, draw(st.integers(1, most))
+    return tensors, most, draw(st.integers(1, most))
 
 
 @settings(max_examples=100, deadline=None)
 @given(lines())
 def test_what_is_read_is_what_was_written(case):
-    parts, most, least = case
+    tensors, most, least = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk_stream, "CHUNK_KEPT", most)
         patch.setattr(chunk_stream, "CHUNK_LEAST", least)
-        table, blob = written(parts)
-    assert table == [(name, part.shape) for name, part in parts.items()]
-    assert all_same(read(table, blob), parts)
+        table, blob = written(tensors)
+    assert table == [(name, sparse.shape) for name, sparse in tensors.items()]
+    assert all_same(read(table, blob), tensors)
 
 
 @settings(max_examples=60, deadline=None)
 @given(lines(), st.sampled_from([0.0, 0.3, 0.9, 0.999]), st.integers(0, 2**40))
 def test_positions_that_follow_from_the_seed_take_no_bytes(case, rate, seed):
     drawn, most, least = case
-    parts = {}
-    for name, part in drawn.items():
-        positions = kept_positions(name, prod(part.shape), rate, seed)
-        parts[name] = kept_entries(part.shape, 0, part.values.dtype, np.random.default_rng(0), positions)
+    tensors = {}
+    for name, sparse in drawn.items():
+        positions = kept_positions(name, prod(sparse.shape), rate, seed)
+        tensors[name] = kept_entries(sparse.shape, 0, sparse.values.dtype, np.random.default_rng(0), positions)
     info = replace(INFO, pruning_rate=rate, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk_stream, "CHUNK_KEPT", most)
         patch.setattr(chunk_stream, "SEEDED_LEAST", least)
-        table, blob = written(parts, seeded=True)
-    assert all_same(read(table, blob, seeded=True, info=info), parts)
+        table, blob = written(tensors, seeded=True)
+    assert all_same(read(table, blob, seeded=True, info=info), tensors)
     heads = [head for _, head in ChunkReader(blob, table, info, seeded=True).heads]
     assert sum(head.stored(values=False) for head in heads) == 0
-    assert sum(head.kept for head in heads) == sum(part.values.numel() for part in parts.values())
+    assert sum(head.kept for head in heads) == sum(sparse.values.numel() for sparse in tensors.values())
 
 
 def test_a_tensor_is_cut_and_small_ones_share():
     """The sizes as they are: chunks of at most 2**20 + 2**15 kept entries, of 2**15 at least but for the last."""
     rng = np.random.default_rng(0)
     shapes = [(300,)] * 150 + [(2_500_000,)] + [(300,)] * 50
-    parts = {f"w{i}": kept_entries(shape, 1, torch.bfloat16, rng) for i, shape in enumerate(shapes)}
-    table, blob = written(parts)
-    assert all_same(read(table, blob), parts)
+    tensors = {f"w{i}": kept_entries(shape, 1, torch.bfloat16, rng) for i, shape in enumerate(shapes)}
+    table, blob = written(tensors)
+    assert all_same(read(table, blob), tensors)
     counts = [head.kept for _, head in ChunkReader(blob, table, INFO, seeded=False).heads]
     assert counts == [33_000, 12_000 + CHUNK_KEPT, CHUNK_KEPT, 2_500_000 - 2 * CHUNK_KEPT, 15_000]
     assert all(CHUNK_LEAST <= count <= CHUNK_KEPT + CHUNK_LEAST for count in counts[:-1])
@@ -126,10 +126,10 @@ def test_a_tensor_is_cut_and_small_ones_share():
 def test_a_tensor_of_more_than_2_31_entries_has_wide_positions():
     shape = (2**20, 2**12)
     positions = torch.tensor([0, 5, 2**31 - 1, 2**31, 2**32 - 1])
-    part = SparseTensor(shape, positions, torch.randn(5))
-    table, blob = written({"w": part, "v": replace(part, shape=(2**33,))})
+    sparse = SparseTensor(shape, positions, torch.randn(5))
+    table, blob = written({"w": sparse, "v": replace(sparse, shape=(2**33,))})
     back = read(table, blob)
-    assert all_same(back, {"w": part, "v": replace(part, shape=(2**33,))})
+    assert all_same(back, {"w": sparse, "v": replace(sparse, shape=(2**33,))})
     assert back["w"].indices.dtype == torch.int64
     assert len(blob) < 200
 
@@ -138,7 +138,7 @@ def test_a_tensor_of_more_than_2_31_entries_has_wide_positions():
 def test_integers_come_back_as_they_were_rounded(dtype):
     rng = np.random.default_rng(0)
     exact = {f"w{i}": kept_entries((n,), 0.5, torch.float32, rng) for i, n in enumerate((0, 1, 60, 700))}
-    rounded = {name: replace(part, values=fake_quantize(part.values, dtype)) for name, part in exact.items()}
+    rounded = {name: replace(sparse, values=fake_quantize(sparse.values, dtype)) for name, sparse in exact.items()}
     table, blob = written(rounded, dtype=dtype)
     assert all_same(read(table, blob, info=replace(INFO, dtype=dtype)), rounded)
     again, same = written(read(table, blob, info=replace(INFO, dtype=dtype)), dtype=dtype)
@@ -149,17 +149,17 @@ def test_integers_come_back_as_they_were_rounded(dtype):
 def test_tensors_without_kept_entries_between_others():
     rng = np.random.default_rng(0)
     empty = {f"e{i}": kept_entries((5 * i,), 0, torch.float32, rng) for i in range(4)}
-    for parts in ({}, empty, {**empty, "w": kept_entries((9,), 1, torch.float16, rng)}):
-        table, blob = written(parts)
-        assert all_same(read(table, blob), parts)
+    for tensors in ({}, empty, {**empty, "w": kept_entries((9,), 1, torch.float16, rng)}):
+        table, blob = written(tensors)
+        assert all_same(read(table, blob), tensors)
 
 
 def equal_deltas(a, b):
     assert a.info == b.info
     assert all_same(a.tensors, b.tensors)
-    for ours, theirs in ((a.carried, b.carried), (a.new_rows, b.new_rows)):
-        assert ours.keys() == theirs.keys()
-        assert all(t.dtype == theirs[n].dtype and torch.equal(t, theirs[n]) for n, t in ours.items())
+    for dense_a, dense_b in ((a.carried, b.carried), (a.new_rows, b.new_rows)):
+        assert dense_a.keys() == dense_b.keys()
+        assert all(t.dtype == dense_b[n].dtype and torch.equal(t, dense_b[n]) for n, t in dense_a.items())
 
 
 def drawn(method, rate, dtype=None, weights=torch.float32, **more):
@@ -197,8 +197,8 @@ def test_weights_of_other_dtypes(method, weights):
     equal_deltas(SparseDelta.from_bytes(*delta.to_bytes()), delta)
     halved = SparseDelta.from_bytes(*delta.to_bytes(dtype="bfloat16"))
     assert halved.info == replace(delta.info, dtype="bfloat16")
-    for name, part in delta.tensors.items():
-        assert torch.equal(halved.tensors[name].values, part.values.bfloat16())
+    for name, sparse in delta.tensors.items():
+        assert torch.equal(halved.tensors[name].values, sparse.values.bfloat16())
 
 
 GOLDEN = ["dare_bfloat16", "importance_float32", "magnitude_int4"]
@@ -216,10 +216,10 @@ def test_a_file_written_today_is_read_for_ever(name):
     delta = SparseDelta.from_pretrained(folder)
     assert list(delta.tensors) == list(expected["tensors"])
     for tensor, (shape, positions, bits) in expected["tensors"].items():
-        part = delta.tensors[tensor]
-        assert list(part.shape) == shape
-        assert part.indices.tolist() == positions
-        assert part.values.float().view(torch.int32).tolist() == bits
+        sparse = delta.tensors[tensor]
+        assert list(sparse.shape) == shape
+        assert sparse.indices.tolist() == positions
+        assert sparse.values.float().view(torch.int32).tolist() == bits
     for kind, dense in (("carried", delta.carried), ("new_rows", delta.new_rows)):
         assert {n: t.float().view(torch.int32).tolist() for n, t in dense.items()} == expected[kind]
     info = delta.info

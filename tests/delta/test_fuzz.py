@@ -66,7 +66,7 @@ ODD_BYTES = [0, 1, 0x7F, 0xFF, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 60]
 FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded"]
 
 
-def mutated_bytes(data, other, rng):
+def mutated_bytes(data, donor, rng):
     """Flips, numbers, inserted, deleted and doubled pieces, pieces of another file."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
@@ -82,18 +82,18 @@ def mutated_bytes(data, other, rng):
         elif kind == 6:
             del data[at : at + length]
         else:
-            start = rng.randrange(len(other))
-            data[at : at + 5 * length] = other[start : start + 5 * length]
+            start = rng.randrange(len(donor))
+            data[at : at + 5 * length] = donor[start : start + 5 * length]
     return bytes(data)
 
 
-def mutated_chunks(kind, other, rng):
+def mutated_chunks(kind, other_kind, rng):
     """The chunk of a small delta with other bytes, other numbers in a head, or another stream behind the compression."""
     blob = bytearray(chunks_of(kind))
     head = read_head(np.frombuffer(blob, dtype=np.uint8), 0, 1 << 40, seeded=kind in ("seeded", "dense"))
     choice = rng.randrange(4)
     if choice == 0:
-        return mutated_bytes(blob, chunks_of(other), rng)
+        return mutated_bytes(blob, chunks_of(other_kind), rng)
     begin, stored, size = rng.choice(head.streams)
     if choice == 1:
         at, width = rng.choice([(0, 8), (8, 4), (12, 1), (13, 1), (14, 1), (15, 1), (begin - 8, 4), (begin - 4, 4)])
@@ -135,16 +135,16 @@ def mutated_value(value, rng):
 
 def mutation(rng):
     """Two files, one of them or both changed; in half of the cases with checksums that are right again."""
-    kind, other = rng.choice(list(KINDS)), rng.choice(list(KINDS))
+    kind, other_kind = rng.choice(list(KINDS)), rng.choice(list(KINDS))
     model, config = files(kind)
     parsed, what = (
         json.loads(config),
         rng.choice(["model", "text", "values", "values", "chunks", "chunks", "chunks", "both"]),
     )
     if what == "model":
-        model = mutated_bytes(model, files(other)[0], rng)
+        model = mutated_bytes(model, files(other_kind)[0], rng)
     if what == "text":
-        config = mutated_bytes(config, files(other)[1], rng)
+        config = mutated_bytes(config, files(other_kind)[1], rng)
         try:
             parsed = json.loads(config)
         except ValueError:
@@ -153,7 +153,7 @@ def mutation(rng):
         parsed = mutated_value(parsed, rng)
         config = json.dumps(parsed).encode()
     if what in ("chunks", "both"):
-        blob = mutated_chunks(kind, other, rng)
+        blob = mutated_chunks(kind, other_kind, rng)
         tensor = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8)
         model = save({**load(model), "kept": tensor})
     repair = rng.random() < 0.5 and isinstance(parsed, dict)
@@ -175,7 +175,7 @@ def outcome(read):
     again = SparseDelta.from_bytes(*delta.to_bytes(positions="index"))
     assert again.info == delta.info
     if delta.info.dtype not in INTEGERS:  # any scale can be written by hand, and is then rounded once more
-        assert all(torch.equal(again.tensors[n].values, part.values) for n, part in delta.tensors.items())
+        assert all(torch.equal(again.tensors[n].values, sparse.values) for n, sparse in delta.tensors.items())
     return True
 
 

@@ -26,38 +26,38 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 
 
-ONE = [["w", [100]]]  # a table of one tensor
+ONE_TENSOR = [["w", [100]]]  # a table of one tensor
 FLOAT = [b"\x7f\0"] * 4  # planes of two values
 CHUNK_FAULTS = {
-    "more kept than entries": (chunk(100, 101, b"", b""), ONE, "101 kept in 100"),
-    "no entries": (chunk(0, 0, b"", b""), ONE, "0 kept in 0"),
-    "more entries than the tensors": (chunk(101, 0, b"", b""), ONE, "where 100 entries are left"),
-    "a span of 2**60": (chunk(2**60, 2, b"\0\0", b"", *FLOAT), ONE, "where 100 entries are left"),
+    "more kept than entries": (chunk(100, 101, b"", b""), ONE_TENSOR, "101 kept in 100"),
+    "no entries": (chunk(0, 0, b"", b""), ONE_TENSOR, "0 kept in 0"),
+    "more entries than the tensors": (chunk(101, 0, b"", b""), ONE_TENSOR, "where 100 entries are left"),
+    "a span of 2**60": (chunk(2**60, 2, b"\0\0", b"", *FLOAT), ONE_TENSOR, "where 100 entries are left"),
     "kept 2**31": (chunk(2**33, 2**31, b"", b""), [["w", [2**33]]], "chunk of 2147483648 kept"),
-    "fewer entries than the tensors": (chunk(99, 0, b"", b""), ONE, "1 entries before"),
-    "seed without one": (chunk(100, 2, *FLOAT, coding=SEED), ONE, "do not follow from a seed"),
-    "unknown coding": (chunk(100, 2, b"\0\0", b"", *FLOAT, coding=4), ONE, "coding 4"),
-    "unknown form": (chunk(100, 2, b"\0\0", b"", *FLOAT, form=2), ONE, "form 2"),
-    "all of some": (chunk(100, 2, *FLOAT, coding=ALL), ONE, "2 kept of 100"),
-    "a short bitmap": (chunk(100, 50, b"\xff", *[bytes(50)] * 4, coding=BITMAP), ONE, "bitmap of 1 bytes"),
-    "a bitmap of others": (chunk(100, 50, b"\xff" * 13, *[bytes(50)] * 4, coding=BITMAP), ONE, "marks 100"),
-    "fewer gaps": (chunk(100, 2, b"\0", b"", *FLOAT), ONE, "end 1 gaps"),
-    "more gaps": (chunk(100, 2, b"\0\0\0", b"", *FLOAT), ONE, "2 are the most|end 3 gaps"),
-    "positions beyond": (chunk(100, 2, b"\x60\x03", b"", *FLOAT), ONE, "position 100 of 100"),
-    "low bits for nothing": (chunk(100, 2, b"\0\0", b"\0", *FLOAT, shift=4), ONE, "low bits"),
-    "fewer values": (chunk(100, 2, b"\0\0", b"", b"\x7f", *FLOAT[1:]), ONE, "streams of"),
-    "not finite": (chunk(100, 2, b"\0\0", b"", b"\xff\xff", *FLOAT[1:]), ONE, "not finite"),
-    "another dtype": (chunk(100, 2, b"\0\0", b"", *FLOAT[:2], dtype="bfloat16"), ONE, "holds them in float32"),
-    "integers": (chunk(100, 2, b"\0\0", b"", b"\1\1", b"\0", b"\0", dtype="int8"), ONE, "holds them in float32"),
-    "a stream longer than the file": (chunk(100, 2, b"\0\0", b"", *FLOAT)[:-1], ONE, "are the most"),
-    "a stream less": (chunk(100, 2, b"\0\0", b"", *FLOAT[:3]), ONE, "cut short"),
-    "half a head": (chunk(100, 2)[:9], ONE, "end 100 entries before"),
+    "fewer entries than the tensors": (chunk(99, 0, b"", b""), ONE_TENSOR, "1 entries before"),
+    "seed without one": (chunk(100, 2, *FLOAT, coding=SEED), ONE_TENSOR, "do not follow from a seed"),
+    "unknown coding": (chunk(100, 2, b"\0\0", b"", *FLOAT, coding=4), ONE_TENSOR, "coding 4"),
+    "unknown form": (chunk(100, 2, b"\0\0", b"", *FLOAT, form=2), ONE_TENSOR, "form 2"),
+    "all of some": (chunk(100, 2, *FLOAT, coding=ALL), ONE_TENSOR, "2 kept of 100"),
+    "a short bitmap": (chunk(100, 50, b"\xff", *[bytes(50)] * 4, coding=BITMAP), ONE_TENSOR, "bitmap of 1 bytes"),
+    "a bitmap of others": (chunk(100, 50, b"\xff" * 13, *[bytes(50)] * 4, coding=BITMAP), ONE_TENSOR, "marks 100"),
+    "fewer gaps": (chunk(100, 2, b"\0", b"", *FLOAT), ONE_TENSOR, "end 1 gaps"),
+    "more gaps": (chunk(100, 2, b"\0\0\0", b"", *FLOAT), ONE_TENSOR, "2 are the most|end 3 gaps"),
+    "positions beyond": (chunk(100, 2, b"\x60\x03", b"", *FLOAT), ONE_TENSOR, "position 100 of 100"),
+    "low bits for nothing": (chunk(100, 2, b"\0\0", b"\0", *FLOAT, shift=4), ONE_TENSOR, "low bits"),
+    "fewer values": (chunk(100, 2, b"\0\0", b"", b"\x7f", *FLOAT[1:]), ONE_TENSOR, "streams of"),
+    "not finite": (chunk(100, 2, b"\0\0", b"", b"\xff\xff", *FLOAT[1:]), ONE_TENSOR, "not finite"),
+    "another dtype": (chunk(100, 2, b"\0\0", b"", *FLOAT[:2], dtype="bfloat16"), ONE_TENSOR, "holds them in float32"),
+    "integers": (chunk(100, 2, b"\0\0", b"", b"\1\1", b"\0", b"\0", dtype="int8"), ONE_TENSOR, "holds them in float32"),
+    "a stream longer than the file": (chunk(100, 2, b"\0\0", b"", *FLOAT)[:-1], ONE_TENSOR, "are the most"),
+    "a stream less": (chunk(100, 2, b"\0\0", b"", *FLOAT[:3]), ONE_TENSOR, "cut short"),
+    "half a head": (chunk(100, 2)[:9], ONE_TENSOR, "end 100 entries before"),
     "a stream that is no zstandard": (
         chunk(100, 2, b"\0\0", b"", (b"x", 2), *FLOAT[1:]),
-        ONE,
+        ONE_TENSOR,
         "cannot be decompressed",
     ),
-    "a second chunk": (chunk(100, 2, b"\0\0", b"", *FLOAT) * 2, ONE, "bytes follow the last chunk"),
+    "a second chunk": (chunk(100, 2, b"\0\0", b"", *FLOAT) * 2, ONE_TENSOR, "bytes follow the last chunk"),
 }
 
 
@@ -68,7 +68,7 @@ def test_chunks_that_no_writer_makes_are_refused(fault):
 
 
 def test_the_chunk_that_these_are_made_of_is_read():
-    for names, dtype in ((ONE, "float32"), (ONE, None), ([["v", [0, 3]], ["w", [100]], ["x", []]], None)):
+    for names, dtype in ((ONE_TENSOR, "float32"), (ONE_TENSOR, None), ([["v", [0, 3]], ["w", [100]], ["x", []]], None)):
         blob = chunk(sum(prod(shape) for _, shape in names), 2, b"\0\2", b"", *FLOAT)
         delta = SparseDelta.from_bytes(*with_bare_chunks(blob, tensors=names, dtype=dtype))
         assert delta.tensors["w"].indices.tolist() == [0, 3]
@@ -97,12 +97,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_small_file_cannot_take_much_memory(bomb, place):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_small_file_cannot_take_much_memory(bomb, index):
     """256 MiB of zeros in 8 kB, among the positions and among the values: refused before memory is taken."""
     stream, message = BOMBS[bomb]
     streams = [b"\0" * (1 << 20), b"", *[b"\0" * (1 << 20)] * 4]
-    streams[2 * place] = stream
+    streams[2 * index] = stream
     blob = chunk(1 << 34, 1 << 20, *streams)
     model, config = with_bare_chunks(blob, tensors=[["w", [1 << 34]]], dtype="float32")
     tracemalloc.start()

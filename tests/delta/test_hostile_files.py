@@ -38,10 +38,10 @@ def test_the_files_themselves_are_read_and_every_cut_of_them_is_refused(kind):
 def test_no_flipped_bit_goes_unseen(kind):
     """Without repair the checksums see every one."""
     model, config = files(kind)
-    for place in range(0, len(model), 5):
-        refused(model[:place] + bytes([model[place] ^ 1 << place % 8]) + model[place + 1 :], config)
-    for place in range(0, len(config), 5):
-        changed = config[:place] + bytes([config[place] ^ 1 << place % 8]) + config[place + 1 :]
+    for position in range(0, len(model), 5):
+        refused(model[:position] + bytes([model[position] ^ 1 << position % 8]) + model[position + 1 :], config)
+    for position in range(0, len(config), 5):
+        changed = config[:position] + bytes([config[position] ^ 1 << position % 8]) + config[position + 1 :]
         refused(model, changed)
 
 

@@ -133,9 +133,9 @@ def test_integers_err_by_half_a_step_at_most_and_are_stable(lists, dtype):
     near = [fake_quantize(v, dtype) for v in values]
     for value, rounded in zip(values, near, strict=True):
         top, group = INTEGERS[dtype]
-        for part, held in zip(value.split(group), rounded.split(group), strict=True):
-            step = float((part.abs().max() / top).bfloat16())
-            assert float((part - held).abs().max()) <= 0.5001 * step + top * TINY
+        for piece, held in zip(value.split(group), rounded.split(group), strict=True):
+            step = float((piece.abs().max() / top).bfloat16())
+            assert float((piece - held).abs().max()) <= 0.5001 * step + top * TINY
         assert bits_of(fake_quantize(rounded, dtype)) == bits_of(rounded)
     _, read = back(values, dtype)
     assert bits_of(read) == bits_of(torch.cat(near))
@@ -199,12 +199,12 @@ def test_scales_and_integers_out_of_range_are_refused(dtype):
 def test_streams_of_other_lengths_are_refused(dtype, equal):
     values = [torch.ones(70) if equal else torch.arange(70.0), torch.ones(9) if equal else torch.arange(9.0)]
     form, streams = encode_values([v.to(FLOATS.get(dtype, torch.float32)) for v in values], dtype)
-    for place, stream in enumerate(streams):
+    for index, stream in enumerate(streams):
         for wrong in (np.append(stream, stream[-1:]) if len(stream) else np.zeros(1, np.uint8), stream[:-1]):
             if len(wrong) == len(stream):
                 continue
             with pytest.raises(ValueError, match=r"bytes"):
-                decode_values(dtype, form, [*streams[:place], wrong, *streams[place + 1 :]], [70, 9])
+                decode_values(dtype, form, [*streams[:index], wrong, *streams[index + 1 :]], [70, 9])
     for counts in ([300, 9], [60, 9], [70, 9, 1]):
         with pytest.raises(ValueError, match=r"bytes"):
             decode_values(dtype, form, streams, counts)

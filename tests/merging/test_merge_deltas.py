@@ -42,9 +42,9 @@ def test_task_arithmetic_is_the_sum_of_the_dense_deltas(weights):
     base, _ = pair()
     deltas = deltas_of(base)
     merged = dense(merge(base, deltas, "task-arithmetic", weights, scale=0.9), base)
-    parts = [dense(delta, base) for delta in deltas.values()]
+    dense_deltas = [dense(delta, base) for delta in deltas.values()]
     for name, tensor in merged.items():
-        expected = 0.9 * sum(w * part[name] for w, part in zip(weights, parts, strict=True))
+        expected = 0.9 * sum(w * delta[name] for w, delta in zip(weights, dense_deltas, strict=True))
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-9), name
 
 
@@ -64,11 +64,11 @@ def test_ties_equals_its_slow_twin(weights, trim_rate):
 def test_the_order_of_the_deltas_does_not_matter(method):
     base, _ = pair()
     deltas = deltas_of(base, 4)
-    one = merge(base, deltas, method, [0.1, 0.2, 0.3, 0.4])
-    other = merge(base, dict(reversed(deltas.items())), method, [0.4, 0.3, 0.2, 0.1])
-    for name, part in one.tensors.items():
-        assert torch.equal(part.indices, other.tensors[name].indices)
-        assert torch.allclose(part.values, other.tensors[name].values, rtol=1e-6)
+    in_order = merge(base, deltas, method, [0.1, 0.2, 0.3, 0.4])
+    reversed_order = merge(base, dict(reversed(deltas.items())), method, [0.4, 0.3, 0.2, 0.1])
+    for name, sparse in in_order.tensors.items():
+        assert torch.equal(sparse.indices, reversed_order.tensors[name].indices)
+        assert torch.allclose(sparse.values, reversed_order.tensors[name].values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
@@ -76,9 +76,9 @@ def test_one_delta_with_weight_1_gives_that_delta(method):
     base, finetuned = pair()
     delta = prune(base, finetuned, "dare", 0.8, seed=3, carry=("head.*",))
     merged = merge(base, {"only": delta}, method, 1.0)
-    for name, part in delta.tensors.items():
-        assert torch.equal(merged.tensors[name].indices, part.indices)
-        assert torch.allclose(merged.tensors[name].values, part.values / delta.q, rtol=1e-6)
+    for name, sparse in delta.tensors.items():
+        assert torch.equal(merged.tensors[name].indices, sparse.indices)
+        assert torch.allclose(merged.tensors[name].values, sparse.values / delta.q, rtol=1e-6)
     merged.apply_(base)  # its head is carried once, since no other task has another
     assert torch.equal(base.head.weight, finetuned.head.weight)
 
@@ -90,7 +90,7 @@ def test_deltas_of_one_seed_share_their_positions_and_the_file_needs_none(tmp_pa
     assert merged.info.seeded
     merged.save_pretrained(tmp_path / "merged")
     loaded = SparseDelta.from_pretrained(tmp_path / "merged")
-    assert all(torch.equal(part.indices, merged.tensors[name].indices) for name, part in loaded.tensors.items())
+    assert all(torch.equal(sparse.indices, merged.tensors[name].indices) for name, sparse in loaded.tensors.items())
     assert not merge(base, {**deltas, "other": prune(base, finetuned, "dare", 0.8, seed=6)}).info.seeded
     assert not merge(base, deltas, "ties").info.seeded
 
@@ -141,6 +141,8 @@ def test_weights_go_by_exact_name_then_the_longest_pattern():
         ({"trim_rate": 0.5}, "belongs to ties"),
         ({"method": "ties", "trim_rate": 1.0}, r"\[0, 1\)"),
         ({"tasks": ["a", "a"]}, "name of its own"),
+        ({"tasks": ["a", "A"]}, "name of its own"),  # one file on macOS and Windows
+        ({"tasks": ["a", "b."]}, "name of its own"),
         ({"tasks": ["a", "../b"]}, "name of its own"),
         ({"tasks": ["a"]}, "1 task names for 2 deltas"),
         ({"dtype": "float8"}, "float8"),
@@ -206,7 +208,7 @@ def test_the_command_merges_keeps_heads_apart_and_exports_each_task(glue_deltas,
     assert merged.info.settings["tasks"] == ["sst2", "mnli"]
     in_memory = merge(base, folders, weights=[0.5, 0.25])
     assert merged.info == in_memory.info
-    assert all(torch.equal(part.values, in_memory.tensors[name].values) for name, part in merged.tensors.items())
+    assert all(torch.equal(sparse.values, in_memory.tensors[name].values) for name, sparse in merged.tensors.items())
 
     for task, labels in (("sst2", 2), ("mnli", 3)):
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense" / task)
@@ -234,8 +236,8 @@ def test_weights_from_a_file(glue_deltas, tmp_path):
     assert main([*command, "--weights", str(tmp_path / "w.json")]) == 0
     alone = SparseDelta.from_pretrained(folders["sst2"])
     merged = SparseDelta.from_pretrained(tmp_path / "merged")
-    for name, part in dense(merged, None).items():
-        assert torch.allclose(part, dense(alone, None)[name], rtol=1e-6, atol=1e-12)
+    for name, tensor in dense(merged, None).items():
+        assert torch.allclose(tensor, dense(alone, None)[name], rtol=1e-6, atol=1e-12)
 
 
 def test_rules_on_entries():
@@ -256,15 +258,15 @@ def test_rules_on_entries():
 def test_unions_of_positions(numel):
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randperm(numel, generator=generator)[:20].sort().values.int() for _ in range(3)]
-    union, places = union_of(sets, numel)
-    assert union.tolist() == sorted({i for own in sets for i in own.tolist()})
-    assert all(torch.equal(union[place], own.long()) for place, own in zip(places, sets, strict=True))
+    union, indices = union_of(sets, numel)
+    assert union.tolist() == sorted({i for positions in sets for i in positions.tolist()})
+    assert all(torch.equal(union[index], positions.long()) for index, positions in zip(indices, sets, strict=True))
 
 
 def test_large_tensors_are_merged_in_blocks(monkeypatch):
     base, _ = pair()
     whole = merge(base, deltas_of(base), "ties")
     monkeypatch.setattr("dpp_lightning.merging.merge_deltas._BLOCK", 50)
-    for name, part in merge(base, deltas_of(base), "ties").tensors.items():
-        assert torch.equal(part.indices, whole.tensors[name].indices)
-        assert torch.equal(part.values, whole.tensors[name].values)
+    for name, sparse in merge(base, deltas_of(base), "ties").tensors.items():
+        assert torch.equal(sparse.indices, whole.tensors[name].indices)
+        assert torch.equal(sparse.values, whole.tensors[name].values)

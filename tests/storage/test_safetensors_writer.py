@@ -58,8 +58,8 @@ def test_safetensors_reads_bit_for_bit_what_came_in_pieces(tmp_path_factory, ten
             if number % 3 == 0:
                 writer.write(tensor)
             elif number % 3 == 1:
-                for part in tensor.reshape(-1).split(piece):
-                    writer.write(part)
+                for block in tensor.reshape(-1).split(piece):
+                    writer.write(block)
             else:
                 content = bytes(raw_bytes(tensor))
                 for start in range(0, len(content), piece):
@@ -77,7 +77,7 @@ def test_safetensors_reads_bit_for_bit_what_came_in_pieces(tmp_path_factory, ten
 @settings(max_examples=50, deadline=None)
 @given(state_dicts())
 def test_what_safetensors_writes_is_mapped_bit_for_bit(tmp_path_factory, tensors):
-    path = tmp_path_factory.getbasetemp() / "theirs.safetensors"
+    path = tmp_path_factory.getbasetemp() / "reference.safetensors"
     save_file(tensors, path)
     read = map_safetensors(path)
     assert read.keys() == tensors.keys()

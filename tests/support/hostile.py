@@ -69,9 +69,9 @@ def chunks_of(kind):
 
 def chunk(span, kept, *streams, coding=GAPS, shift=0, dtype="float32", form=0):
     """A chunk of streams that are stored as they are, or given as (bytes in the file, stated size)."""
-    parts = [s if isinstance(s, tuple) else (s, len(s)) for s in streams]
+    stored = [s if isinstance(s, tuple) else (s, len(s)) for s in streams]
     head = HEAD.pack(span, kept, coding, shift, DTYPES.index(dtype), form)
-    return head + b"".join(STREAM.pack(len(data), size) + data for data, size in parts)
+    return head + b"".join(STREAM.pack(len(data), size) + data for data, size in stored)
 
 
 def refused(model, config, message=None):
@@ -81,10 +81,10 @@ def refused(model, config, message=None):
 
 
 def check_valid(delta):
-    for name, part in delta.tensors.items():
-        positions = part.indices.long()
-        assert len(positions) == len(part.values), name
+    for name, sparse in delta.tensors.items():
+        positions = sparse.indices.long()
+        assert len(positions) == len(sparse.values), name
         assert bool((positions.diff() > 0).all())
-        assert not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < prod(part.shape))
-        assert bool(torch.isfinite(part.values).all())
-        assert part.values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        assert not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < prod(sparse.shape))
+        assert bool(torch.isfinite(sparse.values).all())
+        assert sparse.values.dtype in (torch.float32, torch.bfloat16, torch.float16)

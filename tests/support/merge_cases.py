@@ -11,10 +11,10 @@ METHODS = (("dare", {}), ("magnitude", {}), ("importance", {"q": 0.1}), ("darex-
 def dense(delta, base):
     """The delta as full tensors, by name."""
     whole = {}
-    for name, part in delta.tensors.items():
-        flat = torch.zeros(torch.Size(part.shape).numel(), dtype=torch.float64)
-        flat[part.indices.long()] = part.values.double() / delta.q
-        whole[name] = flat.reshape(part.shape)
+    for name, sparse in delta.tensors.items():
+        flat = torch.zeros(torch.Size(sparse.shape).numel(), dtype=torch.float64)
+        flat[sparse.indices.long()] = sparse.values.double() / delta.q
+        whole[name] = flat.reshape(sparse.shape)
     return whole
 
 

@@ -89,10 +89,11 @@ class AdaMergingModule(ScoredModule):
         model, missing = self._load()
         model_names = source_names(model)
         for source in sources:
-            if source.new_rows:
-                raise ValueError(f"{source.task} grew {sorted(source.new_rows)}: prune it again with that carried")
-            names = match_names(source.carried, model_names)
-            head = {model_names[names[n]]: tensor.clone() for n, tensor in source.carried.items() if n in names}
+            carried, new_rows = source.contents.carried, source.contents.new_rows
+            if new_rows:
+                raise ValueError(f"{source.task} grew {sorted(new_rows)}: prune it again with that carried")
+            names = match_names(carried, model_names)
+            head = {model_names[names[n]]: tensor.clone() for n, tensor in carried.items() if n in names}
             self._heads[source.task] = head
             if lacking := sorted(missing - set(head)):
                 raise ValueError(f"neither the base nor the delta of {source.task} holds {', '.join(lacking)}")
