@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -14,6 +15,7 @@ from dpp_lightning.analysis.theory import LARGE_DELTA, recommend
 from dpp_lightning.cli import packaged_configs
 from dpp_lightning.cli.commands import COMMANDS
 from dpp_lightning.cli.exit_codes import MEANINGS
+from dpp_lightning.cli.sweep import SweepCLI
 from dpp_lightning.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +33,7 @@ PAGES = {
     ".github/SECURITY.md",
 }
 COMMANDS_FOR_USERS = ("pip install -e . && dpp fit --config quickstart.yaml", "pip install -e '.[dev]' && pytest")
-LIGHTNING = ("fit", "validate", "test", "predict")
+LIGHTNING = ("fit", "validate", "test", "predict", "sweep")
 
 
 def text_of(page):
@@ -123,10 +125,16 @@ def test_there_are_command_lines_of_every_command():
     assert {words[0] for words in LINES} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("words", [w for w in LINES if w[0] not in (*LIGHTNING, "sweep")], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in LINES if w[0] not in LIGHTNING], ids=" ".join)
 def test_command_lines_on_files_parse(words):
     command = resolve_name(COMMANDS[words[0]].entry.removesuffix(".run"))
     command.parser(words[0]).parse_args(command.join_lists(words[1:]))
+
+
+class ParseOnlySweep(SweepCLI):
+    """The sweep, stopped behind its parser."""
+
+    before_instantiate_classes = ParseOnly.before_instantiate_classes
 
 
 @pytest.mark.parametrize("words", [w for w in LINES if w[0] in LIGHTNING], ids=" ".join)
@@ -136,8 +144,9 @@ def test_command_lines_of_lightning_parse(words, tmp_path, monkeypatch):
         checkpoint = Path(words[words.index("--ckpt_path") + 1])
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.touch()
-    with pytest.raises((Parsed, SystemExit)) as stopped:  # the latter after --model.help and --print_config
-        ParseOnly(packaged_configs.resolve_arguments(words))
+    command, *arguments = packaged_configs.resolve_arguments(words)
+    with pytest.raises((Parsed, SystemExit)) as stopped, ExitStack() as stack:  # the latter after help and print_config
+        ParseOnlySweep(arguments, stack) if command == "sweep" else ParseOnly([command, *arguments])
     assert isinstance(stopped.value, Parsed) or not stopped.value.code
 
 
