@@ -8,7 +8,8 @@ from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.tensors.dtypes import DTYPES
 
 if TYPE_CHECKING:  # a type checker wants the choices written out; they are those of two tables, and of plug-ins
-    MethodName = DtypeName = str
+    MethodName = str
+    DtypeName = str
 else:
     MethodName = Literal[tuple(METHODS)]
     DtypeName = Literal[DTYPES]

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -55,7 +55,7 @@ class FunctionCommand:
             exit_on_error=False,
             allow_abbrev=False,
         )
-        parser.add_argument("--config", action=ActionConfigFile, help=_CONFIG)
+        parser.add_argument("--config", action="config", help=_CONFIG)
         self.add_parameters(parser)
         return parser
 
@@ -69,7 +69,8 @@ class FunctionCommand:
         documented = parse_docstring(inspect.getdoc(self.function) or "")
         help_of = {parameter.arg_name: _plain(parameter.description or "") for parameter in documented.params}
         titles = {first: title for title, first in self.groups.items()}
-        types, group = get_type_hints(self.function), parser
+        types = get_type_hints(self.function)
+        group: Any = parser
         for parameter in inspect.signature(self.function).parameters.values():
             if parameter.name in titles:
                 group = parser.add_argument_group(titles[parameter.name])

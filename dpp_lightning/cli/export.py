@@ -57,7 +57,7 @@ def export_to_folder(
         method_settings: the method's own settings, one by one as in --method_settings.budget model
     """
     spec = None
-    of_a_delta = {
+    of_a_delta: dict[str, Any] = {
         "method": method,
         "pruning_rate": pruning_rate,
         "seed": seed,

@@ -56,7 +56,7 @@ def inspect_folders(
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
     """
-    of_a_pair = {
+    of_a_pair: dict[str, Any] = {
         "calibration": calibration,
         "calibration_samples": calibration_samples,
         "pruning_rate": pruning_rate,
