@@ -63,11 +63,25 @@ def links(page):
     return re.findall(r"\]\(([^()\s]+)\)", prose(page))
 
 
+def files(suffix):
+    """Paths of the project's own files of a suffix."""
+    folders = ("dpp_lightning", "callbacks", "configs", "tests", ".github")
+    paths = [*ROOT.glob(f"*{suffix}"), *(path for folder in folders for path in (ROOT / folder).rglob(f"*{suffix}"))]
+    return {path.relative_to(ROOT).as_posix() for path in paths if "fixtures" not in path.parts}
+
+
 def test_these_are_all_the_pages():
-    there = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md")}
-    hidden = ("runs/", "deltas/", "build/", "dist/")
-    pages = {p for p in there if not p.startswith(hidden) and not re.search(r"(^|/)\.(?!github/)|fixtures/", p)}
-    assert pages == PAGES
+    assert files(".md") == PAGES
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_files_and_tests_that_a_page_names_are_there(page):
+    modules = files(".py")
+    source = "".join(text_of(path) for path in modules if path.startswith("tests/"))
+    for name in re.findall(r"`([\w/.]+\.py)`", text_of(page)):
+        assert any(f"/{path}".endswith(f"/{name}") for path in modules), name
+    for name in re.findall(r"`(test_\w+)`", text_of(page)):
+        assert f"def {name}(" in source, name
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
