@@ -52,11 +52,10 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
     given = f"--config {shlex.quote(_short(config))} " if config.is_file() else ""
     given += f"--ckpt_path {shlex.quote(_short(Path(path)))}"
     tested = type(module).test_step is not LightningModule.test_step
-    return (
-        f"The checkpoint is {_short(Path(path))}\n"
-        f"To score it: dpp {'test' if tested else 'validate'} {given}\n"
-        f"To prune it: dpp sweep {given} --output DIR"
-    )
+    lines = [f"The checkpoint is {_short(Path(path))}", f"To score it: dpp {'test' if tested else 'validate'} {given}"]
+    if getattr(module, "pretrained", None) is not None:  # else a sweep would not know the base
+        lines.append(f"To prune it: dpp sweep {given}{'' if tested else ' --split validation'} --output DIR")
+    return "\n".join(lines)
 
 
 def _model_checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:

@@ -32,7 +32,7 @@ from dpp_lightning.cli.signatures import (
 
 Keys = tuple[str | int, ...]
 
-_FAULTS_SHOWN = 3
+_FAULTS_SHOWN, _NAMES_SHOWN = 3, 8
 
 
 def explain(error: BaseException | str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
@@ -67,12 +67,17 @@ def find_faults(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> li
 
 
 def shorten(message: str) -> str:
-    """An error of jsonargparse in one line: the keys that lead to the fault, and the first reason given."""
+    """An error of jsonargparse in one line: the keys that lead to the fault, and the innermost of the first reasons.
+
+    A value that fits none of several types has a list of reasons, one for each type, and a reason may be such a list.
+    """
     keys = ".".join(re.findall(r'Parser key "([^"]*)"', message))
-    reasons = re.findall(r"^\s*- (?!Problem with|Does not validate)(.+)$", message, re.MULTILINE)
-    plain = reasons[0] if reasons else re.sub(r'^.*Parser key "[^"]*":\s*', "", message, flags=re.DOTALL)
-    text = " ".join(plain.split())
-    return f"{keys}: {text}" if keys else text
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = lines[lines.index("Errors:") + 1 :] if "Errors:" in lines else []
+    heading = re.compile("Errors:|Subtypes: |.*:$|.*Union subtypes$")
+    innermost = next((reason for reason in reasons if not heading.match(reason)), None)
+    text = innermost or " ".join(re.sub(r'Parser key "[^"]*":', "", message).split())
+    return f"{keys}: {text.removeprefix('- ')}" if keys else text
 
 
 class _Checker:
@@ -223,6 +228,9 @@ class _Checker:
         if near is not None:
             meant = f"--{_option((*before, near, *rest[1:]))}" if setting.option else near
             return f"{_where(setting)} is {whose}: did you mean {meant}?"
+        names = sorted(set(known))
+        if owner and len(names) <= _NAMES_SHOWN:
+            return f"{_where(setting)} is {whose}; it has {', '.join(names)}"
         lists = self._help(f"--{_option(base)}.help {owner}" if owner else "--help")
         return f"{_where(setting)} is {whose} ({lists} lists them)"
 

@@ -28,31 +28,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SameCheckpoint(Callback):
-    """Refuses a checkpoint that only some ranks find: with ``last`` the others would start anew, and all hang.
+    """Refuses a checkpoint that only some ranks see: with ``last`` the others would start anew, and all would hang.
 
     Args:
-        path: as given to the trainer.
+        path: as given to the trainer, None where it loads no checkpoint.
     """
 
     def __init__(self, path: str | None) -> None:
         self.path = path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask all ranks, before any loads it.
+        """Ask all ranks before any of them loads it.
 
         Raises:
-            ValueError: on every rank.
+            ValueError: on every rank, if only some of them see it; if ``last`` is to be scored and there is none.
         """
-        found = self._is_there(trainer)
-        ask = trainer.strategy.reduce_boolean_decision
-        if ask(found, all=False) != ask(found):
+        exists = self._exists(trainer)
+        all_of = trainer.strategy.reduce_boolean_decision
+        if all_of(exists, all=False) != all_of(exists):
             raise ValueError(
-                f"rank {trainer.global_rank} finds {'the' if found else 'no'} checkpoint --ckpt_path {self.path}, but "
+                f"rank {trainer.global_rank} finds {'the' if exists else 'no'} checkpoint --ckpt_path {self.path}, but "
                 "not all ranks agree: put it in the same place on every node, or in a folder that all nodes share"
             )
+        if self.path == "last" and not exists and stage != "fit":
+            raise ValueError(
+                "--ckpt_path last: there is no last.ckpt in the folders of this config's checkpoints, so an untrained "
+                "model would be scored; give the file itself"
+            )
 
-    def _is_there(self, trainer: Trainer) -> bool:
+    def _exists(self, trainer: Trainer) -> bool:
         if self.path != "last":
             return self.path is not None and Path(self.path).exists()
-        keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        return any(keeper._find_last_checkpoints(trainer) for keeper in keepers)
+        savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        return any(saver._find_last_checkpoints(trainer) for saver in savers)

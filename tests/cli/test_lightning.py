@@ -1,6 +1,7 @@
 """fit and validate through LightningCLI: configs and overrides, checkpoints, signals, errors, several ranks."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,21 +111,6 @@ def test_packaged_config_takes_overrides_in_subclass_mode(here, capsys):
     assert cfg["data"]["init_args"]["path"] == "./glue"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--model.scal", "2"], "scal"),
-        (["--modl.scale", "2"], "--modl.scale"),
-        (["--trainer.callbacks", "DeltaPruneCalback"], "DeltaPruneCalback"),
-    ],
-)
-def test_wrong_option_is_one_block_without_pages_of_usage(arguments, named, here, capsys):
-    assert main(["fit", *TOY, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert named in error
-    assert error.count("\n") < 15
-
-
 def test_fit_then_validate_from_the_checkpoint(here, capsys):
     root = "--trainer.default_root_dir=runs"
     assert main(["fit", *TOY, root, "--trainer.max_epochs=1", "--model.scale=2"]) == 0
@@ -155,6 +141,47 @@ def test_second_fit_into_the_same_folder_is_not_refused(here):
     assert main(command) == 0
     assert main([*command, "--model.scale=3"]) == 0
     assert yaml.safe_load((here / "config.yaml").read_text())["model"]["init_args"]["scale"] == 3
+
+
+LAST = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=run", "--trainer.callbacks.filename=last"]
+
+
+def test_fit_says_where_its_checkpoint_is_and_the_command_it_prints_works(here, capsys):
+    assert main(["fit", *TOY, *LAST, "--trainer.max_epochs=1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2] == "The checkpoint is run/last.ckpt"
+    command = shlex.split(lines[-1].removeprefix("To score it: "))
+    assert command[:2] == ["dpp", "validate"]  # there is no test_step
+    assert main(command[1:]) == 0
+
+
+def test_a_second_fit_keeps_the_first_ones_checkpoint_and_says_so(here, capsys):
+    command = ["fit", *TOY, *LAST, "--trainer.max_epochs=1"]
+    assert main(command) == 0
+    assert "earlier fit" not in capsys.readouterr().err
+    first = (here / "run/last.ckpt").read_bytes()
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert "dpp fit: run/last.ckpt is of an earlier fit and is kept" in error
+    assert "The checkpoint is run/last-v1.ckpt" in error
+    assert (here / "run/last.ckpt").read_bytes() == first
+    assert main([*command[:-1], "--trainer.max_epochs=2", "--ckpt_path=run/last.ckpt"]) == 0  # resumed: the same file
+    error = capsys.readouterr().err
+    assert "earlier fit" not in error
+    assert "The checkpoint is run/last.ckpt" in error
+
+
+def test_a_fit_without_checkpoints_names_none(here, capsys):
+    assert main(["fit", *TOY, "--trainer.max_epochs=1", "--trainer.enable_checkpointing=false"]) == 0
+    assert "checkpoint" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "sweep"])
+def test_help_names_traceback_class_help_and_exit_codes(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for example in (f"DPP_TRACEBACK=1 dpp {command}", f"dpp {command} --model.help GLUEModule", "  130  "):
+        assert example in text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
@@ -208,11 +235,51 @@ def test_lightnings_refusal_of_a_setting_is_one_block(here, capsys):
     assert "1.5" in error
 
 
-def test_missing_checkpoint_is_one_block(here, capsys):
-    assert main(["validate", *TOY, "--ckpt_path=nope.ckpt"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("dpp validate: error: ")
-    assert "nope.ckpt" in error
+PRUNING = "{class_path: DeltaPruneCallback, init_args: {method: %s, output_dir: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", *TOY, "--ckpt_path=nope.ckpt"], "there is no checkpoint 'nope.ckpt' (--ckpt_path); beside it are last.ckpt"),
+        (["fit", *TOY, "--ckpt_path", "lst.ckpt"], "did you mean last.ckpt?"),
+        (["validate", *TOY, "--ckpt_path=best"], "give the file itself"),
+        (["fit", *TOY, "--trainer.max_epochs", "1", "--trainer.max_epochs=2"], "--trainer.max_epochs is given twice, 1 and 2"),
+        (["fit", *TOY, "--model.scale=1", "--model.init_args.scale=2"], "--model.init_args.scale is given twice"),
+        (["fit", *TOY, "--model", "VisionModule"], "--model is given twice"),
+        (["fit"], "give a config, --config NAME (dpp configs lists them), or --model CLASS"),
+        (["test", "--trainer.devices=1"], "give a config, --config NAME (dpp configs lists them), or --model CLASS"),
+        (["fit", "--model=VisionModule"], "--data is missing: VisionModule loads no data itself"),
+        (["test", *TOY], "--data is missing: Toy loads no data itself"),
+        (["fit", *TOY, "--trainer.callbacks=[DeltaPruneCallback, DeltaPruneCallback]"], "lists DeltaPruneCallback twice"),
+        (["fit", *TOY, f"--trainer.callbacks=[{PRUNING % ('dp', 'x')}, {PRUNING % ('dare', 'x')}]"], "write into one folder"),
+        (["fit", *TOY, "--trainer.accelerator=gpuu"], "gpuu"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line_before_a_model_is_built(arguments, said, here, capsys, monkeypatch):
+    monkeypatch.setattr(Toy, "configure_optimizers", None)
+    (here / "last.ckpt").touch()
+    assert main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+    assert line.startswith(f"dpp {arguments[0]}: error: ")
+    assert said in line
+
+
+def test_two_prunings_into_two_folders_are_taken(here, capsys):
+    callbacks = f"[{PRUNING % ('dp', 'x')}, {PRUNING % ('dare', 'y')}]"
+    assert len(composed(capsys, "fit", *TOY, f"--trainer.callbacks={callbacks}")["trainer"]["callbacks"]) == 2
+
+
+def test_last_is_refused_where_there_is_none_but_not_for_a_fit(here, capsys):
+    assert main(["validate", *TOY, "--ckpt_path=last"]) == 2
+    assert "no last.ckpt" in capsys.readouterr().err
+    assert main(["fit", *TOY, "--ckpt_path=last", "--trainer.max_epochs=1"]) == 0
+
+
+def test_options_may_follow_each_appended_callback(here, capsys):
+    appended = [f"--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.filename={name}".split() for name in "ab"]
+    callbacks = composed(capsys, "fit", *TOY, *appended[0], *appended[1])["trainer"]["callbacks"]
+    assert [callback["init_args"]["filename"] for callback in callbacks] == ["a", "b"]
 
 
 def test_traceback_on_request(here, monkeypatch):

@@ -1,8 +1,10 @@
 """dpp sweep: a whole one, one that was killed and goes on, rows of another run, bad input, the plots."""
 
 import json
+import shlex
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
+from pathlib import Path
 from statistics import fmean, stdev
 
 import datasets
@@ -48,7 +50,8 @@ def job(tmp_path_factory):
         "data": {"class_path": "GLUEDataModule", "init_args": {"path": make_data(folder / "data", "sst2", 200, 40)}},
     }
     (folder / "fit.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(folder / "fit.yaml"), "--trainer.default_root_dir", str(folder)]) == 0
+    with (folder / "stderr.txt").open("w") as file, redirect_stderr(file):
+        assert main(["fit", "--config", str(folder / "fit.yaml"), "--trainer.default_root_dir", str(folder)]) == 0
     yield ["--config", str(folder / "fit.yaml"), "--ckpt_path", str(folder / "last.ckpt")]
     datasets.config.HF_DATASETS_CACHE = cache
 
@@ -223,6 +226,17 @@ def test_checkpoint_and_output_are_needed(job, tmp_path, capsys):
     assert "--output is missing" in capsys.readouterr().err
     assert main(["sweep", *job[2:], "--output", str(tmp_path)]) == 2
     assert "dpp configs lists them" in capsys.readouterr().err
+
+
+def test_the_commands_that_fit_printed_work(job, tmp_path, capsys):
+    checkpoint = Path(job[-1])
+    printed = (checkpoint.parent / "stderr.txt").read_text().splitlines()[-3:]
+    assert printed[0] == f"The checkpoint is {checkpoint}"
+    score, sweep = (shlex.split(line.partition(": dpp ")[2].replace("DIR", str(tmp_path))) for line in printed[1:])
+    assert (score[0], sweep[0]) == ("test", "sweep")
+    assert main(score) == 0
+    assert main([*sweep, "--methods", "magnitude", "--rates", "0.5", "--no_deltas"]) == 0
+    assert (tmp_path / "table.md").is_file()
 
 
 def test_its_options_stand_in_a_config_too(job, tmp_path, capsys):
