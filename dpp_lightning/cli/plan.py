@@ -45,7 +45,7 @@ def plan_devices(
     if model is not None and parameters is not None:
         raise ValueError("give MODEL or --parameters, not both: a model's size is read from its tensors")
     if model is not None:
-        models = {Path(model).name: _read_shape(model, revision)}
+        models = {Path(model).resolve().name: _read_shape(model, revision)}
     elif parameters is not None:
         models = {f"{parameters / 1e9:.3g} B": ModelShape(parameters, blocks, outside)}
     else:
