@@ -1,13 +1,14 @@
 """Base classes of the tasks' LightningModules: one that is scored over whole splits, one that also fine-tunes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from transformers import PreTrainedModel
 
 from dpp_lightning.tasks.common.activation_checkpointing import checkpoint_activations
 from dpp_lightning.tasks.common.lora import LoRA, with_adapters
@@ -54,7 +55,7 @@ class ScoredModule(LightningModule, ABC):
 
     def start_scoring(self, split: str) -> None:
         """Forget the batches of earlier passes, an interrupted one too; called when validation or test starts."""
-        for scores in self.metrics.values():
+        for scores in cast(Mapping[str, Any], self.metrics).values():
             scores.reset()
 
     def log_scores(self, split: str) -> None:
@@ -148,7 +149,9 @@ class FineTuningModule(ScoredModule):
         if gradient_checkpointing:
             checkpoint_activations(model)
         if lora is not None:
-            model, new_names, output_layer = with_adapters(model, lora, new_names, output_layer, self.seed, task_type)
+            model, new_names, output_layer = with_adapters(
+                cast(PreTrainedModel, model), lora, new_names, output_layer, self.seed, task_type
+            )
         self.model = model
         self.new_parameter_names = tuple(sorted(f"model.{name}" for name in new_names))
         self.output_layer = f"model.{output_layer}"

@@ -12,7 +12,6 @@ from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.common.lora import LoRA
 from dpp_lightning.tasks.common.module import FineTuningModule
 from dpp_lightning.tasks.common.optimization import Schedule
-from dpp_lightning.tasks.glue.data import GLUEDataModule  # noqa: F401
 from dpp_lightning.tasks.glue.scores import GLUEScores, glue_loss, glue_prediction
 from dpp_lightning.tasks.glue.task_table import glue_task
 

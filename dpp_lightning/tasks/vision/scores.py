@@ -1,7 +1,5 @@
 """Accuracy and loss of an image classifier over a whole split and all ranks."""
 
-from typing import cast
-
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -37,8 +35,8 @@ class ClassificationScores(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """``accuracy`` in [0, 1], ``loss``, and ``score``, which is the accuracy."""
-        accuracy, loss = cast(Tensor, self.accuracy.compute()), cast(Tensor, self.loss.compute())
-        return {"accuracy": accuracy, "loss": loss, "score": accuracy}
+        accuracy: Tensor = self.accuracy.compute()
+        return {"accuracy": accuracy, "loss": self.loss.compute(), "score": accuracy}
 
     def reset(self) -> None:
         """Forget all batches."""
