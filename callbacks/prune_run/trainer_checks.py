@@ -10,7 +10,7 @@ from dpp_lightning.callbacks.prune_run.evaluation import check_callable
 from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.tensors.shards import is_dtensor
-from dpp_lightning.trainer.strategies import refuse_flat, refuse_fsdp1, refuse_one_memory
+from dpp_lightning.trainer.strategies import refuse_flat_parameters, refuse_fsdp1, refuse_shared_memory
 
 
 def check_shards(settings: PruneSettings, module: nn.Module) -> None:
@@ -37,9 +37,9 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
             ModelCheckpoint for the best weights, no gradients or labels for a method that needs them, or no way to
             upload.
     """
-    refuse_flat(trainer, "DeltaPruneCallback")
+    refuse_flat_parameters(trainer, "DeltaPruneCallback")
     refuse_fsdp1(trainer, "DeltaPruneCallback")
-    refuse_one_memory(trainer)
+    refuse_shared_memory(trainer)
     if stage == "fit" and not trainer.enable_validation:
         raise ValueError(
             "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
@@ -16,7 +17,7 @@ from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
 
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
-_FOUND_BY_LIGHTNING = ("last", "hpc")  # words for --ckpt_path: the newest last.ckpt, the one of a SLURM job
+_RESOLVED_LATER = re.compile("last$|hpc$|registry|.*://")  # words and addresses that Lightning finds a checkpoint by
 
 
 def check_config(command: str, config: Namespace) -> None:
@@ -54,7 +55,7 @@ def check_checkpoint(path: Any) -> None:
     Raises:
         UsageError: with the checkpoints that are beside it.
     """
-    if path is None or str(path) in _FOUND_BY_LIGHTNING or ":" in str(path):  # an address, or a model registry's name
+    if path is None or _RESOLVED_LATER.match(str(path)):
         return
     if str(path) == "best":
         raise UsageError("--ckpt_path best means the best of a fit in this process: give the file itself")

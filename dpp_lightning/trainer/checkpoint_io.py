@@ -1,4 +1,4 @@
-"""Checkpoints of a run: files that appear whole, and the same one on all ranks."""
+"""Checkpoints of a run: files that appear whole or not at all, and the same checkpoint on all ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,23 @@ from dpp_lightning.storage.atomic_write import atomic_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints of one file, written beside their final name and renamed.
+    """Lightning's checkpoints of one file, written under a temporary name beside the final one and then renamed.
 
-    Lightning writes them in the folder for temporary files and moves them; where that is on another file system, a
-    process killed meanwhile leaves part of a file under the final name.
+    Lightning itself writes them in the system's folder for temporary files and moves them. Where that is on another
+    file system, moving is copying, and a process that is killed meanwhile leaves part of a file under the final name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save a local file; any other place is Lightning's own job."""
+        """Write a checkpoint to a local file; an address such as ``s3://...`` is left to Lightning.
+
+        Args:
+            checkpoint: what ``torch.save`` writes.
+            path: the final name.
+            storage_options: of the address.
+
+        Raises:
+            OSError: if the file cannot be written. A file that had the name before is left as it was.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,4 +1,4 @@
-"""How a run ends that was stopped: what the user is told of lost ranks and of going on, and a clean way out of gloo."""
+"""The end of a run that was stopped: messages about a lost rank and about resuming, and a clean exit from gloo."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ _NO_ANSWER = re.compile(
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """What to tell where an error says that another rank does not answer, else ``None``.
+    """The message for the user of an error that says that another rank does not answer; None of any other error.
 
-    gloo raises plain RuntimeErrors that begin with a line of its own source. Which rank it was, no backend knows.
+    gloo raises plain RuntimeErrors that begin with a position in its own source. No backend knows which rank was lost.
+
+    Args:
+        error: what a collective raised.
     """
     text = str(error)
     if not (isinstance(error, dist.DistError) or "/gloo/" in text or "Gloo" in text) or not _NO_ANSWER.search(text):
@@ -45,33 +48,37 @@ def lost_rank(error: BaseException) -> str | None:
 
 
 def how_to_resume(trainer: Trainer, started: float) -> str:
-    """Two lines for the user: where the fit stopped, and the newest checkpoint it can go on from.
+    """Two lines for the user: where the fit stopped, and the newest checkpoint from which it can be resumed.
 
-    The folders are searched, since a ModelCheckpoint stopped while saving names a file that is not there yet.
+    The folders are searched, since a ModelCheckpoint that was stopped while saving names a file that is not there yet.
 
     Args:
         trainer: the stopped trainer.
-        started: when the fit began, in seconds since the epoch; older files are another run's.
+        started: when the fit began, in seconds since 1970; older checkpoints belong to another run.
     """
     folders = {folder for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))}
-    files = [(f.stat().st_mtime, str(f)) for folder in folders for f in Path(folder).rglob("*.ckpt") if is_complete(f)]
-    newest = max((file for file in files if file[0] >= started), default=(started, trainer.ckpt_path))[1]
+    checkpoints = [path for folder in folders for path in Path(folder).rglob("*.ckpt") if is_complete(path)]
+    by_age = sorted((path.stat().st_mtime, str(path)) for path in checkpoints)
+    newest = by_age[-1][1] if by_age and by_age[-1][0] >= started else trainer.ckpt_path
     stopped = f"\ndpp fit: stopped in epoch {trainer.current_epoch}, after {trainer.global_step} steps.\n"
     if newest is None and trainer.is_global_zero:
         return stopped + "No checkpoint had been written, so there is nothing to resume from.\n"
     if newest is None:
         return stopped + "To resume, look for a checkpoint on the machine of rank 0, which writes them.\n"
-    place = f"--ckpt_path {shlex.quote(str(newest))}\n"
+    option = f"--ckpt_path {shlex.quote(str(newest))}\n"
     if trainer.should_stop or trainer.current_epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps:
-        return stopped + f"The training was over. To prune it, repeat the command as dpp validate, with {place}"
-    return stopped + f"To resume, repeat the command with {place}"
+        return stopped + f"The training was over. To prune it, repeat the command as dpp validate, with {option}"
+    return stopped + f"To resume, repeat the command with {option}"
 
 
 def leave_gloo(code: int) -> None:
-    """End this process here and now if it is a rank over gloo, else do nothing.
+    """End this process at once if it is a rank of a gloo group; do nothing in any other process.
 
-    gloo's threads abort some interpreters on their way out (code -6 after a training that went well), unless the group
-    is destroyed and the interpreter's own teardown is skipped.
+    gloo's threads abort some interpreters while they shut down (exit code -6 after a training that succeeded), unless
+    the process group is destroyed and the interpreter's own shutdown is skipped.
+
+    Args:
+        code: the exit code.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo"):
         return

@@ -14,7 +14,7 @@ from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks.prune_run.best_weights import load_into_shards
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.common.optimization import with_schedule
-from dpp_lightning.trainer.strategies import refuse_one_memory
+from dpp_lightning.trainer.strategies import refuse_shared_memory
 
 ROUNDING = 1e-6  # of weights and of kept values, whose sizes are about 1
 ENDS = ["train", "fit", "teardown TrainerFn.FITTING"]
@@ -143,9 +143,9 @@ def test_ranks_of_a_fork_server_are_refused_on_the_cpu():
         strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * 2, start_method="forkserver")
 
     with pytest.raises(ValueError, match=SAME_MEMORY):
-        refuse_one_memory(Trainer())
+        refuse_shared_memory(Trainer())
     Trainer.world_size = 1
-    refuse_one_memory(Trainer())
+    refuse_shared_memory(Trainer())
 
 
 @pytest.mark.distributed

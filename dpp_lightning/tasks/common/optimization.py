@@ -14,7 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tensors.names import without_wrappers
-from dpp_lightning.trainer.strategies import refuse_flat, refuse_one_memory
+from dpp_lightning.trainer.strategies import refuse_flat_parameters, refuse_shared_memory
 
 Schedule = Literal["linear", "constant"] | LRSchedulerCallable
 
@@ -76,9 +76,9 @@ def with_schedule(
         ValueError: AdamR under DeepSpeed, or under FSDP1 with ``use_orig_params=False``; ranks that share the weights'
             memory.
     """
-    refuse_one_memory(trainer)
+    refuse_shared_memory(trainer)
     if isinstance(optimizer, AdamR):
-        refuse_flat(trainer, "AdamR")
+        refuse_flat_parameters(trainer, "AdamR")
     if scheduler == "constant":
         return optimizer
     if callable(scheduler):
