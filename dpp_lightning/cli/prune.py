@@ -114,7 +114,7 @@ def _report(folder: Path) -> None:
     dense = {**reader.carried, **reader.new_rows}
     kept = sum(head.kept for _, head in reader.chunks.heads) + sum(t.numel() for t in dense.values())
     say(
-        f"{folder}: {size:,} bytes, {info.dense_bytes / size:.1f} times smaller than the model "
+        f"{folder}: {size:,} bytes, {info.ratio(size):.1f} times smaller than the model "
         f"({info.method}, p={info.pruning_rate:g}, q={info.q:.4g}, density {100 * kept / max(info.entries, 1):.3g} %)"
     )
     if dense:

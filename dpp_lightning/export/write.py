@@ -17,6 +17,7 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress
+from dpp_lightning.storage.model_folder import copy_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.stored_tensor import StoredTensor
 
@@ -69,8 +70,7 @@ class Export:
                 done += block.nbytes
                 if progress:
                     progress(done, total)
-        for name, path in self.files.items():
-            (folder / name).write_bytes(path.read_bytes())
+        copy_files(self.files, folder)
         self.architecture.config.save_pretrained(folder)
 
     def _dtype(self, tensor: StoredTensor) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from dpp_lightning import METHODS, SparseDelta, prune
 from dpp_lightning.calibration import Calibration
 from dpp_lightning.delta.config_file import config_checksum
+from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.sampling.sampler import kept_positions
 
 
@@ -276,6 +279,20 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
         delta.rescaled(0.5).save_pretrained(tmp_path / "d")
     assert SparseDelta.from_pretrained(tmp_path / "d").q == pytest.approx(0.1)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("method", "dtype"), [("dare", None), ("magnitude", "int8"), ("importance", "float16")])
+def test_a_delta_in_memory_holds_none_of_its_files(tmp_path, method, dtype):
+    """So that its folder can be replaced on Windows too, where no file that is mapped can be."""
+    q = {"q": 0.5} if method == "importance" else {}
+    folder = prune(*pair(), method, 0.5, dtype=dtype, carry=["head.*"], **q).save_pretrained(tmp_path / "d")
+    reader = DeltaReader.open(folder)
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    delta = SparseDelta.from_contents(reader.contents)
+    del reader
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert delta.num_kept
 
 
 def test_missing_folders_are_named(tmp_path):
