@@ -1,2 +1,2 @@
-"""One run of ``DeltaPruneCallback``: the callback says when, :class:`~dpp_lightning.callbacks.prune_run.run.PruneRun`
-prunes, scores, saves and puts the weights back, by the settings of :mod:`dpp_lightning.callbacks.prune_run.settings`."""
+"""One run of ``DeltaPruneCallback``. The callback says when; ``PruneRun`` in ``run.py`` prunes, scores, saves and puts
+the weights back, as ``PruneSettings`` in ``settings.py`` says."""
