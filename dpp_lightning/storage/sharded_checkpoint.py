@@ -184,9 +184,7 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _stored(
-    name: str, layout: _TensorLayout, spans: Mapping[_PieceKey, _FileSpan], files: _Files
-) -> StoredTensor:
+def _stored(name: str, layout: _TensorLayout, spans: Mapping[_PieceKey, _FileSpan], files: _Files) -> StoredTensor:
     pieces = [
         Piece(offsets, sizes, partial(files.view, name, spans[name, offsets], layout.dtype, sizes))
         for offsets, sizes in layout.pieces.items()
