@@ -63,8 +63,8 @@ class Calibrator:
             raise ValueError(
                 f"{method} trains on calibration batches: use DeltaPruneCallback, dpp sweep, or dpp prune --calibration"
             )
-        found: FoundRescaling = fit.function(self, delta)
-        return found
+        rescaling: FoundRescaling = fit.function(self, delta)
+        return rescaling
 
 
 def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> SparseDelta:

@@ -119,20 +119,20 @@ class Experiment:
         method and rate, on the first seed's mask."""
         for method in methods:
             for rate in rates:
-                found: FoundRescaling | None = None
+                rescaling: FoundRescaling | None = None
                 drawn_seeds = seeds if get_method(method).random else seeds[:1]
                 for seed in drawn_seeds:
                     if (method, float(rate), seed) in self.done:
                         continue
-                    start, known, spec = time.perf_counter(), found, self._spec(method, rate, seed)
-                    if found is None and spec.fit is not None and seed != drawn_seeds[0]:
+                    start, known, spec = time.perf_counter(), rescaling, self._spec(method, rate, seed)
+                    if rescaling is None and spec.fit is not None and seed != drawn_seeds[0]:
                         first = self._spec(method, rate, drawn_seeds[0])
-                        found = self.plan.draw_and_fit(first, self.calibration)[1]
-                    delta, found = self.plan.draw_and_fit(spec, self.calibration, found)
+                        rescaling = self.plan.draw_and_fit(first, self.calibration)[1]
+                    delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling)
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta
-                    forwards = len(found.tried) if found is not None and known is None else 0
+                    forwards = len(rescaling.tried) if rescaling is not None and known is None else 0
                     yield self._result(delta, score, start, forwards)
 
     @property

@@ -227,14 +227,14 @@ class PruningPlan:
         self,
         spec: PruningSpec,
         calibration: CalibrationSource | None = None,
-        found: FoundRescaling | None = None,
+        rescaling: FoundRescaling | None = None,
     ) -> tuple[SparseDelta, FoundRescaling | None]:
         """One pruned delta, with the q or weights that its method finds.
 
         Args:
             spec: what is drawn; a plan that does not know the layers' inputs yet learns them by :meth:`for_spec`.
             calibration: what a fit goes by; None leaves q at the method's own.
-            found: what was found on another mask of the same method and rate; nothing is fitted then.
+            rescaling: what was found on another mask of the same method and rate; nothing is fitted then.
 
         Returns:
             The delta, its values in the spec's dtype, and what was found for it.
@@ -245,10 +245,10 @@ class PruningPlan:
         delta = self.draw(spec)
         if spec.q is not None:
             return delta.rescaled(spec.q), None
-        found = found or self.fit(spec, delta, calibration)
-        if found is not None:
-            delta = found.apply(delta)
-        return cast(delta, self.pairs, spec), found
+        rescaling = rescaling or self.fit(spec, delta, calibration)
+        if rescaling is not None:
+            delta = rescaling.apply(delta)
+        return cast(delta, self.pairs, spec), rescaling
 
     def info(self, spec: PruningSpec, check: EntriesHash) -> DeltaInfo:
         """What the delta says of itself, given the hash of the base's values at the kept positions."""

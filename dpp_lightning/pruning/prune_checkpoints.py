@@ -73,8 +73,8 @@ def prune_checkpoint(
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:
-                found = plan.fit(spec, drawn := SparseDelta.from_pretrained(folder), calibration)
-                q = found.apply(drawn).q if found is not None else None
+                rescaling = plan.fit(spec, drawn := SparseDelta.from_pretrained(folder), calibration)
+                q = rescaling.apply(drawn).q if rescaling is not None else None
             if q is not None:
                 set_q(folder, q)
         else:  # the kept values get weights, which are known only when all entries are
