@@ -265,16 +265,16 @@ def test_labels_may_be_probabilities_and_are_smoothed_once():
     )
 
 
-def test_mixup_mixes_images_and_labels_by_one_share():
+def test_mixup_mixes_images_and_labels_by_one_weight():
     torch.manual_seed(0)
     images, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
     mixed = VisionModule(VIT, 5, model_kwargs=TINY, mixup=1.0, label_smoothing=0.2, seed=0)
     plain = VisionModule(VIT, 5, model_kwargs=TINY, label_smoothing=0.2, seed=0)
     plain.load_state_dict(mixed.state_dict())  # mixup has no weights
     torch.manual_seed(5)
-    share = float(torch.distributions.Beta(torch.tensor([1.0]), torch.tensor([1.0])).sample())
+    weight = float(torch.distributions.Beta(torch.tensor([1.0]), torch.tensor([1.0])).sample())
     targets = nn.functional.one_hot(labels, 5).float()
-    expected = [share * x + (1 - share) * x.roll(1, 0) for x in (images, targets)]
+    expected = [weight * x + (1 - weight) * x.roll(1, 0) for x in (images, targets)]
     torch.manual_seed(5)
     assert loss_of(mixed, images, labels).item() == pytest.approx(loss_of(plain, *expected).item(), rel=1e-5)
     losses = {round(loss_of(mixed, images, labels).item(), 6) for _ in range(4)}
@@ -283,9 +283,8 @@ def test_mixup_mixes_images_and_labels_by_one_share():
     mixed.validation_step((images, labels), 0)
     mixed.validation_step((images, labels), 1)
     logits = mixed(images)
-    assert float(mixed.metrics["val"]["loss"].compute()) == pytest.approx(
-        nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
-    )
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    assert float(mixed.scores("val").compute()["loss"]) == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "constant", lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1)])

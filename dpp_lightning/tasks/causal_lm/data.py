@@ -39,7 +39,8 @@ class InstructionDataModule(TaskDataModule):
         packing: put several samples into a row of ``max_length`` tokens; none attends to another.
         val_fraction: fraction of train, in [0, 1), that is scored in validation.
         calibration_fraction: fraction of train, in [0, 1), for :meth:`calibration_dataloader`.
-        val_samples, calibration_samples, test_samples: at most so many, drawn by ``split_seed``; generation is slow.
+        val_samples, calibration_samples, test_samples: most samples of the split, drawn by ``split_seed``; by default
+            all. Generation is slow.
         split_seed: seed of the cut, apart from ``seed``, so that runs with several seeds share their splits.
         seed: seed of the order of training data; by default the one of ``seed_everything``, else 0.
         length_grouped: batches of samples of similar length: less padding.

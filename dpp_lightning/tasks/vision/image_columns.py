@@ -140,7 +140,8 @@ def _find(columns: Sequence[str], given: str | None, usual: Sequence[str], what:
 
 
 def _class_names(data: datasets.Dataset, label: str, outputs: int | None) -> list[str]:
-    """Names of all classes; labels that are bare numbers are their own names, as many as the model has outputs."""
+    """Names of all classes. Labels without names are named by their numbers: as many as ``outputs`` says, where it is
+    given, else up to the largest label."""
     feature = data.features[label]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)

@@ -1,4 +1,4 @@
-"""Images with labels as data: any data set of the hub or folder of images, prepared as the model wants them."""
+"""Images with labels as data: any data set of the hub or folder of images, prepared for the model."""
 
 from collections.abc import Sequence
 from typing import Any

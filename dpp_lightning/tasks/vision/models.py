@@ -22,7 +22,7 @@ def load_model(
     """The model, and the names of its parameters that the base does not hold.
 
     Args:
-        model_name: timm's name of the architecture; ``None`` where a hub id, or a folder's ``config.json``, says it.
+        model_name: timm's name of the architecture; ``None`` where a hub id, or a folder's ``config.json``, has it.
         pretrained: ``.safetensors`` file, ``.ckpt`` of ``VisionModule``, folder, name of a packaged file, hub id, or
             ``None`` for a random model.
         num_classes: number of outputs of the head.
