@@ -60,8 +60,8 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     settings: list[Setting] = []
     for option, values in _options(parser, arguments):
         action = parser._option_string_actions.get(option)
-        known = action is not None and action.dest != argparse.SUPPRESS
-        name = action.dest if known else option.lstrip("-").rstrip("+")
+        known = action if action is not None and action.dest != argparse.SUPPRESS else None
+        name = known.dest if known is not None else option.lstrip("-").rstrip("+")
         keys = tuple(name.split(".")) if option else ()
         if keys == ("config",):
             settings += [setting for value in values for setting in _read_config(value)]

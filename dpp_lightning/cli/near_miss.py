@@ -240,7 +240,7 @@ class _Checker:
 
 def _actions(parser: argparse.ArgumentParser, on_command_line: bool) -> dict[str, argparse.Action]:
     """A parser's actions by the name a user writes: options on a command line, keys in a file."""
-    actions = {}
+    actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
         if on_command_line or (not action.dest.endswith("help") and action.dest not in ("config", "print_config")):
             names = [option.lstrip("-").rstrip("+") for option in action.option_strings if option.startswith("--")]

@@ -69,7 +69,8 @@ class SweepOptions:
         Raises:
             ValueError: an unknown method, a rate outside [0, 1), a value twice, a folder that cannot be written.
         """
-        DeltaPruneCallback(**self.grid(), plot=(self.curve or False) if self.methods else False)
+        settings: dict[str, Any] = {**self.grid(), "plot": (self.curve or False) if self.methods else False}
+        DeltaPruneCallback(**settings)
         check_writable(Path(self.output))
 
 
@@ -120,7 +121,7 @@ class SweepCLI(DPPCLI):
         """Put the sweep's callback into the config, and keep other sweeps out of its folder."""
         self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config_sweep.yaml"}
         place_callback(self.config[self.subcommand].trainer, self.options)
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             lock_folder(Path(self.options.output), self._stack)
 
     def test(self, **arguments: Any) -> None:
