@@ -36,10 +36,13 @@ def earlier_checkpoint(trainer: Trainer) -> str | None:
 def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
     """Where the checkpoint of a fit is, and what can be done with it; None where the fit wrote none.
 
+    All ranks must call: the log folder is broadcast. What rank 0 returns is right.
+
     Args:
-        trainer: after its fit, on the rank that writes.
+        trainer: after its fit.
         module: what was trained.
     """
+    config = Path(trainer.log_dir or ".") / "config.yaml"
     written = [
         path
         for callback in _model_checkpoints(trainer)
@@ -48,7 +51,6 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
     path = next((path for path in written if path and os.path.exists(path)), None)
     if path is None:
         return None
-    config = Path(trainer.log_dir or ".") / "config.yaml"
     given = f"--config {shlex.quote(_short(config))} " if config.is_file() else ""
     given += f"--ckpt_path {shlex.quote(_short(Path(path)))}"
     tested = type(module).test_step is not LightningModule.test_step

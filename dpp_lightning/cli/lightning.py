@@ -215,8 +215,8 @@ class DPPCLI(LightningCLI):
             if lost_rank(error):
                 error.add_note(how_to_resume(self.trainer, started).strip())
             raise
-        message = next_commands(self.trainer, self.model) if self.trainer.is_global_zero else None
-        if message is not None:
+        message = next_commands(self.trainer, self.model)
+        if message is not None and self.trainer.is_global_zero:
             say(message)
 
 

@@ -31,7 +31,7 @@ def kill(launcher, folder, rank, strategy=TWO_RANKS, **when):
     done = Started([*LAUNCHERS[launcher], *quickstart(16), *strategy, *killer], folder).wait(LIMIT)
     assert done.code != 0
     assert done.lingered < 10
-    assert f"dpp fit: error: rank {1 - rank} lost another rank" in done.err
+    assert f"dpp fit: failed: rank {1 - rank} lost another rank" in done.err
     assert done.err.count("Traceback") == (launcher == "torchrun")  # its own, with its report
     assert ("SIGKILL" in done.err) == (launcher == "torchrun")
     for checkpoint in folder.rglob("*.ckpt"):
