@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def check_config(command: str, config: Namespace) -> None:
     Raises:
         UsageError: no data, a checkpoint that does not exist, a callback listed twice, a strategy of an unknown name.
     """
-    check_checkpoint(config.get("ckpt_path"))
+    if config.trainer.get("num_nodes", 1) == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _check_checkpoint(config.get("ckpt_path"))  # several nodes ask one another first, see SameCheckpoint
     _check_data(command, config)
     _check_callbacks(listed(config.trainer.get("callbacks")))
     _resolve_strategy(config.trainer)
@@ -49,12 +51,8 @@ def is_callback(callback: Any, cls: type) -> bool:
     return isinstance(callback_class, type) and issubclass(callback_class, cls)
 
 
-def check_checkpoint(path: Any) -> None:
-    """Refuse a checkpoint that is not there.
-
-    Raises:
-        UsageError: with the checkpoints that are beside it.
-    """
+def _check_checkpoint(path: Any) -> None:
+    """Refuse a checkpoint that is not there, with the names of those beside it."""
     if path is None or _RESOLVED_LATER.match(str(path)):
         return
     if str(path) == "best":

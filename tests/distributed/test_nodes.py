@@ -38,11 +38,11 @@ def started(commands, folders):
         yield nodes
 
 
-def fit(folders, *options):
+def fit(folders, *options, epochs=2):
     """How a fit on two nodes of this machine ended, on each."""
     port = free_port()
-    with started([[*node(i, port), "fit", *quickstart(16), *options] for i in range(2)], folders) as nodes:
-        return [one.wait(LIMIT) for one in nodes]
+    with started([[*node(i, port), "fit", *quickstart(16, epochs), *options] for i in range(2)], folders) as nodes:
+        return [process.wait(LIMIT) for process in nodes]
 
 
 def apart(ours, theirs):
@@ -76,7 +76,7 @@ def test_two_nodes_give_what_one_process_gives_and_node_0_holds_it(single, tmp_p
 @pytest.mark.parametrize(("strategy", "given"), [("ddp", LAST), ("fsdp2", LAST), ("ddp", "last"), ("fsdp2", "last")])
 def test_a_resume_needs_the_checkpoint_on_every_node(strategy, given, single, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
-    options = ["--trainer.max_epochs=3", f"--ckpt_path={given}", *STRATEGIES[strategy]]
+    options = [f"--ckpt_path={given}", *STRATEGIES[strategy]]
 
     def copy(folder):
         checkpoint = folder / ("checkpoints/last.ckpt" if given == "last" else given)
@@ -84,13 +84,13 @@ def test_a_resume_needs_the_checkpoint_on_every_node(strategy, given, single, tm
         shutil.copy(single / LAST, checkpoint)
 
     copy(folders[0])
-    for rank, done in enumerate(fit(folders, *options)):
+    for rank, done in enumerate(fit(folders, *options, epochs=3)):
         assert done.code != 0
         assert f"dpp fit: error: rank {rank} finds {'no' if rank else 'the'} checkpoint --ckpt_path {given}" in done.err
         assert "put it in the same place on every node" in done.err
     if given == LAST:
         copy(folders[1])
-        assert [done.code for done in fit(folders, *options)] == [0, 0]
+        assert [done.code for done in fit(folders, *options, epochs=3)] == [0, 0]
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def in_networks(networks, *environment):
 def test_two_nodes_in_two_networks(single, tmp_path, networks):
     folders = [tmp_path / "a", tmp_path / "b"]
     with started(in_networks(networks, "GLOO_SOCKET_IFNAME={}"), folders) as nodes:
-        for done in [one.wait(LIMIT) for one in nodes]:
+        for done in [process.wait(LIMIT) for process in nodes]:
             assert done.code == 0, done.err
     check_same(folders[0], single)
     assert list(folders[1].rglob("*")) == []
@@ -147,5 +147,5 @@ def test_nodes_that_do_not_find_each_other_are_told_of_the_interface(tmp_path, n
         told = min(nodes, key=lambda one: one.process.returncode is None)  # the other is called, and waits half an hour
         done = told.wait(1)
     assert done.code == 1
-    assert "dpp fit: error: the ranks cannot connect" in done.err
+    assert "dpp fit: failed: the ranks cannot connect" in done.err
     assert "GLOO_SOCKET_IFNAME" in done.err
