@@ -1,36 +1,28 @@
 """The Lightning half of ``dpp``: fit, validate, test and predict on LightningCLI. Importing it imports torch."""
 
-import errno
-import logging
-import os
 import re
 import sys
 import time
-import traceback
-import warnings
 from argparse import ArgumentError
-from collections.abc import Callable
 from typing import Any, cast
 
-from huggingface_hub.errors import LocalEntryNotFoundError
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Imported so that configs may use the short names: jsonargparse finds every imported subclass by its class name.
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
 from dpp_lightning.cli.command import HelpFormatter, say
 from dpp_lightning.cli.commands import COMMANDS
 from dpp_lightning.cli.config_checks import check_config, is_callback, listed
-from dpp_lightning.cli.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, TERMINATED, USAGE_ERROR
+from dpp_lightning.cli.exit_codes import MEANINGS, SHOW_TRACEBACK
 from dpp_lightning.cli.fit_checkpoints import earlier_checkpoint, next_commands
 from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
+from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks import (
     AdaMergingModule,
@@ -65,9 +57,6 @@ SHORT_NAMES = (
     VisionModule,
     WritePredictions,
 )
-
-_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_REFUSING = ("dpp_lightning.", "lightning.pytorch.trainer.")  # packages whose ValueErrors are about settings
 
 _EXAMPLES = {
     "fit": "--config bert_cola_adamr.yaml --trainer.max_epochs 2",
@@ -184,10 +173,10 @@ class DPPCLI(LightningCLI):
             parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
 
     def before_instantiate_classes(self) -> None:
-        """Keep the config of a fit when its folder is validated or tested later; place the callbacks of options."""
-        place_delta(self.config[self.subcommand])
+        """Keep the config of a fit when its folder is validated or tested later; add the callbacks of options."""
+        add_delta_callback(self.config[self.subcommand])
         if self.subcommand == "predict":
-            place_writer(self.config[self.subcommand])
+            add_prediction_writer(self.config[self.subcommand])
         if self.subcommand != "fit":
             self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"config_{self.subcommand}.yaml"}
 
@@ -220,11 +209,11 @@ class DPPCLI(LightningCLI):
             say(message)
 
 
-def place_delta(config: Namespace) -> None:
-    """Give the config of ``dpp test --delta`` the callback that applies it, in place of one that prunes.
+def add_delta_callback(config: Namespace) -> None:
+    """Give the config of ``dpp test --delta`` the callback that applies the delta, in place of one that prunes.
 
     Raises:
-        ValueError: ``--delta`` beside ``--ckpt_path``, or ``--task`` without ``--delta``.
+        ValueError: if ``--delta`` stands beside ``--ckpt_path``, or ``--task`` without ``--delta``.
     """
     delta, task = config.get("delta"), config.get("task")
     if delta is None:
@@ -233,19 +222,21 @@ def place_delta(config: Namespace) -> None:
         return
     if config.get("ckpt_path") is not None:
         raise ValueError("--delta goes onto the base, --ckpt_path loads fine-tuned weights: give one of them")
-    kept = [c for c in listed(config.trainer.get("callbacks")) if not is_callback(c, DeltaPruneCallback)]
-    path = f"{ApplyDelta.__module__}.{ApplyDelta.__name__}"
-    config.trainer.callbacks = [*kept, Namespace(class_path=path, init_args=Namespace(delta=delta, task=task))]
+    _replace_callbacks(config, DeltaPruneCallback, ApplyDelta, delta=delta, task=task)
 
 
-def place_writer(config: Namespace) -> None:
+def add_prediction_writer(config: Namespace) -> None:
     """Give the config of ``dpp predict`` the callback that writes predictions, where it has none."""
     callbacks = listed(config.trainer.get("callbacks"))
-    if config.get("output") is None and any(is_callback(c, BasePredictionWriter) for c in callbacks):
+    if config.get("output") is None and any(is_callback(callback, BasePredictionWriter) for callback in callbacks):
         return
-    others = [c for c in callbacks if not is_callback(c, WritePredictions)]
-    path = f"{WritePredictions.__module__}.{WritePredictions.__name__}"
-    config.trainer.callbacks = [*others, Namespace(class_path=path, init_args=Namespace(path=config.get("output")))]
+    _replace_callbacks(config, WritePredictions, WritePredictions, path=config.get("output"))
+
+
+def _replace_callbacks(config: Namespace, removed: type, added: type, **init_args: Any) -> None:
+    callbacks = [c for c in listed(config.trainer.get("callbacks")) if not is_callback(c, removed)]
+    class_path = f"{added.__module__}.{added.__name__}"
+    config.trainer.callbacks = [*callbacks, Namespace(class_path=class_path, init_args=Namespace(**init_args))]
 
 
 def run(arguments: list[str]) -> int:
@@ -258,75 +249,3 @@ def run(arguments: list[str]) -> int:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
     return guarded(arguments[0], lambda: DPPCLI(arguments))
-
-
-def guarded(command: str, act: Callable[[], object]) -> int:
-    """Do what a command does, and turn signals and what the user can cure into one line and an exit code, as `run`."""
-    _silence_what_no_user_can_cure()
-    try:
-        act()
-    except SystemExit as stop:
-        return signal_code(stop) or (stop.code if isinstance(stop.code, int) else int(stop.code is not None))
-    except Exception as error:
-        message = _message(error) or lost_rank(error)
-        if message is None or os.environ.get(SHOW_TRACEBACK):
-            raise
-        failed = _is_failure(error)
-        say(f"dpp {command}: {'failed' if failed else 'error'}: {' '.join(message.split())}")
-        for note in getattr(error, "__notes__", ()):
-            say(note)
-        return FAILED if failed else USAGE_ERROR
-    return DONE
-
-
-def _is_failure(error: BaseException | None) -> bool:
-    """Whether no setting is to blame: a full disk, no memory, no network, a lost rank."""
-    if error is not None and lost_rank(error):
-        return True
-    while error is not None:
-        no_network = isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
-        if no_network or isinstance(error, MemoryError) or getattr(error, "errno", None) in _DISK_FULL:
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
-
-
-def _silence_what_no_user_can_cure() -> None:
-    """Drop Lightning's advertisements, and two warnings about its own innards and its own former dependency."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    for message in (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r".*`tensorboardX` has been removed"):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
-
-
-def _message(error: BaseException | None) -> str | None:
-    """The message of the outermost error in the chain that speaks to the user, ``None`` where it may be a bug.
-
-    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package or by
-    Lightning's trainer. jsonargparse wraps whatever a constructor raises in a ValueError of its own, hence the chain.
-    """
-    while error is not None:
-        if isinstance(error, (OSError, MemoryError, MisconfigurationException)):
-            return str(error)
-        if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
-            return str(error)
-        error = error.__cause__
-    return None
-
-
-def _raised_in(error: BaseException) -> str:
-    """Name of the module whose code is the innermost of the traceback."""
-    module = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-    return module
-
-
-def signal_code(stop: SystemExit) -> int:
-    """130 after Ctrl-C, 143 after SIGTERM, else 0. Lightning turns both into SystemExit, the latter with code 0."""
-    if isinstance(stop.__context__, KeyboardInterrupt):
-        return INTERRUPTED
-    return TERMINATED if isinstance(stop, SIGTERMException) else 0

@@ -23,9 +23,10 @@ from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.config_checks import is_callback, listed
-from dpp_lightning.cli.lightning import DPPCLI, guarded, signal_code
+from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.sweep_progress import Bar
+from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from dpp_lightning.cli.lightning import guarded
+from dpp_lightning.cli.user_errors import guarded
 from dpp_lightning.trainer.interruption import how_to_resume, lost_rank
 
 SOURCE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] "
