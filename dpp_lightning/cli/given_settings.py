@@ -67,7 +67,10 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
             settings += [setting for value in values for setting in _read_config(value)]
             continue
         value = None if not values else values[0] if len(values) == 1 else json.dumps(values)
-        settings.append(Setting(_without_init_args(keys), value, option, appended=option.endswith("+")))
+        setting = Setting(_without_init_args(keys), value, option, appended=option.endswith("+"))
+        settings.append(setting)
+        if value is not None and value[:1] in ("[", "{") and not setting.appended:
+            settings += _read_value(setting)
     return settings
 
 
@@ -141,6 +144,18 @@ def _read_config(value: str) -> Iterator[Setting]:
         loader.dispose()
 
 
+def _read_value(setting: Setting) -> list[Setting]:
+    """The settings inside an option's value, where that is YAML with mappings."""
+    loader = yaml.SafeLoader(str(setting.value))
+    try:
+        children = list(_flatten(loader, loader.get_single_node(), setting.keys, setting.option))
+    except yaml.MarkedYAMLError:  # a word such as a glob
+        return []
+    finally:
+        loader.dispose()
+    return children if any(child.keys != setting.keys for child in children) else []
+
+
 def _flatten(loader: yaml.SafeLoader, node: Any, keys: tuple[str | int, ...], name: str) -> Iterator[Setting]:
     where = f"{name}, line {node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode) and node.value:
@@ -157,6 +172,7 @@ def _flatten(loader: yaml.SafeLoader, node: Any, keys: tuple[str | int, ...], na
         for key in sorted(children, key=lambda key: key != "class_path"):
             yield from _flatten_item(loader, *children[key], (*keys, key), name)
     elif isinstance(node, yaml.SequenceNode) and any(isinstance(child, yaml.MappingNode) for child in node.value):
+        yield Setting(_without_init_args(keys), _text(loader, node), file=where)
         for index, child in enumerate(node.value):
             yield from _flatten(loader, child, (*keys, index), name)
     else:

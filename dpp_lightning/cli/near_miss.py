@@ -198,7 +198,11 @@ class _Checker:
     def _choose(self, setting: Setting, action: Any, bases: tuple[type, ...], keys: Keys) -> str | None:
         """Note the class that a setting names; the fault where no class has that name."""
         value = load(setting.value)
-        for index, name in enumerate(value if isinstance(value, list) else [value]):
+        names = value if isinstance(value, list) else [value]
+        if isinstance(value, list):  # it takes the place of an earlier one
+            self._forget(keys)
+            self._lengths[keys] = len(value)
+        for index, name in enumerate(names):
             if not isinstance(name, str) or Path(name).is_file() or setting.value is None:
                 continue
             held = (*keys, index) if isinstance(value, list) else keys
@@ -206,8 +210,6 @@ class _Checker:
             cls = find_class(bases, name)
             if cls is not None:
                 self._classes[held] = cls, passed_later(action._typehint)
-                if isinstance(value, list):
-                    self._lengths[keys] = index + 1
             elif not accepts(action._typehint, str(setting.value)):
                 self._unknown_classes.add(held)
                 return _unknown_class(setting, name, bases)

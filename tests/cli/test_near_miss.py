@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from dpp_lightning.cli import main
+from dpp_lightning.cli import main, packaged_configs
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.tasks.common.lora import LoRA
 
@@ -58,6 +58,22 @@ OPTIONS = [
     (f"{QUICKSTART} --trainer.strategy FSDP2Strateg", "FSDP2Strateg is not known", "FSDP2Strategy"),
     (f"{QUICKSTART} --trainer.strategy ddpp", "ddpp is not known", "ddp"),
     (f"{QUICKSTART} --model.help VisionModul", "is not a known LightningModule", "VisionModule"),
+    (
+        f"{QUICKSTART} --trainer.callbacks '[{{class_path: EarlyStoping}}]'",
+        "--trainer.callbacks, line 1: trainer.callbacks[0]: EarlyStoping is not a known Callback",
+        "EarlyStopping",
+    ),
+    (
+        f"{QUICKSTART} --trainer.callbacks '[{{class_path: EarlyStopping, init_args: {{patience: 1, montor: x}}}}]'",
+        "trainer.callbacks[0].montor is not a setting of EarlyStopping",
+        "monitor",
+    ),
+    (  # the list takes the place of the config's, and the option means its last
+        f"{COLA} --trainer.callbacks '[{{class_path: EarlyStopping, init_args: {{monitor: x}}}}]' "
+        "--trainer.callbacks.patienc 3",
+        "--trainer.callbacks.patienc is not a setting of EarlyStopping",
+        "--trainer.callbacks.patience",
+    ),
     # values
     (f"{QUICKSTART} --trainer.max_epochs three", "--trainer.max_epochs three is not a whole number or null", None),
     (f"{QUICKSTART} --trainer.max_epochs", "--trainer.max_epochs needs a value", None),
@@ -163,6 +179,12 @@ def test_settings_that_are_right_are_never_called_wrong(capsys):
         "--seed_everything=3",
     ]
     line = refused(f"{QUICKSTART} {' '.join(right)} --trainer.max_epoch 3", capsys)
+    assert line == "--trainer.max_epoch is not an option: did you mean --trainer.max_epochs?"
+
+
+@pytest.mark.parametrize("name", packaged_configs.names())
+def test_nothing_in_a_packaged_config_is_called_wrong(name, capsys):
+    line = refused(f"{QUICKSTART} --config {name} --trainer.max_epoch 3", capsys)
     assert line == "--trainer.max_epoch is not an option: did you mean --trainer.max_epochs?"
 
 
