@@ -190,7 +190,7 @@ class DPPCLI(LightningCLI):
     def fit(self, **arguments: Any) -> None:
         """``Trainer.fit``, which says where its checkpoint is; stopped by a signal or a lost rank, how to go on."""
         started = time.time()
-        if arguments.get("ckpt_path") is None and rank_zero_only.rank == 0:
+        if arguments.get("ckpt_path") is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             warning = earlier_checkpoint(self.trainer)
             if warning is not None:
                 say(f"dpp fit: {warning}")

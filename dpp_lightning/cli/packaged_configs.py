@@ -1,4 +1,4 @@
-"""The packaged recipes: which there are, what each says, and which one a name means. Standard library only."""
+"""The packaged recipes: their names, texts and titles, and what ``--config NAME`` stands for. Standard library only."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ SUFFIX = ".yaml"
 
 
 class UsageError(ValueError):
-    """The command line names something that does not exist; the message is one line and says what does."""
+    """A command line or a config is wrong; the message is one line that says what and where, with the cure."""
 
 
 def names() -> list[str]:
@@ -18,10 +18,10 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """Where the packaged config ``name`` lies, given with or without ``.yaml``.
+    """The file of a packaged config, whose name may lack its ``.yaml``.
 
     Raises:
-        UsageError: no packaged config has that name; the message suggests the nearest.
+        UsageError: if no packaged config has that name. The message suggests the nearest.
     """
     packaged = names()
     for candidate in (name, name + SUFFIX):
@@ -31,7 +31,11 @@ def path(name: str) -> Path:
 
 
 def read(name: str) -> str:
-    """The text of a packaged config; `UsageError` as `path`."""
+    """The text of a packaged config.
+
+    Raises:
+        UsageError: if no packaged config has that name. The message suggests the nearest.
+    """
     return path(name).read_text(encoding="utf-8")
 
 
@@ -64,7 +68,7 @@ def resolve(value: str) -> str:
     A local file wins; inline YAML or JSON and addresses (``s3://...``) pass unchanged.
 
     Raises:
-        UsageError: neither a file nor a packaged name; the message suggests the nearest packaged one.
+        UsageError: if the value is neither a file nor a packaged name. The message suggests the nearest packaged one.
     """
     if any(mark in value for mark in "\n:{"):
         return value
@@ -80,7 +84,11 @@ def resolve(value: str) -> str:
 
 
 def resolve_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line with every ``-c X``, ``--config X`` and ``--config=X`` passed through `resolve`."""
+    """The command line with the value of every ``-c X``, ``--config X`` and ``--config=X`` resolved.
+
+    Raises:
+        UsageError: if a value is neither a file nor a packaged name.
+    """
     resolved: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")

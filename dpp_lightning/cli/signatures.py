@@ -60,10 +60,10 @@ def find_class(bases: tuple[type, ...], name: str) -> type | None:
     if "." not in name:
         return next((cls for cls in subclasses(bases) if cls.__name__ == name), None)
     try:
-        found = locate(name)
+        imported = locate(name)
     except ErrorDuringImport:
         return None
-    return found if isclass(found) and issubclass(found, bases) else None
+    return imported if isclass(imported) and issubclass(imported, bases) else None
 
 
 def subclasses(bases: tuple[type, ...]) -> Iterator[type]:

@@ -25,7 +25,7 @@ from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.config_checks import is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
-from dpp_lightning.cli.sweep_progress import Bar
+from dpp_lightning.cli.sweep_progress import BarReporter
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
@@ -129,12 +129,12 @@ class SweepCLI(DPPCLI):
         """Score every pruned model on the split, and write the report."""
         (callback,) = (c for c in self.trainer.callbacks if isinstance(c, DeltaPruneCallback))  # type: ignore[attr-defined]
         evaluate = self.trainer.validate if self.options.split == "validation" else self.trainer.test
-        first = self.trainer.is_global_zero
+        is_first = self.trainer.is_global_zero
         try:
-            with Bar(shown=first) as callback.reporter:
+            with BarReporter(visible=is_first) as callback.reporter:
                 evaluate(**{**arguments, "verbose": False})
         except SystemExit as stop:
-            if signal_code(stop) and first:
+            if signal_code(stop) and is_first:
                 sys.stderr.write(
                     "\ndpp sweep: stopped. To go on where it was, repeat the command: the rows made so far are in "
                     f"{self.options.output}\n"
@@ -145,7 +145,7 @@ class SweepCLI(DPPCLI):
                 "nothing was pruned, since nothing tells which weights are the base: give the DeltaPruneCallback of "
                 "the config pretrained=<folder or hub id of the base>"
             )
-        if first:
+        if is_first:
             self._report(callback, str(arguments["ckpt_path"]))
 
     def _report(self, callback: DeltaPruneCallback, checkpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""The progress bar of a sweep: rows done of all, the row in progress, the time left, and a line for every row made."""
+"""The progress of a sweep on a terminal: rows done of all, the row in progress, the time left; a line for every row."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from dpp_lightning.experiments.results import Row
 _WEEK = 7 * 24 * 3600.0
 
 
-class Bar:
-    """A reporter of :class:`dpp_lightning.callbacks.DeltaPruneCallback` on standard error; ``with`` closes it.
+class BarReporter:
+    """Reports the rows of a :class:`dpp_lightning.callbacks.DeltaPruneCallback` by a progress bar and lines above it.
+
+    It is a context manager: the bar is removed when the block ends.
 
     Args:
-        shown: False on ranks other than the first.
-        console: where to; default standard error.
+        visible: False on ranks other than the first, which report nothing.
+        console: the terminal; default standard error.
     """
 
-    def __init__(self, *, shown: bool = True, console: Console | None = None) -> None:
+    def __init__(self, *, visible: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -35,37 +37,37 @@ class Bar:
         self._bar = Progress(
             *columns,
             console=self._console,
-            disable=not shown,
+            disable=not visible,
             redirect_stdout=False,
             redirect_stderr=False,
             speed_estimate_period=_WEEK,
         )
         self._task = self._bar.add_task("", total=None)
-        self._shown, self._pending, self._kept, self._made = shown, list[Row](), 0, 0
+        self._visible, self._pending, self._kept, self._made = visible, list[Row](), 0, 0
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> BarReporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
-        """Show the bar, with the rows of an earlier run done already."""
+        """Show the bar; the rows of an earlier run count as done."""
         self._pending, self._kept, self._made = list(pending), kept, 0
         if kept:
-            self._say(f"{kept} rows were made before and are kept; {len(pending)} are left")
+            self._print(f"{kept} rows were made before and are kept; {len(pending)} are left")
         if pending:
             self._bar.update(self._task, total=len(pending) + kept, completed=kept, description="base and fine-tuned")
             self._bar.start()
 
     def row(self, result: Result, monitor: str) -> None:
-        """Say the row, and show the next one."""
+        """Print a line for the row that was made, and show the next one beside the bar."""
         if result.pruning_rate is None:
-            self._say(describe_result(result, monitor))
+            self._print(describe_result(result, monitor))
         else:
             self._made += 1
             self._bar.advance(self._task)
-            self._say(
+            self._print(
                 f"[{self._kept + self._made}/{self._kept + len(self._pending)}] {describe_result(result, monitor)}"
             )
         if self._made < len(self._pending):
@@ -75,6 +77,6 @@ class Bar:
         else:
             self._bar.stop()
 
-    def _say(self, text: str) -> None:
-        if self._shown:
+    def _print(self, text: str) -> None:
+        if self._visible:
             self._bar.console.print(text, markup=False)

@@ -115,14 +115,20 @@ def test_the_table_is_that_of_the_rows_and_names_every_split(whole):
     assert [(c[0], c[1]) for c in cells[2:4]] == [("base", ""), ("fine-tuned", "")]
     assert len(cells) == 2 + 2 + 3 * 2
     for method, rate, score, q, _, megabytes, *_ in cells[4:]:
-        own = [r for r in rows(whole) if r["method"] == method and r["pruning_rate"] == float(rate)]
-        scores = [r["score"] for r in own]
+        repeats = [r for r in rows(whole) if r["method"] == method and r["pruning_rate"] == float(rate)]
+        scores = [r["score"] for r in repeats]
         spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
         assert score == f"{fmean(scores):.4f}{spread}"
-        assert q == f"{own[0]['q']:.4g}"
-        assert megabytes == f"{fmean(r['num_bytes'] for r in own) / 1e6:.3f}"
-    for said in ("test_score on the test split", "2 mask seeds", "items of the calibration split", "sst2", "last.ckpt"):
-        assert said in text
+        assert q == f"{repeats[0]['q']:.4g}"
+        assert megabytes == f"{fmean(r['num_bytes'] for r in repeats) / 1e6:.3f}"
+    for words in (
+        "test_score on the test split",
+        "2 mask seeds",
+        "items of the calibration split",
+        "sst2",
+        "last.ckpt",
+    ):
+        assert words in text
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(job, whole, tmp_path, scored, signals, capsys):
@@ -175,7 +181,7 @@ def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):
 
 
 def test_the_configs_own_callback_is_used_but_for_the_grid(job, tmp_path):
-    own = {
+    pruning = {
         "class_path": "DeltaPruneCallback",
         "init_args": {
             "method": ["magnitude", "dp"],
@@ -184,8 +190,8 @@ def test_the_configs_own_callback_is_used_but_for_the_grid(job, tmp_path):
             "monitor": "val_accuracy",
         },
     }
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [own]}}))
-    command = ["sweep", *job, "--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "out")]
+    (tmp_path / "callback.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [pruning]}}))
+    command = ["sweep", *job, "--config", str(tmp_path / "callback.yaml"), "--output", str(tmp_path / "out")]
     assert main([*command, "--split", "validation", "--methods", "magnitude", "--rates", "0.5"]) == 0
     made = rows(tmp_path / "out")
     assert (made[0]["run"]["dtype"], made[2]["settings"]) == ("bfloat16", {"budget": "model"})
