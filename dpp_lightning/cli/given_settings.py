@@ -92,11 +92,17 @@ def refuse_repeated(settings: Sequence[Setting]) -> None:
             continue
         earlier = given.setdefault((setting.keys, appended), setting)
         if earlier is not setting:
-            raise UsageError(
-                f"{setting.option} is given twice, {earlier.value} and {setting.value}: keep one"
-                if setting.value is not None
-                else f"{setting.option} is given twice: keep one"
-            )
+            values = "" if setting.value is None else f", {_words(earlier)} and {_words(setting)}"
+            raise UsageError(f"{setting.option} is given twice{values}: keep one")
+
+
+def _words(setting: Setting) -> str:
+    """A value as it was typed, several words of one option too."""
+    try:
+        words = json.loads(str(setting.value))
+    except ValueError:
+        return str(setting.value)
+    return " ".join(map(str, words)) if isinstance(words, list) else str(setting.value)
 
 
 def _without_init_args(keys: tuple[str | int, ...]) -> tuple[str | int, ...]:

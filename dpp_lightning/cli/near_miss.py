@@ -212,7 +212,7 @@ class _Checker:
                 self._classes[held] = cls, passed_later(action._typehint)
             elif not accepts(action._typehint, str(setting.value)):
                 self._unknown_classes.add(held)
-                return _unknown_class(setting, name, bases)
+                return _unknown_class(setting, name, bases, literals(action._typehint))
         return None if isinstance(value, (str, list, dict)) else _value_fault(setting, action)
 
     def _forget(self, keys: Keys) -> None:
@@ -273,13 +273,15 @@ def _value_fault(setting: Setting, action: Any) -> str | None:
     return f"{_where(setting)}{given} is not {describe_type(typehint)}{cure}"
 
 
-def _unknown_class(setting: Setting, name: str, bases: tuple[type, ...]) -> str:
-    known = {cls.__name__: cls for cls in subclasses(bases) if not isabstract(cls) and not cls.__name__.startswith("_")}
-    near = nearest(name.rpartition(".")[2], known)
-    kind = " or ".join(dict.fromkeys(cls.__name__ for cls in bases))
+def _unknown_class(setting: Setting, name: str, bases: tuple[type, ...], choices: Sequence[str]) -> str:
+    """A name that is neither one of the choices nor that of a class derived from the bases."""
+    known = [cls.__name__ for cls in subclasses(bases) if not isabstract(cls) and not cls.__name__.startswith("_")]
+    near = nearest(name.rpartition(".")[2], [*choices, *known])
+    kinds = [f"one of {', '.join(choices)}"] if choices else []
+    kinds += [f"a known {kind}" for kind in dict.fromkeys(cls.__name__ for cls in bases)]
     given = f" {name}" if setting.option else f": {name}"
-    cure = f"did you mean {near}?" if near else "give its import path, such as package.module.Name"
-    return f"{_where(setting)}{given} is not a known {kind}: {cure}"
+    cure = f"did you mean {near}?" if near else "give a class by its import path, such as package.module.Name"
+    return f"{_where(setting)}{given} is not {' or '.join(kinds)}: {cure}"
 
 
 def _where(setting: Setting) -> str:

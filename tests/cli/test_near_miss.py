@@ -51,6 +51,8 @@ OPTIONS = [
     ("fit --model gluemodule", "is not a known LightningModule", "GLUEModule"),
     (f"{QUICKSTART} --data DigitDataModule", "is not a known LightningDataModule", "DigitsDataModule"),
     (f"{QUICKSTART} --model.optimizer AdamRR", "is not a known Optimizer", "AdamR"),
+    (f"{QUICKSTART} --model.scheduler linera", "is not one of linear, constant or a known LRScheduler", "linear"),
+    (f"{QUICKSTART} --model.scheduler CosineAnealingLR", "a known LRScheduler", "CosineAnnealingLR"),
     (f"{QUICKSTART} --model.optimizer torch.optim.AdanW", "is not a known Optimizer", "AdamW"),
     (f"{QUICKSTART} --trainer.callbacks+=DeltaPruneCalback", "is not a known Callback", "DeltaPruneCallback"),
     (f"{QUICKSTART} --trainer.callbacks [EarlyStoping]", "EarlyStoping is not a known Callback", "EarlyStopping"),

@@ -211,6 +211,7 @@ def test_the_configs_own_callback_is_used_but_for_the_grid(job, tmp_path):
         ({"--ckpt_path": "nope.ckpt"}, "nope.ckpt"),
         ({"--output": "/proc/nowhere"}, "/proc/nowhere"),
         ({"--methds": "dare"}, "did you mean --methods?"),
+        ({"--rates": ("0.9", "0.5", "--rates", "0.1")}, "--rates is given twice, 0.9 0.5 and 0.1: keep one"),
         ({"--no-deltas": ()}, "did you mean --no_deltas?"),
         ({"--nonsense": "1"}, "--nonsense is not an option"),
     ],
