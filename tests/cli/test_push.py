@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from recorded_hub import record_hub
 
 from dpp_lightning import prune
 from dpp_lightning.cli import main
@@ -18,24 +19,7 @@ def folder(tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """What the hub's client is asked."""
-    noted = []
-
-    class Client:
-        def __init__(self, token=None):
-            noted.append(("token", token))
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            noted.append(("repo", repo_id, private, exist_ok))
-
-        def create_branch(self, repo_id, *, branch, exist_ok):
-            noted.append(("branch", branch))
-
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
-            noted.append(("upload", repo_id, sorted(os.listdir(folder_path)), revision, commit_message))
-            return type("Commit", (), {"commit_url": "the commit"})
-
-    monkeypatch.setattr("dpp_lightning.storage.hub.HfApi", Client)
-    return noted
+    return record_hub(monkeypatch)
 
 
 FILES = ["README.md", "delta_config.json", "delta_model.safetensors"]
@@ -54,7 +38,7 @@ def test_a_folder_is_uploaded(folder, calls, capsys):
 def test_options_of_the_upload(folder, calls):
     assert main(["push", str(folder), "me/delta", "--private", "--revision", "v2", "--commit_message", "mine"]) == 0
     assert calls == [
-        ("token", None), ("repo", "me/delta", True, True), ("branch", "v2"),
+        ("token", None), ("repo", "me/delta", True, True), ("branch", "v2", True),
         ("upload", "me/delta", FILES, "v2", "mine"),
     ]  # fmt: skip
 

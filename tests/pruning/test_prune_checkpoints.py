@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from recorded_hub import record_hub
 from safetensors.torch import load_file, save_file
 from tiny_glue import make_model, make_tokenizer
 from transformers import (
@@ -392,32 +393,15 @@ def test_absolute_values_overwrite_the_base(bert):
 
 def test_push_to_hub_uploads_the_folder(bert, monkeypatch):
     base, tuned, _ = bert
-    calls = []
-
-    class Client:
-        def __init__(self, token=None):
-            calls.append(("client", token))
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            calls.append(("repo", repo_id, private, exist_ok))
-
-        def create_branch(self, repo_id, *, branch, exist_ok):
-            calls.append(("branch", branch))
-
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
-            delta = SparseDelta.from_pretrained(folder_path)
-            calls.append(
-                ("upload", repo_id, revision, commit_message, delta.info.dtype, sorted(os.listdir(folder_path)))
-            )
-            return type("Commit", (), {"commit_url": "the commit"})
-
-    monkeypatch.setattr("dpp_lightning.storage.hub.HfApi", Client)
+    calls = record_hub(
+        monkeypatch, lambda folder: (SparseDelta.from_pretrained(folder).info.dtype, sorted(os.listdir(folder)))
+    )
     delta = prune(base, tuned, "dare", 0.9)
     assert delta.push_to_hub("me/delta", revision="v2", private=True, token="t", dtype="bfloat16") == "the commit"
     files = ["README.md", "delta_config.json", "delta_model.safetensors"]
     assert calls == [
-        ("client", "t"), ("repo", "me/delta", True, True), ("branch", "v2"),
-        ("upload", "me/delta", "v2", "Upload pruned delta", "bfloat16", files),
+        ("token", "t"), ("repo", "me/delta", True, True), ("branch", "v2", True),
+        ("upload", "me/delta", ("bfloat16", files), "v2", "Upload pruned delta"),
     ]  # fmt: skip
 
 
