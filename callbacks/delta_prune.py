@@ -100,7 +100,7 @@ class DeltaPruneCallback(pl.Callback):
         settings: the arguments, checked.
         results: a row for the base, the fine-tuned and each pruned model. Where the trainer starts the ranks itself
             (``ddp_fork``, ``ddp_spawn``) they stay there: read ``results.jsonl``, or ``trainer.callback_metrics``.
-        reporter: is told of every row as it is made; may be replaced before a run.
+        reporter: is called with every row as it is made; may be replaced before a run.
 
     Raises:
         ValueError: at construction or before training starts, if a rate is outside [0, 1), a method unknown, settings

@@ -39,7 +39,7 @@ class PruneRun:
         base: theta_0.
         scope: the settings' scope with new heads carried.
         folder: for the deltas, ``results.jsonl`` and the plot.
-        reporter: is told of every row.
+        reporter: is called with every row as it is made.
 
     Raises:
         ValueError: if the settings need calibration data and there is none, or ``resume`` finds another run's rows.

@@ -51,6 +51,11 @@ def is_callback(callback: Any, cls: type) -> bool:
     return isinstance(callback_class, type) and issubclass(callback_class, cls)
 
 
+def class_config(cls: type, **init_args: Any) -> Namespace:
+    """An object in a config, as the parser leaves it: its class by import path, with the settings it is made of."""
+    return Namespace(class_path=f"{cls.__module__}.{cls.__name__}", init_args=Namespace(**init_args))
+
+
 def _check_checkpoint(path: Any) -> None:
     """Refuse a checkpoint that is not there, with the names of those beside it."""
     if path is None or _RESOLVED_LATER.match(str(path)):
@@ -101,7 +106,7 @@ def _resolve_strategy(trainer: Namespace) -> None:
         return
     cls = find_class((Strategy,), strategy)
     if cls is not None:
-        trainer.strategy = Namespace(class_path=f"{cls.__module__}.{cls.__name__}", init_args=Namespace())
+        trainer.strategy = class_config(cls)
         return
     classes = [cls.__name__ for cls in subclasses((Strategy,)) if cls is not Strategy]
     known = ["auto", *StrategyRegistry.available_strategies(), *classes]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
 from dpp_lightning.cli.command import HelpFormatter, say
 from dpp_lightning.cli.commands import COMMANDS
-from dpp_lightning.cli.config_checks import check_config, is_callback, listed
+from dpp_lightning.cli.config_checks import check_config, class_config, is_callback, listed
 from dpp_lightning.cli.exit_codes import MEANINGS, SHOW_TRACEBACK
 from dpp_lightning.cli.fit_checkpoints import earlier_checkpoint, next_commands
 from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
@@ -235,8 +235,7 @@ def add_prediction_writer(config: Namespace) -> None:
 
 def _replace_callbacks(config: Namespace, removed: type, added: type, **init_args: Any) -> None:
     callbacks = [c for c in listed(config.trainer.get("callbacks")) if not is_callback(c, removed)]
-    class_path = f"{added.__module__}.{added.__name__}"
-    config.trainer.callbacks = [*callbacks, Namespace(class_path=class_path, init_args=Namespace(**init_args))]
+    config.trainer.callbacks = [*callbacks, class_config(added, **init_args)]
 
 
 def run(arguments: list[str]) -> int:

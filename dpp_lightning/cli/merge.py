@@ -14,6 +14,7 @@ from dpp_lightning.delta.folder import DeltaReader, delta_bytes
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
+from dpp_lightning.storage.atomic_write import check_replaceable
 
 if TYPE_CHECKING:
     MergeName = str
@@ -57,12 +58,8 @@ def merge_to_folder(
     """
     weight_of_each = read_weights([str(weight) for weight in weights])
     dense_folder = Path(dense) if dense else None
-    if (
-        dense_folder is not None
-        and dense_folder.exists()
-        and (not dense_folder.is_dir() or any(dense_folder.iterdir()))
-    ):
-        raise FileExistsError(f"{dense} exists and is not empty; choose another folder, it is not overwritten")
+    if dense_folder is not None:
+        check_replaceable(dense_folder, empty=True)
     with progress_bar("merging") as progress:
         folder = merge_checkpoints(
             base,

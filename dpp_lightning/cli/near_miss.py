@@ -99,7 +99,7 @@ class _Checker:
     def fault(self, setting: Setting) -> str | None:
         """What is wrong with a setting, or None."""
         if any(setting.keys[:n] in self._unknown_keys for n in range(1, len(setting.keys) + 1)):
-            return None  # told before
+            return None  # reported already
         if setting.keys:
             return self._follow(setting, self._parser, (), setting.keys, "")
         return self._positional_fault(setting)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli.command import FunctionCommand
-from dpp_lightning.cli.config_checks import is_callback, listed
+from dpp_lightning.cli.config_checks import class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.sweep_progress import BarReporter
@@ -199,8 +199,7 @@ def place_callback(trainer: Namespace, options: SweepOptions) -> None:
     pruning = [callback for callback in callbacks if is_callback(callback, DeltaPruneCallback)]
     if len(pruning) > 1:
         raise ValueError(f"a sweep takes one DeltaPruneCallback, the config has {len(pruning)}: remove all but one")
-    path = f"{DeltaPruneCallback.__module__}.{DeltaPruneCallback.__name__}"
-    callback = pruning[0] if pruning else Namespace(class_path=path, init_args=Namespace())
+    callback = pruning[0] if pruning else class_config(DeltaPruneCallback)
     configured = vars(callback.get("init_args") or Namespace())
     callback.init_args = Namespace(**{**configured, **_settings(configured, options)})
     kept = [c for c in callbacks if not is_callback(c, DeltaPruneCallback) and not is_callback(c, ProgressBar)]

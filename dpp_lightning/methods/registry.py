@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -97,8 +97,7 @@ class Method:
         known = self.settings
         for name, value in settings.items():
             if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = _did_you_mean(str(name), known)
                 raise ValueError(f"unknown method setting {name!r}; {hint}this method has {', '.join(known) or 'none'}")
             choices = known[name]
             if choices and value not in choices:
@@ -137,6 +136,12 @@ class Method:
         """The method's own settings and their choices; none where a number is wanted."""
         functions = [self.select, *([self.fit.options] if self.fit and self.fit.options else [])]
         return {name: choices for function in functions for name, choices in _keyword_only(function).items()}
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known name nearest to a word, as a question; empty where none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _keyword_only(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
@@ -237,6 +242,5 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    near = get_close_matches(str(name).lower().replace("_", "-"), METHODS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = _did_you_mean(str(name).lower().replace("_", "-"), METHODS)
     raise ValueError(f"unknown pruning method {name!r}; {hint}known are {', '.join(METHODS)}")

@@ -29,7 +29,7 @@ def atomic_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> I
         FileExistsError: the folder exists and holds something else.
         OSError: it cannot be written, or on Windows replaced while a file in it is open.
     """
-    _check_replaceable(folder, replaces, empty)
+    check_replaceable(folder, replaces=replaces, empty=empty)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -85,7 +85,12 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _check_replaceable(folder: Path, replaces: str, empty: bool) -> None:
+def check_replaceable(folder: Path, *, replaces: str = "", empty: bool = False) -> None:
+    """Refuse a folder that :func:`atomic_folder` would not replace; arguments as there.
+
+    Raises:
+        FileExistsError: the folder exists and holds something else.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if empty or not folder.is_dir():
