@@ -28,7 +28,8 @@ from dpp_lightning.delta.model_card import card_text
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
-from dpp_lightning.storage.model_folder import copy_files, local_folder
+from dpp_lightning.storage.locate import local_folder
+from dpp_lightning.storage.model_folder import copy_files
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 

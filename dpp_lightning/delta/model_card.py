@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.methods.merge_rules import MERGES
 from dpp_lightning.methods.registry import METHODS
-from dpp_lightning.storage.model_folder import hub_id
+from dpp_lightning.storage.locate import hub_id
 
 
 def card_text(

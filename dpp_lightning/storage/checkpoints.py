@@ -8,8 +8,9 @@ from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
 
+from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.mapped_file import map_safetensors, map_torch_file
-from dpp_lightning.storage.model_folder import SIDE_PATTERNS, local_folder
+from dpp_lightning.storage.model_folder import SIDE_PATTERNS
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded
 from dpp_lightning.tensors.names import TensorSource
@@ -43,7 +44,7 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
         ValueError: a damaged file or index, a PyTorch file with more than weights in it or of the format before 1.6.
         MemoryError: the system refuses to map a file.
     """
-    path = Path(source)
+    path = local_path(source)
     if path.is_file():
         return _read(path)
     if is_sharded(path):

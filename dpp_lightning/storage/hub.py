@@ -5,14 +5,26 @@ Nothing else in the library imports ``huggingface_hub`` when it is itself import
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, resolve_revision, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_LOG_IN = "log in with hf auth login, or set HF_TOKEN"
 
 
 def fetch_folder(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Fetch files of a model repository into the hub's cache on this machine, those that are not there yet.
+
+    Where the hub cannot be reached, the cached revision is used, and the client's log says so.
 
     Args:
         repo_id: ``name`` or ``organisation/name``.
@@ -23,10 +35,15 @@ def fetch_folder(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
         The folder in the cache that holds them.
 
     Raises:
-        huggingface_hub.errors.RepositoryNotFoundError: no such repository, or no right to read it.
-        huggingface_hub.errors.LocalEntryNotFoundError: the hub cannot be reached and the files are not in the cache.
+        FileNotFoundError: no such repository or revision; or the hub is switched off (``HF_HUB_OFFLINE``) and the files
+            are not in the cache.
+        PermissionError: the repository may not be read.
+        ConnectionError: the hub cannot be reached and the files are not in the cache.
+        ValueError: a malformed ``repo_id``.
     """
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    with plain_errors(revision):
+        resolved = _resolved(repo_id, revision)
+        return Path(snapshot_download(repo_id, revision=resolved, allow_patterns=list(patterns)))
 
 
 def upload_folder(
@@ -61,3 +78,71 @@ def upload_folder(
         client.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = client.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
     return str(commit.commit_url)
+
+
+@contextmanager
+def plain_errors(revision: str | None = None) -> Iterator[None]:
+    """What the hub's client raises, as Python's own errors, in one line with the cure.
+
+    Args:
+        revision: branch, tag or commit that is asked for.
+
+    Raises:
+        FileNotFoundError: no such repository or revision; or the hub is switched off and its cache lacks the files.
+        PermissionError: the repository may not be read or written.
+        ConnectionError: the hub does not answer.
+        OSError: any other refusal of the hub.
+        ValueError: a malformed repository id.
+    """
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        part = isinstance(error, IncompleteSnapshotError)
+        cached = "only a part of its files is in the hub's cache" if part else "it is not in the hub's cache"
+        if is_offline_mode():
+            raise FileNotFoundError(
+                f"{cached}, and the hub was not asked, since HF_HUB_OFFLINE is set: check the name, or unset it"
+            ) from error
+        reason = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        raise ConnectionError(
+            f"{cached}, and the hub cannot be reached{reason}: check the name and the network"
+        ) from error
+    except Exception as error:
+        plain = _plain(error, revision)
+        if plain is None:
+            raise
+        raise plain from error
+
+
+def _plain(error: Exception, revision: str | None) -> OSError | None:
+    """An error of the client as one of Python's own; None for one that is so already, or is no refusal of the hub."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return PermissionError(f"the repository is gated: accept its terms on its page of the hub, then {_LOG_IN}")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"the hub has no such repository that you may read: check the name; for a private one {_LOG_IN}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"the repository has no revision {revision or 'main'!r}: give a branch, tag or commit")
+    if status in (401, 403):
+        return PermissionError(f"the hub: {_one_line(error)}; {_LOG_IN}")
+    if isinstance(error, ConnectionError) or type(error).__module__.startswith("httpx") or (status or 0) >= 500:
+        return ConnectionError(f"the hub: {_one_line(error)}")
+    return None if response is None or isinstance(error, ValueError) else OSError(f"the hub: {_one_line(error)}")
+
+
+def _resolved(repo_id: str, revision: str | None) -> str | None:
+    """The commit that a revision stands for. Where the hub does not answer it is the cached one, which the client's log
+    says; the download itself would take it without a word."""
+    if is_offline_mode():
+        return revision
+    try:
+        return resolve_revision(repo_id, revision=revision)
+    except Exception:  # whatever is wrong, the download says it, or finds the files in the cache
+        return revision
+
+
+def _one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""A model's folder: where it lies on this machine, and which files belong to the model beside its weights.
+"""A model's folder: which files belong to the model beside its weights.
 
 Such side files are the configuration, the tokenizer, the processor and the chat template. This module decides whose
 they are: a delta folder holds those that fine-tuning changed; a merged delta holds those that all its tasks share under
@@ -9,11 +9,12 @@ there are some, else the base's.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+
+from dpp_lightning.storage.locate import local_folder, local_path
 
 SIDE_PATTERNS = (
     "config.json",
@@ -32,36 +33,6 @@ SIDE_PATTERNS = (
     "chat_template.*",
 )
 _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".bpe", ".jinja", ".tiktoken"})  # neither code nor pickles
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-
-
-def local_folder(source: str | Path, revision: str | None, patterns: Sequence[str], wanted: str = "folder") -> Path:
-    """The folder itself, or where the files of a hub id lie on this machine once they are fetched.
-
-    Args:
-        source: a local folder or a hub id.
-        revision: branch, tag or commit of a hub id.
-        patterns: glob patterns of the names of the files to fetch.
-        wanted: what was expected, for the message.
-
-    Raises:
-        FileNotFoundError: neither a folder nor of the form of a hub id.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    repo_id = hub_id(source)
-    if repo_id is None:
-        raise FileNotFoundError(f"{source}: no such {wanted} (nor a hub id)")
-    from dpp_lightning.storage.hub import fetch_folder  # only where it is needed: the client takes long to import
-
-    return fetch_folder(repo_id, revision, patterns)
-
-
-def hub_id(source: str | Path) -> str | None:
-    """The source as a hub id, where it has the form of one (``name``, ``organisation/name``) and nothing of that name
-    lies on this machine."""
-    text = source.as_posix() if isinstance(source, Path) else source
-    return text if _HUB_ID.fullmatch(text) and not Path(source).exists() else None
 
 
 def side_files(source: str | Path, revision: str | None = None) -> dict[str, Path]:
@@ -157,7 +128,7 @@ def copy_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
 
 def _files(source: str | Path, revision: str | None, tasks: Sequence[str] = ()) -> dict[str, Path]:
     """All files of a folder, sorted; of a hub id side files alone are fetched, those of the tasks among them."""
-    if Path(source).is_file():
+    if local_path(source).is_file():
         return {}
     starts = ("", *(f"{escape(task)}." for task in tasks))
     folder = local_folder(source, revision, [s + p for s in starts for p in SIDE_PATTERNS], "file or folder")

@@ -1,17 +1,13 @@
-"""Which files belong to a model beside its weights, to a delta, to a task; and what is a folder and what a hub id."""
+"""Which files belong to a model beside its weights, to a delta, to a task."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from dpp_lightning.storage import hub
 from dpp_lightning.storage.model_folder import (
     changed_side_files,
     copy_files,
     dense_side_files,
-    hub_id,
-    local_folder,
     merged_side_files,
     side_files,
 )
@@ -78,26 +74,3 @@ def test_a_merged_delta_gives_each_task_its_own_files_back(tmp_path):
 def test_files_that_all_tasks_have_alike_lie_there_once(tmp_path):
     deltas = {name: folder_of(tmp_path / name, config__json="same", vocab__txt=name) for name in "ab"}
     assert set(merged_side_files(deltas)) == {"config.json", "a.vocab.txt", "b.vocab.txt"}
-
-
-@pytest.mark.parametrize(
-    "source", ["./x", "../x", "/x/y", "~/x", "a/b/c", "C:\\x", "a\\b", "", ".", "a b", "a//b", "a/", Path("x/y/z")]
-)
-def test_what_cannot_be_a_hub_id_is_never_asked_of_the_hub(source, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
-    assert hub_id(source) is None
-    if source not in ("", "."):  # the working directory itself
-        with pytest.raises(FileNotFoundError, match="no such folder"):
-            local_folder(source, None, ["*"])
-
-
-@pytest.mark.parametrize("source", ["bert", "organisation/name.v1-2_x", Path("organisation/name")])
-def test_a_hub_id_is_one_only_where_nothing_of_that_name_lies_here(source, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo_id, **k: f"/cache/{repo_id}")
-    assert local_folder(source, None, ["*"]) == Path("/cache") / source
-    Path(source).parent.mkdir(exist_ok=True)
-    Path(source).mkdir()
-    assert hub_id(source) is None
-    assert local_folder(source, None, ["*"]) == Path(source)
