@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import (
-    canonical_names,
+    NamedTensor,
     canonical_tensors,
     check_prunable,
     match_names,
+    named_tensors,
+    owners,
     without_adapters,
 )
 from dpp_lightning.tensors.shards import shard_like
@@ -36,11 +38,13 @@ class BaseWeights:
     Args:
         tensors: canonical name to theta_0.
         explicit: they come from a checkpoint that the user named, so nothing else may replace them.
+        saved: canonical name to the name in that checkpoint.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], *, explicit: bool) -> None:
+    def __init__(self, tensors: dict[str, Tensor], *, explicit: bool, saved: Mapping[str, str] | None = None) -> None:
         self.tensors = tensors
         self.explicit = explicit
+        self.saved = dict(saved or {})
 
     @classmethod
     def take(cls, module: pl.LightningModule, pretrained: str | None, revision: str | None) -> BaseWeights:
@@ -62,18 +66,19 @@ class BaseWeights:
             ValueError: if no tensor matches by name and shape.
             FileNotFoundError: if there is no such checkpoint.
         """
-        loaded = canonical_tensors(load_tensors(pretrained, revision))
+        loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision))}
         module_tensors = canonical_tensors(module)
         plain_names = {name: without_adapters(name) for name in module_tensors}
         loaded_names = match_names(set(plain_names.values()), loaded)
         matched = {name: loaded[loaded_names[plain]] for name, plain in plain_names.items() if plain in loaded_names}
-        matched = {name: t.clone() for name, t in matched.items() if t.shape == module_tensors[name].shape}
+        matched = {name: n for name, n in matched.items() if n.tensor.shape == module_tensors[name].shape}
         if not matched:
             raise ValueError(
                 f"pretrained={pretrained!r} has no tensor in common with {type(module).__name__}: its names begin with "
                 f"{sorted(loaded)[:3]}, the module's with {sorted(module_tensors)[:3]}"
             )
-        return cls(matched, explicit=True)
+        tensors = {name: n.tensor.clone() for name, n in matched.items()}
+        return cls(tensors, explicit=True, saved={name: n.saved for name, n in matched.items()})
 
     @classmethod
     def from_module(cls, module: pl.LightningModule) -> BaseWeights:
@@ -96,16 +101,18 @@ class BaseWeights:
         """
         if self.explicit:
             return
-        names = {id(t): name for name, t in canonical_tensors(module).items()}
+        named: dict[int, list[NamedTensor]] = {}
+        for tensor in named_tensors(module):
+            named.setdefault(id(tensor.owner), []).append(tensor)
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
-                name = names.get(id(parameter))
                 copy = state.get("pretrained") if isinstance(state, dict) else None
-                if name is None or not isinstance(copy, Tensor):
+                if not isinstance(copy, Tensor):
                     continue
                 exact = torch.promote_types(copy.dtype, parameter.dtype) == copy.dtype
-                if exact or (verified and name not in self.tensors):
-                    self.tensors[name] = copy
+                for tensor in named.get(id(parameter), ()):
+                    if exact or (verified and tensor.name not in self.tensors):
+                        self.tensors[tensor.name] = tensor.place.of(copy)
 
     def convert_like(self, module: pl.LightningModule) -> None:
         """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken."""
@@ -124,7 +131,7 @@ class BaseWeights:
         Raises:
             ValueError: if the checkpoint's weights were restored before the base could be copied.
         """
-        trained = {name for name, tensor in canonical_tensors(module).items() if tensor.requires_grad}
+        trained = {name for name, owner in owners(module).items() if owner.requires_grad}
         missing = sorted(trained - new - set(self.tensors))
         if missing and not self.explicit:
             raise ValueError(
@@ -138,7 +145,7 @@ class BaseWeights:
         Heads are left out, since their first values mean nothing: the parameters in ``new``, and those that a glob
         pattern of ``carry`` names.
         """
-        names = {n for n, t in canonical_tensors(module).items() if isinstance(t, Parameter) and n in self.tensors}
+        names = {n for n, owner in owners(module).items() if isinstance(owner, Parameter) and n in self.tensors}
         patterns = tuple(carry)
         heads = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
         return hash_tensors({name: self.tensors[name] for name in sorted(names - heads)})  # in one order on all ranks
@@ -186,15 +193,12 @@ def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> se
 
     The module names them in ``new_parameter_names``, an optimizer by a group with ``new=True``. Nothing is guessed.
     """
-    canonical = canonical_names(module)
     declared = [n for name in getattr(module, "new_parameter_names", ()) for n in (name, without_adapters(name))]
-    names = {canonical[name] for name in declared if name in canonical}
-    names_by_id = {id(t): name for name, t in canonical_tensors(module).items()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    new = {id(parameters[name]) for name in declared if name in parameters}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if group.get("new"):
-                names |= {names_by_id[id(p)] for p in group["params"] if id(p) in names_by_id}
-    return names
+        new |= {id(p) for group in optimizer.param_groups if group.get("new") for p in group["params"]}
+    return {name for name, owner in owners(module).items() if id(owner) in new}
 
 
 def has_weights(module: pl.LightningModule) -> bool:

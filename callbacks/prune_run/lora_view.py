@@ -15,7 +15,7 @@ from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.tensors.names import canonical_tensors
+from dpp_lightning.tensors.names import canonical_tensors, named_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,14 +80,16 @@ def adapter_view(
         yield base
     elif kind == "merged":
         # inside the block the tensors have other names, so they are recognised by their identity
-        wrapped = canonical_tensors(module)
-        base_by_id = {id(wrapped[name]): tensor for name, tensor in base.tensors.items() if name in wrapped}
+        known = {n.identity: n.name for n in named_tensors(module) if n.name in base.tensors}
         with _merged(_lora_layers(adapter), keep=keep), _unwrapped(adapter):
-            plain = {n: base_by_id[id(t)] for n, t in canonical_tensors(module).items() if id(t) in base_by_id}
-            yield BaseWeights(plain, explicit=base.explicit)
+            saved = base.saved
+            names = {n.name: known[n.identity] for n in named_tensors(module) if n.identity in known}
+            plain = {name: base.tensors[wrapped] for name, wrapped in names.items()}
+            saved = {name: saved[wrapped] for name, wrapped in names.items() if wrapped in saved}
+            yield BaseWeights(plain, explicit=base.explicit, saved=saved)
     else:
         zeros = {n: torch.zeros_like(t) for n, t in canonical_tensors(module).items() if _is_lora_parameter(n)}
-        yield BaseWeights({**base.tensors, **zeros}, explicit=base.explicit)
+        yield BaseWeights({**base.tensors, **zeros}, explicit=base.explicit, saved=base.saved)
 
 
 def save_adapter(adapter: PeftModel, folder: Path) -> None:

@@ -25,7 +25,7 @@ from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
-from dpp_lightning.tensors.names import canonical_tensors, saved_names
+from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors, saved_names
 
 PLOT_POINTS = 12  # of a curve over q
 
@@ -105,15 +105,15 @@ class PruneRun:
 
     def _plan(self, replaced: list[str]) -> PruningPlan:
         """Both models, while the module holds theta_0 of the replaced tensors and ``self.base`` the fine-tuned ones."""
-        in_module, in_base = canonical_tensors(self.module), self.base.tensors
-        plan = PruningPlan.of(
+        named, in_base = named_tensors(self.module), self.base.tensors
+        in_module = {n.name: n.tensor for n in named}
+        plan = PruningPlan.matched(
             {**in_base, **{name: in_module[name] for name in replaced}},
             {**in_module, **{name: in_base[name] for name in replaced}},
             self.scope,
             base_name=self.settings.pretrained or getattr(self.module, "pretrained", None),
             base_revision=self.settings.revision or getattr(self.module, "revision", None),
-            canonical=True,
-            saved=saved_names(self.module, exact=False),
+            saved=saved_names(named, self.base.saved, exact=has_file_names(self.module)),
         )
         return plan.with_inputs(self.calibration.inputs) if self.calibration.inputs else plan
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from dpp_lightning.calibration.output_change import top_logits_error
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import gather_entries
-from dpp_lightning.tensors.names import canonical_tensors, match_names
+from dpp_lightning.tensors.names import match_names, named_tensors
 
 PIECES = 4  # of the calibration batch; the last is held out for early stopping
 
@@ -42,24 +42,25 @@ class BatchGradients:
 
     def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
-        tensors = canonical_tensors(self.module)
-        names = match_names(delta.tensors, tensors)
-        targets = {name: tensors[name_in_module] for name, name_in_module in names.items()}
-        frozen = [tensor for tensor in targets.values() if not tensor.requires_grad]
+        named = {n.name: n for n in named_tensors(self.module)}
+        targets = {name: named[in_module] for name, in_module in match_names(delta.tensors, named).items()}
+        owners = {id(target.owner): target.owner for target in targets.values()}
+        frozen = [tensor for tensor in owners.values() if not tensor.requires_grad]
         with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():
             try:
                 for tensor in frozen:
                     tensor.requires_grad_(True)
                 piece, reference = tree_map(_normal, (self.pieces[batch], self.reference[batch]))
                 loss = top_logits_error(reference, self._forward(piece))
-                gradients = torch.autograd.grad(loss, list(targets.values()), allow_unused=True)
+                gradients = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
             finally:
                 for tensor in frozen:
                     tensor.requires_grad_(False)
+        of_owner = {key: gradient for key, gradient in zip(owners, gradients, strict=True) if gradient is not None}
         return {
-            name: gather_entries(gradient, delta.tensors[name].indices).cpu()
-            for name, gradient in zip(targets, gradients, strict=True)
-            if gradient is not None
+            name: gather_entries(target.place.of(of_owner[id(target.owner)]), delta.tensors[name].indices).cpu()
+            for name, target in targets.items()
+            if id(target.owner) in of_owner
         }
 
     def _forward(self, piece: Any) -> Tensor:

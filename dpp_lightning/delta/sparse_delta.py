@@ -24,7 +24,7 @@ from dpp_lightning.tensors.flat_entries import (
     group_by_device_and_dtype,
     scatter_entries,
 )
-from dpp_lightning.tensors.names import TensorSource, canonical_tensors, describe_source, match_names, source_names
+from dpp_lightning.tensors.names import TensorSource, describe_source, match_names, named_tensors, source_names
 from dpp_lightning.tensors.shards import is_dtensor, shard_like
 from dpp_lightning.tensors.threads import in_order, over_threads
 
@@ -50,7 +50,8 @@ class SparseDelta:
         self.carried = carried
         self.info = info
         self.new_rows = new_rows or {}
-        self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a target's tensor to what was overwritten in it
+        # a target's tensor to what was overwritten in it, by name: it may hold several tensors of the model's files
+        self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     @classmethod
     def from_contents(cls, contents: DeltaContents) -> SparseDelta:
@@ -153,12 +154,12 @@ class SparseDelta:
             ValueError: tensors missing or of another shape, another base, or values that overflow the target's dtype.
             RuntimeError: this delta is applied to the target already.
         """
-        targets = self._find(target)
-        if any(tensor in self._originals for tensor in targets.values()):
+        targets, owners = self._find(target)
+        if any(name in self._originals.get(owner, ()) for name, owner in owners.items()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
         base_values, sums = self._base_values_and_sums(targets, target, force=force)
         for name, originals in self._held(targets, base_values).items():
-            self._originals[targets[name]] = originals
+            self._originals.setdefault(owners[name], {})[name] = originals
         self._write_all(targets, {name: (sums.get(name), self.new_rows.get(name)) for name in targets})
 
     def revert_(self, target: TensorSource, *, base: TensorSource | None = None) -> None:
@@ -172,21 +173,21 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors.
         """
-        targets = self._find(target)
+        targets, owners = self._find(target)
         if base is not None:
-            sources = self._find(base)
+            sources, _ = self._find(base)
             kept = {name: gather_entries(sources[name], tensor.indices) for name, tensor in self.tensors.items()}
             originals = self._held(sources, kept)
-        elif all(tensor in self._originals for tensor in targets.values()):
-            originals = {name: self._originals[tensor] for name, tensor in targets.items()}
+        elif all(name in self._originals.get(owner, ()) for name, owner in owners.items()):
+            originals = {name: self._originals[owner][name] for name, owner in owners.items()}
         else:
             raise RuntimeError(
                 "this delta is not applied to the target, so there is nothing to revert; if it was applied in another "
                 "process or by another SparseDelta object, pass base= with the base's weights"
             )
         self._write_all(targets, originals)
-        for tensor in targets.values():
-            self._originals.pop(tensor, None)
+        for owner in owners.values():
+            self._originals.pop(owner, None)
 
     @contextmanager
     def applied(self, target: TensorSource, *, force: bool = False) -> Iterator[None]:
@@ -213,7 +214,7 @@ class SparseDelta:
         Raises:
             ValueError: as :meth:`apply_`, before anything is yielded.
         """
-        base_tensors, base_names = self._find(base), source_names(base)
+        (base_tensors, _), base_names = self._find(base), source_names(base)
         _, sums = self._base_values_and_sums(base_tensors, base, force=force)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
@@ -347,11 +348,15 @@ class SparseDelta:
         if check.hexdigest() != self.info.base_check:
             raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), self.info))
 
-    def _find(self, target: TensorSource) -> dict[str, Tensor]:
-        """The target's tensors under this delta's names, shapes checked."""
+    def _find(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The target's tensors under this delta's names, shapes checked, and the tensors that those are parts of."""
         self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
-        return find_tensors(shapes, canonical_tensors(target), describe_source(target), self.info)
+        named = [(n.owner, n.name, n.tensor) for n in named_tensors(target)]
+        tensors = {name: tensor for _, name, tensor in named}
+        found = find_tensors(shapes, tensors, describe_source(target), self.info)
+        owners = {id(tensor): owner for owner, _, tensor in named}
+        return found, {name: owners[id(tensor)] for name, tensor in found.items()}
 
     def _finetuned_shape(self, name: str) -> tuple[int, ...]:
         if name in self.carried:

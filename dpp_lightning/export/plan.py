@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from dpp_lightning.export.hf_architecture import Architecture, find_architecture
+from dpp_lightning.tensors.hf_architecture import Architecture, find_architecture
 from dpp_lightning.export.hf_file_names import file_shapes
 from dpp_lightning.export.lora_merge import Adapter, split_adapters
 from dpp_lightning.export.write import Export

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from dpp_lightning.export.hf_architecture import Architecture
+from dpp_lightning.tensors.hf_architecture import Architecture
 from dpp_lightning.export.hf_file_names import FileShapes, file_tensors
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
 from dpp_lightning.methods.pruning_spec import PruningSpec

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpp_lightning.merging.sources import MergeSource, names_in_base
 from dpp_lightning.methods.merge_rules import union_of
 from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
-from dpp_lightning.tensors.names import canonical_tensors, describe_source, source_names
+from dpp_lightning.tensors.names import describe_source, named_tensors
 
 
 class MergedTensor(nn.Module):
@@ -91,19 +91,26 @@ class MergedTensors(nn.Module):
         names: canonical names of these tensors, in the order of the coefficients' rows.
 
     Raises:
-        ValueError: a delta of another base or of tensors that the module lacks.
+        ValueError: a delta of another base, of tensors that the module lacks, or of parts of the module's tensors (the
+            experts of a mixture, which are one tensor in memory).
     """
 
     def __init__(self, module: nn.Module, sources: Sequence[MergeSource]) -> None:
         super().__init__()
-        base, module_names = canonical_tensors(module), source_names(module)
+        named = {n.name: n for n in named_tensors(module)}
+        base = {name: n.tensor for name, n in named.items()}
         entries: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         names_of_each = names_in_base(sources, base, describe_source(module))
         for k, (source, names) in enumerate(zip(sources, names_of_each, strict=True)):
             for name, tensor in source.checked(base, names):
                 entries.setdefault(name, {})[k] = (tensor.indices, tensor.values.float() / source.info.q)
         self.names = sorted(entries)
-        self._module_names = [module_names[name] for name in self.names]
+        if parts := [name for name in self.names if not named[name].whole]:
+            raise ValueError(
+                f"{len(parts)} tensors of the deltas are parts of larger ones in the module, such as {parts[0]}: "
+                "weights for them cannot be trained; merge with fixed weights (dpp merge)"
+            )
+        self._module_names = [named[name].source for name in self.names]
         self.merged = nn.ModuleList(MergedTensor(base[name], entries[name]) for name in self.names)
 
     def write(self, coefficients: Tensor) -> None:

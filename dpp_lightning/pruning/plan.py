@@ -23,10 +23,12 @@ from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import (
     TensorSource,
-    buffer_names,
-    canonical_tensors,
+    buffers_among,
     check_prunable,
+    has_file_names,
+    match_models,
     match_names,
+    named_tensors,
     saved_names,
 )
 from dpp_lightning.tensors.shards import equal_shards, full_tensor, is_dtensor
@@ -70,9 +72,7 @@ class PruningPlan:
         *,
         base_name: str | None = None,
         base_revision: str | None = None,
-        canonical: bool = False,
         files: bool = False,
-        saved: tuple[str, dict[str, str]] | None = None,
     ) -> PruningPlan:
         """Match the two and decide every tensor's fate.
 
@@ -80,37 +80,64 @@ class PruningPlan:
             base, finetuned: modules or state dicts.
             scope: which tensors are pruned.
             base_name, base_revision: for the file.
-            canonical: both are mappings of canonical names already.
             files: the fine-tuned names are those of the model's own files, to the letter.
-            saved: what :func:`dpp_lightning.tensors.names.saved_names` says of the fine-tuned model, if that is known.
 
         Raises:
             ValueError: weights that cannot be pruned, layers that only one side has, or nothing to prune in common.
         """
-        if canonical and isinstance(base, Mapping) and isinstance(finetuned, Mapping):
-            finetuned_tensors, base_tensors = dict(finetuned), dict(base)
-        else:
-            finetuned_tensors, base_tensors = canonical_tensors(finetuned), canonical_tensors(base)
-            scope = scope.carrying(buffer_names(finetuned))
-        check_prunable(finetuned_tensors)
-        names = match_names(finetuned_tensors, base_tensors)
-        matched = {name: base_tensors[base_tensor] for name, base_tensor in names.items()}
-        matched_names = set(names.values())
-        ignored = {name: tensor for name, tensor in base_tensors.items() if name not in matched_names}
-        fates = scope.fates(matched, finetuned_tensors, ignored)
-        unchanged = frozenset(n for n, t in finetuned_tensors.items() if n in matched and _same(t, matched[n]))
-        prefix, file_names = saved or (("", {}) if canonical else saved_names(finetuned, exact=files))
+        all_base = named_tensors(base)
+        named, base_named = match_models(named_tensors(finetuned), all_base)
+        exact, in_base = files or has_file_names(finetuned), {name: n.saved for name, n in base_named.items()}
+        prefix, file_names = saved_names(named, in_base, exact=exact)
+        matched = {name: n.tensor for name, n in base_named.items()}
+        known = {n.name for n in base_named.values()}
+        ignored = {n.name: n.tensor for n in all_base if n.name not in known}
+        plan = cls.matched(
+            matched,
+            {n.name: n.tensor for n in named},
+            scope.carrying(buffers_among(named, finetuned)),
+            ignored,
+            base_name=base_name,
+            base_revision=base_revision,
+        )
+        return replace(plan, prefix=prefix, names=file_names)
+
+    @classmethod
+    def matched(
+        cls,
+        base: dict[str, Tensor],
+        finetuned: dict[str, Tensor],
+        scope: Scope,
+        ignored: Mapping[str, Tensor] | None = None,
+        *,
+        base_name: str | None = None,
+        base_revision: str | None = None,
+        saved: tuple[str, dict[str, str]] = ("", {}),
+    ) -> PruningPlan:
+        """Decide every tensor's fate, where the two sides have the same names already.
+
+        Args:
+            base, finetuned: canonical name to tensor; the fine-tuned model may have further ones.
+            scope, base_name, base_revision: as for :meth:`of`.
+            ignored: tensors of the base that the fine-tuned model does not have.
+            saved: the fine-tuned model's names, of :func:`dpp_lightning.tensors.names.saved_names`.
+
+        Raises:
+            ValueError: as :meth:`of`.
+        """
+        check_prunable(finetuned)
+        fates = scope.fates(base, finetuned, ignored)
         return cls(
-            base=matched,
-            finetuned=finetuned_tensors,
+            base=base,
+            finetuned=finetuned,
             fates=fates,
-            unchanged=unchanged,
+            unchanged=frozenset(n for n, t in finetuned.items() if n in base and _same(t, base[n])),
             scope=scope,
             base_name=base_name,
             base_revision=base_revision,
-            prefix=prefix,
-            names=file_names,
-            ignored=tuple(ignored),
+            prefix=saved[0],
+            names=saved[1],
+            ignored=tuple(ignored or ()),
         )
 
     @property

@@ -1,52 +1,141 @@
 """One name per tensor: the canonical name of what a module, a wrapper or a file calls differently.
 
-The hub's folder of a bare encoder says ``embeddings.word…``, a classifier built on it ``bert.embeddings.word…``, a
-LightningModule ``model.bert.embeddings.word…``, and a compiled module adds ``_orig_mod.``. The name decides which
-entries a random selection keeps, which tensors of two models belong together, and what is a new head, so the sampler,
-the delta file, the callback and the command line all take it from here.
+The canonical name is that of the model's own files, without the base model's prefix. The hub's folder of a bare encoder
+says ``embeddings.word…``, a classifier built on it ``bert.embeddings.word…``, a LightningModule
+``model.bert.embeddings.word…``, a compiled module adds ``_orig_mod.``, and transformers holds some tensors in memory
+under other names, or several as one, see :mod:`dpp_lightning.tensors.hf_layout`. The name decides which entries a
+random selection keeps, which tensors of two models belong together, and what is a new head, so the sampler, the delta
+file, the callback and the command line all take it from here.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.tensors.shards import has_unsupported_placements, is_fsdp1_shard
+from dpp_lightning.tensors.blocks import block_of
+from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
+from dpp_lightning.tensors.shards import has_unsupported_placements, is_dtensor, is_fsdp1_shard
 
 TensorSource = nn.Module | Mapping[str, Tensor]
 
 _WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module"})
-# What transformers calls the base model inside a task model. A state dict has no module that could be asked for it.
+# What transformers calls the base model inside a task model (``base_model_prefix``). Names of parts that a model has
+# beside others (encoder, decoder, text_model, vision_model, language_model) are not among them.
 _BASE_MODEL_PREFIXES = frozenset(
-    {"albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "model", "roberta", "transformer", "vit"}
+    re.findall(
+        r"\w+",
+        """albert align altclip audio_spectrogram_transformer backbone beit bert biogpt bit blip bridgetower bros canine
+    chinese_clip clap clip convbert convnext convnextv2 cpmant cvt dac data2vec_audio data2vec_text data2vec_vision
+    deberta decision_transformer deit depth_anything dinat dinov2 dinov2_with_registers distilbert donut dpt
+    efficientloftr efficientnet electra encodec ernie esm esmc fastspeech2_conformer flava fnet focalnet funnel git glpn
+    gpt_neox gpt_neox_japanese groupvit gte hgnetv2 hiera hubert ibert ijepa layoutlm layoutlmv2 layoutlmv3 led levit
+    lilt longformer luke lxmert markuplm mgp_str mimi mobilebert mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 model
+    mpnet mra nomic_bert nystromformer owlv2 owlvit perceiver poolformer prophetnet pvt pvt_v2 rag reformer regnet
+    rembert resnet roberta roberta_prelayernorm roc_bert roformer rwkv sam seamless_m4t seamless_m4t_v2 segformer sew
+    sew_d siglip siglip2 speecht5 splinter superpoint swiftformer swin swin2sr swinv2 switch_transformers tapas textnet
+    timesformer transformer unispeech unispeech_sat videomae vilt visual_bert vit vitdet vits vivit vjepa2 wav2vec2
+    wav2vec2_bert wav2vec2_conformer wavlm x_clip xcodec yoso zoedepth""",
+    )
 )
+_OLD_SPELLINGS = (  # of older files; what they became in newer ones
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+    (re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
+    (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
+    (re.compile(r"^language_model\.model\.model\."), "language_model.model."),
+)
+_PATH_TO_BLOCKS = frozenset({"encoder", "decoder"})  # their parts are a model's own, even where it has no others
+_EMBEDDINGS = ("shared", "embed", "wte")  # in the names of input embeddings; the first is the one that others share
+_CONTAINERS = frozenset({"stages", "levels", "features", "experts"})  # numbered, of blocks rather than blocks
 _ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 _RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
-def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of a module, or every tensor of a state dict, under its canonical name.
+@dataclass(frozen=True)
+class NamedTensor:
+    """One tensor of a source.
 
-    The names of wrappers (``_orig_mod``, ``_fsdp_wrapped_module``, ...) are dropped, then the leading parts that all
-    names share (a LightningModule's ``model.``), then the base model's prefix (``bert.``), unless two tensors would
-    then have one name. A tied tensor appears once, under its first name.
+    Attributes:
+        name: canonical.
+        source: the name in the source, with everything that wrappers put into it.
+        saved: what the model's own files call it, as far as the source tells.
+        owner: the source's tensor, a ``Parameter`` for a module.
+        place: which part of the owner it is.
+    """
+
+    name: str
+    source: str
+    saved: str
+    owner: Tensor
+    place: FilePlace
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself: the owner, or a view of a part of it."""
+        return self.place.of(self.owner)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its owner."""
+        return self.place.size is None
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two names of one tensor, or of one part of a tensor, of a module."""
+        return (id(self.owner), self.place.size, self.place.stride, self.place.offset)
+
+
+class SeveralModelsError(ValueError):
+    """A source holds more than one model that is meant equally well."""
+
+
+def named_tensors(source: TensorSource) -> list[NamedTensor]:
+    """Every parameter and persistent buffer of a module, or every tensor of a state dict, with its names.
+
+    The tensors of a transformers model, wherever it is in a module, have the names of its files. Of other sources the
+    names of wrappers (``_orig_mod``, ``_fsdp_wrapped_module``, ...) are dropped, then the leading parts that all names
+    share (a LightningModule's ``model.``) as far as they do not lead to numbered blocks; then the base model's prefix
+    (``bert.``), unless two tensors would then have one name. A tied tensor appears once, under its first name.
 
     Args:
         source: ``nn.Module``, or a mapping of names to tensors (values that are not tensors are ignored).
 
-    Returns:
-        Canonical name to the tensor itself, not a copy (a ``Parameter`` for a module), in the source's order.
-
     Raises:
-        ValueError: the source holds no tensor.
+        ValueError: the source holds no tensor, or tensors in shards of which the files hold parts.
     """
     tensors = _source_tensors(source)
     if not tensors:
         raise ValueError(f"found no tensor in {type(source).__name__}: expected a module or state dict with weights")
-    names = _strip_shared({name: without_wrappers(name) for name in tensors})
-    prefixes = _module_prefixes(source) if isinstance(source, nn.Module) else _BASE_MODEL_PREFIXES
-    return {canonical: tensors[name] for name, canonical in _strip_prefix(names, prefixes).items()}
+    if isinstance(source, nn.Module) and (models := transformers_models(source)):
+        named = _of_models(source, tensors, models)
+        _check_parts(named)
+    else:
+        named = [_as_it_is(name, tensor) for name, tensor in tensors.items()]
+    return _canonical(named)
+
+
+def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
+    """Canonical name to tensor, of every tensor of :func:`named_tensors`.
+
+    Returns:
+        The tensors themselves, not copies (a ``Parameter`` of a module, or a view of a part of one), in the source's
+        order.
+
+    Raises:
+        ValueError: as :func:`named_tensors`.
+    """
+    return {named.name: named.tensor for named in named_tensors(source)}
+
+
+def owners(source: TensorSource) -> dict[str, Tensor]:
+    """Canonical name to the source's tensor that the tensor is, or is a part of."""
+    return {named.name: named.owner for named in named_tensors(source)}
 
 
 def without_wrappers(name: str) -> str:
@@ -61,49 +150,35 @@ def without_adapters(name: str) -> str:
 
 def buffer_names(source: TensorSource) -> set[str]:
     """Canonical names of the tensors that are not parameters: a module's buffers, a state dict's running statistics."""
-    tensors = canonical_tensors(source)
+    return buffers_among(named_tensors(source), source)
+
+
+def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str]:
+    """The names, among those of a source's tensors, of those that are not parameters; see :func:`buffer_names`."""
     if isinstance(source, nn.Module):
-        return {name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
-    return {name for name in tensors if name.rpartition(".")[2] in _RUNNING_STATISTICS}
+        return {n.name for n in named if not isinstance(n.owner, nn.Parameter)}
+    return {n.name for n in named if n.name.rpartition(".")[2] in _RUNNING_STATISTICS}
+
+
+def has_file_names(source: TensorSource) -> bool:
+    """Whether a source itself tells what the model's files call its tensors: a module with one transformers model."""
+    return isinstance(source, nn.Module) and len(transformers_models(source)) == 1
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
     """The module's name of each of its tensors to the canonical one, ``model.bert.pooler.x`` to ``pooler.x``.
 
-    A tied tensor appears under each of its names in the module.
+    A tied tensor appears under each of its names in the module; one that the files hold in parts does not appear.
     """
-    by_tensor = {id(tensor): canonical for canonical, tensor in canonical_tensors(module).items()}
+    by_tensor = {id(named.owner): named.name for named in named_tensors(module) if named.whole}
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     return {name: by_tensor[id(tensor)] for name, tensor in tensors.items() if id(tensor) in by_tensor}
 
 
 def source_names(source: TensorSource) -> dict[str, str]:
-    """Canonical name to the name in the source, with everything that wrappers put into it."""
-    by_tensor = {id(tensor): name for name, tensor in _source_tensors(source).items()}
-    return {canonical: by_tensor[id(tensor)] for canonical, tensor in canonical_tensors(source).items()}
-
-
-def saved_names(source: TensorSource, *, exact: bool) -> tuple[str, dict[str, str]]:
-    """How a model's files name its tensors: the prefix that most canonical names get, and the names that differ.
-
-    Args:
-        source: module or state dict.
-        exact: the names in the source are those of the model's files to the letter. Otherwise what wrappers put into
-            them, and the leading parts that all names share (a LightningModule's ``model.``), are dropped first.
-
-    Returns:
-        The prefix, possibly empty, and canonical name to name in the files where that is not prefix + canonical name.
-    """
-    names = source_names(source)
-    if not exact:
-        names = _strip_shared({canonical: without_wrappers(name) for canonical, name in names.items()})
-    counts: dict[str, int] = {}
-    for canonical, name in names.items():
-        if name.endswith(canonical):
-            prefix = name[: len(name) - len(canonical)]
-            counts[prefix] = counts.get(prefix, 0) + 1
-    usual = max(counts, key=lambda prefix: counts[prefix], default="")
-    return usual, {canonical: name for canonical, name in names.items() if name != usual + canonical}
+    """Canonical name to the name in the source, with everything that wrappers put into it; a part of a tensor, which
+    has none there, has its name in the model's files."""
+    return {named.name: named.source if named.whole else named.saved for named in named_tensors(source)}
 
 
 def describe_source(source: TensorSource) -> str:
@@ -113,10 +188,10 @@ def describe_source(source: TensorSource) -> str:
 
 
 def match_names(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]:
-    """Match two sets of canonical names that may still differ by one leading part (``bert.``).
+    """Match two sets of canonical names that may still differ by leading parts (``net.``, ``student.bert.``).
 
-    Of all leading parts that could be added to or removed from the wanted names, the one with the most matches is
-    taken; equal names win over any leading part that matches no more.
+    Of all leading parts that could be added to or removed from the wanted names, those with the most matches are
+    taken, if they match more than are equal.
 
     Args:
         wanted: names to look for.
@@ -124,18 +199,112 @@ def match_names(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]
 
     Returns:
         Wanted name to offered name; wanted names without a match are left out.
+
+    Raises:
+        SeveralModelsError: several leading parts match equally many names.
     """
     wanted, offered = list(wanted), set(offered)
-    best = {name: name for name in wanted if name in offered}
-    for prefix in sorted({name.split(".")[0] for name in (*wanted, *offered) if "." in name}):
-        dot = prefix + "."
-        added = {name: dot + name for name in wanted if dot + name in offered}
-        removed = {name: name[len(dot) :] for name in wanted if name.startswith(dot) and name[len(dot) :] in offered}
-        for renamed in (added, removed):
-            candidate = {**{name: name for name in wanted if name in offered}, **renamed}
-            if len(candidate) > len(best) and len(set(candidate.values())) == len(candidate):
-                best = candidate
-    return best
+    equal = {name: name for name in wanted if name in offered}
+    votes = Counter((prefix, True) for prefix in _prefixes_before(wanted, offered))
+    votes.update((prefix, False) for prefix in _prefixes_before(offered, wanted))
+    ranked = votes.most_common()
+    if not ranked or ranked[0][1] <= len(equal):
+        return equal
+    rivals = sorted(prefix for (prefix, _), count in ranked if count == ranked[0][1])
+    if len(rivals) > 1:
+        raise SeveralModelsError(
+            f"tensors of these names are there {len(rivals)} times, under {', '.join(map(repr, rivals))}: choose one "
+            "model (--prefix), or give its tensors alone"
+        )
+    (prefix, added), _ = ranked[0]
+    if added:
+        renamed = {name: prefix + name for name in wanted if prefix + name in offered}
+    else:
+        renamed = {name: name.removeprefix(prefix) for name in wanted if name.startswith(prefix)}
+        renamed = {name: rest for name, rest in renamed.items() if rest in offered}
+    taken = set(renamed.values())
+    return {**{name: name for name in equal if name not in taken}, **renamed}
+
+
+def match_models(
+    finetuned: Sequence[NamedTensor], base: Sequence[NamedTensor]
+) -> tuple[list[NamedTensor], dict[str, NamedTensor]]:
+    """The tensors of a fine-tuned model under the names that they go by, and the base's of the same names.
+
+    Where the two sides name a tensor differently, by leading parts, the shorter name is taken, unless another tensor of
+    the fine-tuned model has it: so one pair of models has one set of names however each of them is held.
+
+    Args:
+        finetuned, base: of :func:`named_tensors`.
+
+    Returns:
+        The fine-tuned tensors in their order; name to the base's tensor, for those that the base has.
+
+    Raises:
+        SeveralModelsError: as :func:`match_names`.
+    """
+    by_name = {n.name: n for n in base}
+    matched = match_names([n.name for n in finetuned], by_name)
+    short = {name: min(name, other, key=len) for name, other in matched.items()}
+    counts = Counter(short.get(n.name, n.name) for n in finetuned)
+    chosen = {n.name: short[n.name] for n in finetuned if n.name in short and counts[short[n.name]] == 1}
+    renamed = [replace(n, name=chosen.get(n.name, n.name)) for n in finetuned]
+    return renamed, {chosen.get(name, name): by_name[other] for name, other in matched.items()}
+
+
+def _prefixes_before(short: Iterable[str], long: Iterable[str]) -> Iterator[str]:
+    """For each long name that ends in a short one, of two parts or more, the parts before that."""
+    short = {name for name in short if "." in name}
+    for name in long:
+        parts = name.split(".")
+        for k in range(1, len(parts)):
+            if ".".join(parts[k:]) in short:
+                yield ".".join(parts[:k]) + "."
+
+
+def saved_names(
+    finetuned: Sequence[NamedTensor], base: Mapping[str, str], *, exact: bool
+) -> tuple[str, dict[str, str]]:
+    """How a fine-tuned model's own files name its tensors: the prefix of most, and the names that differ.
+
+    Args:
+        finetuned: its tensors.
+        base: canonical name of those that the base has too to the name in the base's files.
+        exact: what ``finetuned`` says of the names in the files is so to the letter. Otherwise the names may have
+            further parts before them, such as a LightningModule's ``model.``, and the base's files tell which.
+
+    Returns:
+        The prefix, possibly empty, and canonical name to name in the files where that is not prefix + canonical name.
+    """
+    saved = {n.name: n.saved for n in finetuned}
+    if not exact:
+        drop = _wrapper_prefix(saved, base)
+        saved = {name: file_name.removeprefix(drop) for name, file_name in saved.items()}
+        old = {name: file_name for name, file_name in base.items() if in_new_spelling(file_name) == saved.get(name)}
+        saved |= old
+    prefixes = Counter(s.removesuffix(name) for name, s in saved.items() if s.endswith(name))
+    usual = prefixes.most_common(1)[0][0] if prefixes else ""
+    return usual, {name: file_name for name, file_name in saved.items() if file_name != usual + name}
+
+
+def _wrapper_prefix(saved: Mapping[str, str], base: Mapping[str, str]) -> str:
+    """What stands before a model's own names, such as a LightningModule's ``model.``.
+
+    Args:
+        saved: canonical name to name.
+        base: canonical name to the name in the base's files.
+    """
+    pairs = [(saved[name], in_new_spelling(file_name)) for name, file_name in base.items() if name in saved]
+    votes = Counter(s.removesuffix(b) for s, b in pairs if s == b or s.endswith(f".{b}"))
+    if not votes:
+        split = [name.split(".") for name in saved.values()]
+        return "".join(f"{part}." for part in split[0][: _shared_parts(saved.values())]) if split else ""
+    before = votes.most_common(1)[0][0]
+    outer, _, last = before.removesuffix(".").rpartition(".")
+    outer += "." if outer else ""
+    bare = not any(name != _without_base_prefix(name) for name in base.values())
+    others = any(name.startswith(outer) and not name.startswith(before) for name in saved.values())
+    return outer if bare and others and last in _BASE_MODEL_PREFIXES else before
 
 
 def _source_tensors(source: TensorSource) -> dict[str, Tensor]:
@@ -151,41 +320,112 @@ def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _mapping_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors, seen = {}, set()
+    """A tied tensor comes under its name as an input embedding, if it has one, else under its first."""
+    tensors: dict[str, Tensor] = {}
+    by_memory: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and tensor.device.type != "meta" and memory in seen:
-            continue  # a tied tensor under its second name
-        seen.add(memory)
+        if tensor.numel() and tensor.device.type != "meta":
+            first = by_memory.setdefault(memory, name)
+            if first != name and embedding_rank(name) >= embedding_rank(first):
+                continue
+            tensors.pop(first, None)
+            by_memory[memory] = name
         tensors[name] = tensor
     return tensors
 
 
-def _strip_shared(names: dict[str, str]) -> dict[str, str]:
-    """Drop leading parts as long as every name shares them and keeps at least one part."""
-    split = {name: canonical.split(".") for name, canonical in names.items()}
-    while len({parts[0] for parts in split.values()}) == 1 and all(len(parts) > 1 for parts in split.values()):
-        split = {name: parts[1:] for name, parts in split.items()}
-    return {name: ".".join(parts) for name, parts in split.items()}
+def embedding_rank(name: str) -> int:
+    """By which of a tied tensor's names it goes: 0 for an embedding that encoder and decoder share, then other input
+    embeddings, then all else."""
+    return next((rank for rank, word in enumerate(_EMBEDDINGS) if word in name), len(_EMBEDDINGS))
 
 
-def _module_prefixes(module: nn.Module) -> frozenset[str]:
-    prefixes = (getattr(submodule, "base_model_prefix", "") for submodule in module.modules())
-    return frozenset(prefix for prefix in prefixes if isinstance(prefix, str) and prefix)
+def _of_models(module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> list[NamedTensor]:
+    """The tensors of a module that holds models of transformers: theirs as in their files, others as they are."""
+    named: list[NamedTensor] = []
+    of_model: dict[str, str] = {}
+    for path, model in models.items():
+        start = f"{path}." if path else ""
+        inside = {name: without_wrappers(name[len(start) :]) for name in tensors if name.startswith(start)}
+        of_model |= dict.fromkeys(inside, path)
+        sources = {plain: name for name, plain in inside.items()}
+        own = {plain: tensors[name] for plain, name in sources.items()}
+        saved = {place: name for name, place in file_layout(model, own, as_loaded=True).items()}  # type: ignore[arg-type]
+        before = f"{without_wrappers(path)}." if len(models) > 1 else ""
+        for name, place in file_layout(model, own).items():  # type: ignore[arg-type]
+            source = sources[place.source]
+            named.append(NamedTensor(before + name, source, before + saved.get(place, name), tensors[source], place))
+    others = [name for name in tensors if name not in of_model]
+    named += [_as_it_is(name, tensors[name]) for name in others]
+    order = {name: index for index, name in enumerate(tensors)}
+    return sorted(named, key=lambda n: (order[n.source], n.place.offset))
 
 
-def _strip_prefix(names: dict[str, str], prefixes: frozenset[str]) -> dict[str, str]:
-    """Drop one known base-model prefix per name; where two tensors would then have one name, both keep theirs."""
-    stripped = {}
-    for name, canonical in names.items():
-        head, _, rest = canonical.partition(".")
-        stripped[name] = rest if rest and head in prefixes else canonical
-    counts: dict[str, int] = {}
-    for canonical in stripped.values():
-        counts[canonical] = counts.get(canonical, 0) + 1
-    return {name: canonical if counts[canonical] == 1 else names[name] for name, canonical in stripped.items()}
+def _as_it_is(name: str, tensor: Tensor) -> NamedTensor:
+    plain = without_wrappers(name)
+    return NamedTensor(plain, name, plain, tensor, FilePlace(name))
+
+
+def _check_parts(named: Iterable[NamedTensor]) -> None:
+    """Refuse tensors in shards of which the files hold parts, since a part cannot be read in place there."""
+    sharded = sorted({n.source for n in named if not n.whole and is_dtensor(n.owner)})
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} tensors in shards stand in the model's files in parts, such as {sharded[0]}: they are "
+            "pruned from the checkpoint, with dpp export and dpp prune, or on one device or under DDP"
+        )
+
+
+def _canonical(named: list[NamedTensor]) -> list[NamedTensor]:
+    """Names in today's spelling, without shared leading parts and the base model's prefix, each given once."""
+    names = [in_new_spelling(n.name) for n in named]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    names = [n.name if name in twice else name for n, name in zip(named, names, strict=True)]
+    shared = _shared_parts(names)
+    names = [_from(name, shared) for name in names]
+    short = [_without_base_prefix(name) for name in names]
+    counts = Counter(short)
+    return [
+        replace(n, name=name if counts[stripped] > 1 else stripped)
+        for n, name, stripped in zip(named, names, short, strict=True)
+    ]
+
+
+def in_new_spelling(name: str) -> str:
+    """A name as newer files spell it: ``LayerNorm.gamma`` is ``LayerNorm.weight``, ``weight_g`` a parametrisation."""
+    for old, new in _OLD_SPELLINGS:
+        name = old.sub(new, name)
+    return name
+
+
+def _shared_parts(names: Iterable[str]) -> int:
+    """How many leading parts all names share, at least one part left to each, and none of those that lead to blocks."""
+    split = [name.split(".") for name in names]
+    count = 0
+    while all(len(parts) > count + 1 and parts[count] == split[0][count] for parts in split):
+        if _leads_to_blocks(split[0][count:]):
+            break
+        count += 1
+    return count
+
+
+def _leads_to_blocks(parts: list[str]) -> bool:
+    """Whether the parts begin with numbered blocks: ``layers.0.…``, ``encoder.layers.0.…``."""
+    parts = parts[1:] if parts[0] in _PATH_TO_BLOCKS else parts
+    numbered = len(parts) > 1 and parts[1].isdigit()
+    return numbered and (parts[0] in _CONTAINERS or block_of(f"{parts[0]}.{parts[1]}.weight") is not None)
+
+
+def _from(name: str, parts: int) -> str:
+    return name.split(".", parts)[-1] if parts else name
+
+
+def _without_base_prefix(name: str) -> str:
+    head, _, rest = name.partition(".")
+    return rest if rest and head in _BASE_MODEL_PREFIXES else name
 
 
 def check_prunable(tensors: Mapping[str, Tensor]) -> None:
