@@ -14,6 +14,7 @@ from dpp_lightning._version import __version__
 from dpp_lightning.delta.contents import DeltaInfo, Table
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.sampling.sampler import SAMPLER_VERSION, exact_rate, stream_key
+from dpp_lightning.storage.model_folder import check_side_name
 from dpp_lightning.tensors.dtypes import DTYPES
 
 CONFIG_FILE = "delta_config.json"
@@ -22,6 +23,7 @@ _FORMAT, _MODEL_CHECKSUM, _CONFIG_CHECKSUM = "dpp-delta", "model_checksum", "con
 _MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
 _MOST_DIMS = 16
 _MOST_NUMBER = 1 << 62
+_MOST_FILES = 10_000
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # nor turn the line around
 
@@ -108,6 +110,10 @@ def check_name(name: str) -> str:
 def _check_names(info: DeltaInfo, table: Table) -> None:
     for name in (*(n for n, _ in table), *info.reverted, *info.unchanged, *info.names, *info.names.values()):
         check_name(name)
+    if len(info.absent_files) > _MOST_FILES:
+        raise ValueError(f"{CONFIG_FILE}: absent_files has {len(info.absent_files):,} names, at most {_MOST_FILES:,}")
+    for name in info.absent_files:
+        check_side_name(name)
     for key, value in vars(info).items():
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise ValueError(f"{CONFIG_FILE}: control characters in {key}, {value!r}")
@@ -136,12 +142,13 @@ def _parse(data: bytes) -> dict[str, Any]:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "pruning_rate": (int, float), "q": (int, float), "seed": int, "seeded": bool, "entries": int, "dense_bytes": int,
     "base_name": (str, type(None)), "base_revision": (str, type(None)), "dtype": (str, type(None)), "scope": dict,
-    "settings": dict, "reverted": list, "unchanged": list, "names": dict,
+    "settings": dict, "reverted": list, "unchanged": list, "names": dict, "absent_files": list,
 }  # fmt: skip
+_OPTIONAL: dict[str, list[str]] = {"absent_files": []}  # what a config may lack
 
 
 def _info(config: dict[str, Any]) -> DeltaInfo:
-    values: dict[str, Any] = {f.name: config.get(f.name) for f in fields(DeltaInfo)}
+    values: dict[str, Any] = {f.name: config.get(f.name, _OPTIONAL.get(f.name)) for f in fields(DeltaInfo)}
     for key, value in values.items():
         expected = _TYPES.get(key, str)
         huge = isinstance(value, int) and key != "seed" and not 0 <= value < _MOST_NUMBER
@@ -152,11 +159,12 @@ def _info(config: dict[str, Any]) -> DeltaInfo:
     stream_key("", values["seed"])
     if values["dtype"] not in (None, *DTYPES):
         raise ValueError(f"{CONFIG_FILE}: dtype is {values['dtype']!r}, known are {', '.join(DTYPES)}")
-    if not all(isinstance(n, str) for n in (*values["reverted"], *values["unchanged"], *values["names"].values())):
-        raise ValueError(f"{CONFIG_FILE}: names of tensors that are not text")
+    listed = {key: tuple(values[key]) for key in ("reverted", "unchanged", "absent_files")}
+    if not all(isinstance(n, str) for names in (*listed.values(), values["names"].values()) for n in names):
+        raise ValueError(f"{CONFIG_FILE}: names of tensors or files that are not text")
     if not all(_is_plain(v) for key in ("scope", "settings") for v in values[key].values()):
         raise ValueError(f"{CONFIG_FILE}: scope or settings hold more than text, numbers and lists of them")
-    return DeltaInfo(**{**values, "reverted": tuple(values["reverted"]), "unchanged": tuple(values["unchanged"])})
+    return DeltaInfo(**{**values, **listed})
 
 
 def _is_plain(value: object) -> bool:

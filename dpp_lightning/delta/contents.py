@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpp_lightning.storage.model_folder import names_of_task
+
 TASK_SEPARATOR = "/"  # between a task and the name of a tensor that is carried for it alone
 
 Table = list[tuple[str, tuple[int, ...]]]  # canonical name and shape of every pruned tensor, in the file's order
@@ -51,6 +53,8 @@ class DeltaInfo:
         reverted: names of tensors that were left at the base's values.
         unchanged: names of tensors that training left alone.
         prefix, names: the fine-tuned model's own files call a tensor prefix + canonical name, unless ``names`` has it.
+        absent_files: names of files beside the base's weights (configuration, tokenizer, modules) that the fine-tuned
+            model does not have; empty where the delta was saved without such files, so that nothing is known of them.
     """
 
     method: str
@@ -72,6 +76,7 @@ class DeltaInfo:
     unchanged: tuple[str, ...] = ()
     prefix: str = ""
     names: dict[str, str] = field(default_factory=dict)
+    absent_files: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -142,7 +147,8 @@ class DeltaContents:
         carried |= {name[len(start) :]: t for name, t in self.carried.items() if name.startswith(start)}
         unchanged = tuple(name for name in info.unchanged if name not in carried)
         settings = {key: value for key, value in info.settings.items() if key != "tasks"} | {"task": task}
-        task_info = replace(info, unchanged=unchanged, settings=settings)
+        absent = tuple(names_of_task(dict.fromkeys(info.absent_files), tasks, task))
+        task_info = replace(info, unchanged=unchanged, settings=settings, absent_files=absent)
         return replace(self, carried=carried, info=lambda: task_info)
 
 

@@ -29,7 +29,7 @@ from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.locate import local_folder
-from dpp_lightning.storage.model_folder import copy_files
+from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 
@@ -47,7 +47,7 @@ def save_folder(
     positions: str | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
-    side_files: Mapping[str, Path | bytes] | None = None,
+    side_files: Mapping[str, Path | bytes | None] | None = None,
 ) -> Path:
     """Write a delta that is in memory or in another folder; whole or not at all.
 
@@ -73,7 +73,7 @@ def write_files(
     *,
     seeded: bool,
     dtype: str | None,
-    side_files: Mapping[str, Path | bytes] | None = None,
+    side_files: Mapping[str, Path | bytes | None] | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
 ) -> None:
@@ -92,9 +92,10 @@ def write_files(
         OSError: it cannot be written.
     """
     copy_files(side_files or {}, folder)
+    absent = tuple(sorted(name for name, content in (side_files or {}).items() if content is None))
     with (folder / MODEL_FILE).open("wb") as file:
         table, checksum = _write_model(file, contents, seeded=seeded, dtype=dtype)
-    info = contents.info()
+    info = replace(contents.info(), absent_files=absent)
     (folder / CONFIG_FILE).write_bytes(write_config(info, table, seeded=seeded, model_checksum=checksum))
     _write_card(folder, info, {**contents.carried, **contents.new_rows}, scores, reference_scores)
 
@@ -112,14 +113,16 @@ def set_q(folder: Path, q: float) -> None:
 
 
 def delta_bytes(folder: Path) -> int:
-    """Bytes of the model and config file of a delta folder."""
-    return sum((folder / name).stat().st_size for name in (MODEL_FILE, CONFIG_FILE))
+    """Bytes of the model and config file of a delta folder, and of the weights of further modules beside them."""
+    files = (folder / MODEL_FILE, folder / CONFIG_FILE, *module_weights(folder).values())
+    return sum(path.stat().st_size for path in files)
 
 
 def further_bytes(folder: Path) -> int:
     """Bytes of what lies in a delta folder beside the delta and its card: configuration and tokenizer files."""
-    delta_files = {MODEL_FILE, CONFIG_FILE, CARD_FILE}
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name not in delta_files)
+    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    card = folder / CARD_FILE
+    return everything - delta_bytes(folder) - (card.stat().st_size if card.is_file() else 0)
 
 
 def encode(
@@ -130,7 +133,7 @@ def encode(
     Args and errors: as :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.to_bytes`.
     """
     saved, seeded = _as_saved(contents, dtype, positions)
-    file, info = BytesIO(), saved.info()
+    file, info = BytesIO(), replace(saved.info(), absent_files=())
     table, checksum = _write_model(file, saved, seeded=seeded, dtype=info.dtype)
     return file.getvalue(), write_config(info, table, seeded=seeded, model_checksum=checksum)
 
@@ -179,7 +182,9 @@ class DeltaReader:
             FileNotFoundError: no such folder, or a folder without a delta.
             ValueError: as the class.
         """
-        folder = local_folder(source, revision, [MODEL_FILE, CONFIG_FILE, "*.json", "*.model", "*.txt", "*.jinja"])
+        folder = local_folder(
+            source, revision, [MODEL_FILE, CONFIG_FILE, *(f"*{pattern}" for pattern in SIDE_PATTERNS)]
+        )
         missing = [name for name in (MODEL_FILE, CONFIG_FILE) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} is no delta folder: it lacks {' and '.join(missing)}")
@@ -229,6 +234,7 @@ def _write_card(
         delta_bytes(folder),
         carried=len(dense),
         carried_bytes=total_bytes(dense),
+        module_bytes={name: path.stat().st_size for name, path in module_weights(folder).items()},
         scores=scores or {},
         reference_scores=reference_scores or {},
     )

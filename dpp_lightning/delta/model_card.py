@@ -16,6 +16,7 @@ def card_text(
     *,
     carried: int = 0,
     carried_bytes: int = 0,
+    module_bytes: Mapping[str, int] | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
 ) -> str:
@@ -25,8 +26,9 @@ def card_text(
 
     Args:
         info: the delta's description.
-        num_bytes: true bytes of the folder's model and config files.
+        num_bytes: true bytes of the delta in its folder.
         carried, carried_bytes: number and bytes of the dense tensors.
+        module_bytes: files of weights of further modules (sentence-transformers) to their bytes.
         scores: name to figure of base plus delta; they are in the metadata too, as ``model-index``.
         reference_scores: name to figure of other models, such as the base and the fine-tuned one.
     """
@@ -37,6 +39,10 @@ def card_text(
         "carried dense tensors": f"{carried} ({carried_bytes:,} bytes)",
         "bytes, ratio to the dense model": f"{num_bytes:,}, {info.ratio(num_bytes):.1f}",
     }
+    if module_bytes:
+        rows["weights of further modules, dense"] = ", ".join(
+            f"`{n}` ({size:,} bytes)" for n, size in module_bytes.items()
+        )
     figures = [(name, f"{value:.6g}") for named in (scores, reference_scores) for name, value in (named or {}).items()]
     lines = [
         "---",

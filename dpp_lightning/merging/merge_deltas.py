@@ -115,7 +115,8 @@ def merge_checkpoints(
         sources = MergeSource.all([DeltaReader.open(delta) for delta in deltas], tasks)
         tensors = canonical_tensors(load_tensors(base, base_revision))
         merger = _Merger(tensors, sources, settings, str(base), base_revision)
-        side_files = merged_side_files({s.task: s.folder for s in sources if s.folder is not None})
+        folders = {s.task: s.folder for s in sources if s.folder is not None}
+        side_files = merged_side_files(folders, {s.task: s.info.absent_files for s in sources})
         contents = merger.contents(progress)
         write_files(folder, contents, seeded=merger.seeded, dtype=dtype, side_files=side_files)
     return Path(output)

@@ -38,8 +38,9 @@ def prune_checkpoint(
 ) -> Path:
     """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
 
-    The fine-tuned model's configuration, tokenizer and generation files are put beside the delta where they are not
-    the base's own.
+    The fine-tuned model's configuration, tokenizer and generation files, and the further modules of a
+    sentence-transformers model, are put beside the delta where they are not the base's own; those of the base that it
+    does not have are named in the delta.
 
     Args:
         base, finetuned: folders in Hugging Face's layout, files, or hub ids, see
@@ -49,7 +50,8 @@ def prune_checkpoint(
         scope: which tensors are pruned; default all.
         calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
         base_revision, finetuned_revision: of hub ids.
-        weights_only: put no configuration, tokenizer and generation files beside the delta.
+        weights_only: put no configuration, tokenizer and generation files beside the delta, only weights of further
+            modules (sentence-transformers).
         progress: called with the bytes of both models that are done, and all of them.
 
     Raises:
@@ -68,7 +70,7 @@ def prune_checkpoint(
             files=has_hf_names(finetuned),
         )
         plan = plan.for_spec(spec, calibration)
-        beside = {} if weights_only else changed_side_files(base, finetuned, base_revision, finetuned_revision)
+        beside = changed_side_files(base, finetuned, base_revision, finetuned_revision, weights_only=weights_only)
         if spec.drawn_dtype == spec.dtype:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
@@ -83,7 +85,7 @@ def prune_checkpoint(
 
 
 def _stream(
-    folder: Path, plan: PruningPlan, spec: PruningSpec, beside: Mapping[str, Path], progress: Progress | None
+    folder: Path, plan: PruningPlan, spec: PruningSpec, beside: Mapping[str, Path | None], progress: Progress | None
 ) -> None:
     """Draw and write one pair of tensors at a time."""
     check = EntriesHash()

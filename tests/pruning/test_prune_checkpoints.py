@@ -108,7 +108,7 @@ def test_side_files_are_copied_once(bert):
         "delta_model.safetensors",
     ]  # fmt: skip  - tokenizer.json says the same as the base's
     apply_checkpoint(place / "base", place / "delta", place / "dense")
-    assert sorted(os.listdir(place / "dense")) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert sorted(os.listdir(place / "dense")) == ["config.json", "model.safetensors", "tokenizer.json"]
     prune_checkpoint(place / "base", place / "tuned", place / "bare", PruningSpec(), weights_only=True)
     assert sorted(os.listdir(place / "bare")) == ["README.md", "delta_config.json", "delta_model.safetensors"]
     assert json.loads((place / "dense" / "config.json").read_text())["architectures"] == [
