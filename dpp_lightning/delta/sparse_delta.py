@@ -249,7 +249,7 @@ class SparseDelta:
         positions: str | None = None,
         scores: Mapping[str, float] | None = None,
         reference_scores: Mapping[str, float] | None = None,
-        side_files: Mapping[str, Path | bytes] | None = None,
+        side_files: Mapping[str, Path | bytes | None] | None = None,
     ) -> Path:
         """Write ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card; whole or not at all.
 
@@ -261,7 +261,8 @@ class SparseDelta:
             scores: figures of base plus delta for the card and its ``model-index``, name to value, such as
                 ``{"val_acc": 0.91}``.
             reference_scores: figures of other models for the card's table alone, such as ``{"base": 0.52}``.
-            side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``.
+            side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``; None for
+                one of the base's that the fine-tuned model does not have.
 
         Raises:
             ValueError: unknown dtype or coding, or values that overflow the dtype.
