@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.storage.source_kind import check_delta, check_model
+
+_ORDER = "dpp apply BASE DELTA"
 
 
 def write_dense(
@@ -29,6 +32,8 @@ def write_dense(
         base_revision: branch, tag or commit where the base is a hub id
         delta_revision: likewise of the delta
     """
+    check_model(base, "BASE", base_revision, order=_ORDER)
+    check_delta(delta, "DELTA", delta_revision, order=_ORDER)
     with progress_bar("writing") as progress:
         folder = apply_checkpoint(
             base,

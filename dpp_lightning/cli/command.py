@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentError
@@ -20,7 +19,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from dpp_lightning.cli.exit_codes import DONE, FAILED, SHOW_TRACEBACK, USAGE_ERROR
+from dpp_lightning.cli.exit_codes import DONE, USAGE_ERROR, describe
 from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repeated
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
@@ -104,12 +103,13 @@ class FunctionCommand:
             self.function(**{name: options.get(name, parameter.default) for name, parameter in parameters.items()})
         except BrokenPipeError:  # the reader of the output has gone, which is no failure
             raise
-        except (ValueError, OSError, MemoryError) as error:
-            if os.environ.get(SHOW_TRACEBACK):
+        except Exception as error:
+            described = describe(error)
+            if described is None:
                 raise
-            wrong_use = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
-            say(f"dpp {name}: {'error' if wrong_use else 'failed, nothing is left half-written'}: {error}")
-            return USAGE_ERROR if wrong_use else FAILED
+            message, code = described
+            say(f"dpp {name}: {'error' if code == USAGE_ERROR else 'failed, nothing is left half-written'}: {message}")
+            return code
         return DONE
 
     def _usage(self, name: str) -> str:
@@ -216,24 +216,6 @@ class HelpFormatter(DefaultHelpFormatter):
 def say(text: str) -> None:
     """One line on standard error."""
     sys.stderr.write(text + "\n")
-
-
-@contextmanager
-def hub_errors() -> Iterator[None]:
-    """Errors of the hub's client in one line, as OSError.
-
-    Raises:
-        OSError: the hub refuses or does not answer.
-        ValueError: a malformed repository id.
-    """
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:  # the client's HTTP library has errors of its own that are no OSError
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        cure = "; log in with hf auth login, or set HF_TOKEN" if status in (401, 403) else ""
-        raise OSError(f"the hub: {' '.join(str(error).split()) or type(error).__name__}{cure}") from error
 
 
 @contextmanager

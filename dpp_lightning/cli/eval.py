@@ -22,10 +22,13 @@ from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
+from dpp_lightning.storage.source_kind import check_delta, check_model
 from dpp_lightning.tensors.names import canonical_names
 
 _SHOWN = 5
+_ORDER = "dpp eval MODEL --delta DELTA"
 _OF_DELTA = ("method", "pruning_rate", "seed", "q", "base_fingerprint")  # of the delta, in the result
 
 
@@ -71,6 +74,9 @@ def evaluate_model(
     _check_paths(delta, task, include_path, output)
     device = _usable_device(device)
     _check_harness()
+    check_model(model, "MODEL", order=_ORDER, config=True)
+    if delta:
+        check_delta(delta, "--delta")
     sparse_delta = read_delta(delta, task) if delta else None
     with side_folder(model, delta, task) as folder:
         tokenizer = load_tokenizer(folder, apply_chat_template)
@@ -122,7 +128,7 @@ def _check_paths(delta: str | None, task: str | None, include_path: str | None, 
     if task and not delta:
         raise ValueError(f"--task {task} chooses a task of a merged delta: give --delta DELTA too, or leave it")
     if include_path and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"--include_path {include_path}: no such folder")
+        raise not_found(include_path, "folder", "--include_path")
     if Path(output).is_dir():
         raise ValueError(f"--output {output} is a folder, expected a file such as {output}/eval.json")
     check_writable(Path(output).parent)
@@ -260,9 +266,10 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
     if delta is None:
         yield model
         return
-    tasks = DeltaReader.open(delta).info.tasks
+    info = DeltaReader.open(delta).info
     with TemporaryDirectory() as folder:
-        copy_files(dense_side_files(model, delta, tasks=tasks, task=task), Path(folder))
+        files = dense_side_files(model, delta, tasks=info.tasks, task=task, absent=info.absent_files)
+        copy_files(files, Path(folder))
         yield folder
 
 
@@ -282,7 +289,7 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
         source: folder or hub id of the base, or of a dense model where there is no delta.
         delta: put on for good, since the model is not used as a base again.
         folder: as :func:`side_folder` gives it.
-        dtype: of the weights; None for the one that the configuration names.
+        dtype: of the weights; None for the one that the base's configuration names, as ``dpp apply`` writes it.
 
     Raises:
         ValueError: a delta of another base, or weights without the tensors of a causal language model.
@@ -290,7 +297,7 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     base_config, config = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(folder)
-    final, rows = dtype or config.dtype, config.get_text_config().vocab_size
+    rows = config.get_text_config().vocab_size
     if delta is not None:  # the base as it is: the delta is checked against its values and may add rows
         config.dtype, config.get_text_config().vocab_size = base_config.dtype, base_config.get_text_config().vocab_size
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -309,8 +316,8 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
     if model.get_input_embeddings().num_embeddings != rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
     delta.apply_(model)
-    for parameter in [p for p in model.parameters() if final and p.dtype == model.dtype]:
-        parameter.data = parameter.data.to(getattr(torch, str(final).removeprefix("torch.")))
+    for parameter in [p for p in model.parameters() if dtype and p.dtype == model.dtype]:
+        parameter.data = parameter.data.to(getattr(torch, str(dtype).removeprefix("torch.")))
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

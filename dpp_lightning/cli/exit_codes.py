@@ -1,4 +1,14 @@
-"""Exit codes of ``dpp``: what each says to the shell or script that called it. ``dpp --help`` shows this table."""
+"""Exit codes of ``dpp``: what each says to the shell or script that called it, and which error has which.
+
+``dpp --help`` shows the table.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
 
 DONE = 0
 FAILED = 1
@@ -15,3 +25,81 @@ MEANINGS = {
 }
 
 SHOW_TRACEBACK = "DPP_TRACEBACK"  # environment variable: an error is shown with the place in the code that raised it
+
+_OF_THE_MACHINE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.ENOMEM)
+# Packages whose ValueErrors are about settings, or about files that the user gave.
+_REFUSING = (
+    "dpp_lightning.",
+    "lightning.pytorch.trainer.",
+    "transformers.",
+    "huggingface_hub.",
+    "datasets.",
+    "lm_eval.",
+)
+
+
+def describe(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code of an error that the user can cure; None of one that may be a bug.
+
+    Args:
+        error: what a command raised. Of its chain of causes the outermost that speaks to the user gives the message.
+
+    Returns:
+        One line, and :data:`FAILED` where no setting and no file is to blame, else :data:`USAGE_ERROR`.
+    """
+    message = _message(error) or _lost_rank(error)
+    if message is None or os.environ.get(SHOW_TRACEBACK):
+        return None
+    return " ".join(message.split()), FAILED if _is_failure(error) else USAGE_ERROR
+
+
+def _message(error: BaseException | None) -> str | None:
+    """The message of the outermost error in the chain that speaks to the user.
+
+    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package or in
+    a library that reads what the user gave. jsonargparse wraps whatever a constructor raises in a ValueError of its
+    own, hence the chain.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return str(error) or "there is not enough memory"
+        if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+            return str(error)
+        if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
+            return str(error)
+        error = error.__cause__
+    return None
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Whether no setting is to blame: a full disk, no memory, no network, a lost rank."""
+    if error is not None and _lost_rank(error):
+        return True
+    while error is not None:
+        if isinstance(error, (ConnectionError, TimeoutError, MemoryError)):
+            return True
+        if type(error).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"):  # of huggingface_hub
+            return True
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            return True
+        if type(error) in (FileNotFoundError, PermissionError):  # said with the cure, whatever a library said before
+            return False
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose code is the innermost of the traceback."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module
+
+
+def _lost_rank(error: BaseException) -> str | None:
+    """As :func:`dpp_lightning.trainer.interruption.lost_rank`; without torch there are no ranks."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    from dpp_lightning.trainer.interruption import lost_rank
+
+    return lost_rank(error)

@@ -10,6 +10,7 @@ from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.source_kind import check_checkpoint, check_configuration, check_model
 from dpp_lightning.tensors.dtypes import FLOATS
 
 
@@ -69,6 +70,8 @@ def export_to_folder(
     else:
         spec = PruningSpec(**{**of_a_delta, "method_settings": method_settings or {}}, dtype=dtype)
         _check_delta(spec, base, base_revision, output)
+    check_checkpoint(checkpoint, "CHECKPOINT")
+    check_configuration(config_from, "--config_from", config_revision)
     from dpp_lightning.export.plan import plan_export
     from dpp_lightning.export.write import export_checkpoint, export_delta
 
@@ -130,4 +133,5 @@ def _check_delta(spec: PruningSpec, base: str, base_revision: str | None, output
             f"--method {spec.method} --calibration FILE"
         )
     spec.check_calibration(objective=False, inputs=False)
+    check_model(base, "--base", base_revision)
     load_tensors(base, base_revision)

@@ -16,6 +16,9 @@ from dpp_lightning.analysis.delta_cost import DeltaCost, TensorCost, inspect_del
 from dpp_lightning.analysis.pair_report import GAMMA, PairReport, inspect_pair
 from dpp_lightning.cli.command import FunctionCommand, progress_bar
 from dpp_lightning.methods.rescaling import keep_rate
+from dpp_lightning.storage.source_kind import check_data_file, check_delta, check_model
+
+_ORDER = "dpp inspect DELTA, or dpp inspect BASE FINETUNED"
 
 _HINT = (
     "--calibration FILE (text, one example a line, or a .safetensors batch) adds the mean and variance of c = δ·x̄, the "
@@ -67,11 +70,15 @@ def inspect_folders(
     }
     if finetuned is None:
         _refuse_pair_options(of_a_pair)
+        check_delta(delta_or_base, "DELTA", revision, order=_ORDER)
         cost = inspect_delta(delta_or_base, revision)
         _write(cost.to_json()) if json else _show_cost(cost, Console())
         return
     if revision is not None:
         raise ValueError("--revision is of a delta; of a pair give --base_revision or --finetuned_revision")
+    check_model(delta_or_base, "BASE", base_revision, order=_ORDER)
+    check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
+    check_data_file(calibration, "--calibration")
     with progress_bar("reading") as progress:
         report = inspect_pair(delta_or_base, finetuned, **of_a_pair, progress=progress)
     _write(report.to_json()) if json else _show_pair(report, Console())

@@ -15,6 +15,9 @@ from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
 from dpp_lightning.storage.atomic_write import check_replaceable
+from dpp_lightning.storage.source_kind import check_delta, check_model
+
+_ORDER = "dpp merge BASE DELTA DELTA ..."
 
 if TYPE_CHECKING:
     MergeName = str
@@ -60,6 +63,9 @@ def merge_to_folder(
     dense_folder = Path(dense) if dense else None
     if dense_folder is not None:
         check_replaceable(dense_folder, empty=True)
+    check_model(base, "BASE", base_revision, order=_ORDER)
+    for delta in deltas:
+        check_delta(delta, "DELTAS", order=_ORDER)
     with progress_bar("merging") as progress:
         folder = merge_checkpoints(
             base,

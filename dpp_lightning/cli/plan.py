@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from dpp_lightning.analysis.memory_plan import MODELS, Dtype, ModelShape, fewest_devices, shape_of, table
-from dpp_lightning.cli.command import FunctionCommand, hub_errors, say
+from dpp_lightning.cli.command import FunctionCommand, say
+from dpp_lightning.storage.locate import hub_id, local_path
 
 
 def plan_devices(
@@ -45,7 +45,7 @@ def plan_devices(
     if model is not None and parameters is not None:
         raise ValueError("give MODEL or --parameters, not both: a model's size is read from its tensors")
     if model is not None:
-        models = {Path(model).resolve().name: _read_shape(model, revision)}
+        models = {local_path(model).resolve().name: _read_shape(model, revision)}
     elif parameters is not None:
         models = {f"{parameters / 1e9:.3g} B": ModelShape(parameters, blocks, outside)}
     else:
@@ -76,16 +76,34 @@ def _read_shape(model: str, revision: str | None) -> ModelShape:
     """A model's size from the headers of its files, of a hub id without fetching the weights.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        OSError: the hub refuses or does not answer.
+        FileNotFoundError: no such file or folder, nor such a repository of the hub.
+        ConnectionError: the hub does not answer, and its cache does not hold the model.
         ValueError: files that cannot be read.
     """
-    if Path(model).exists() or model.startswith((".", "/", "~")):
-        from dpp_lightning.storage.checkpoints import load_tensors
+    repo_id = hub_id(model)
+    files = None if repo_id is None else _headers(repo_id, revision)
+    if files is not None:
+        return shape_of({name: info.parameter_count for file in files for name, info in file.tensors.items()})
+    from dpp_lightning.storage.checkpoints import load_tensors
+    from dpp_lightning.storage.source_kind import check_model
 
-        return shape_of({name: tensor.numel() for name, tensor in load_tensors(model).items()})
-    from huggingface_hub import get_safetensors_metadata
+    check_model(model, "MODEL", revision)
 
-    with hub_errors():
-        files = get_safetensors_metadata(model, revision=revision).files_metadata.values()
-    return shape_of({name: info.parameter_count for file in files for name, info in file.tensors.items()})
+    return shape_of({name: tensor.numel() for name, tensor in load_tensors(model, revision).items()})
+
+
+def _headers(repo_id: str, revision: str | None) -> list[Any] | None:
+    """The headers of a repository's safetensors files; None where the files themselves are to be read: from the cache,
+    as the hub does not answer, or since they are PyTorch's."""
+    from huggingface_hub import get_safetensors_metadata, is_offline_mode
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    from dpp_lightning.storage.hub import plain_errors
+
+    if is_offline_mode():
+        return None
+    try:
+        with plain_errors(revision):
+            return list(get_safetensors_metadata(repo_id, revision=revision).files_metadata.values())
+    except (ConnectionError, FileNotFoundError, PermissionError, NotASafetensorsRepoError):
+        return None  # what is wrong is said where the files are looked for

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from dpp_lightning.cli.command import FunctionCommand, hub_errors, say
+from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.folder import DeltaReader
-from dpp_lightning.storage.hub import upload_folder
+from dpp_lightning.storage.hub import plain_errors, upload_folder
+from dpp_lightning.storage.locate import local_path, not_found
+from dpp_lightning.storage.source_kind import check_delta
+
+_ORDER = "dpp push FOLDER REPO_ID"
 
 
 def push_delta(
@@ -28,15 +30,17 @@ def push_delta(
         private: make a new repository private
         commit_message: first line of the commit
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a delta folder, as dpp prune writes it")
+    path = local_path(folder)
+    if not path.is_dir():
+        raise not_found(folder, "folder", "FOLDER")
+    check_delta(folder, "FOLDER", order=_ORDER)
     DeltaReader.open(folder)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    names = ", ".join(str(path.relative_to(folder)) for path in files)
-    say(f"uploading {sum(path.stat().st_size for path in files):,} bytes: {names}")
-    with hub_errors():
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = ", ".join(str(file.relative_to(path)) for file in files)
+    say(f"uploading {sum(file.stat().st_size for file in files):,} bytes: {names}")
+    with plain_errors(revision):
         address = upload_folder(
-            folder, repo_id, revision=revision, private=private or None, commit_message=commit_message
+            path, repo_id, revision=revision, private=private or None, commit_message=commit_message
         )
     say(address)
 

@@ -12,35 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_FILE_SUFFIXES = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".ckpt",
-        ".pt",
-        ".pth",
-        ".distcp",
-        ".npz",
-        ".h5",
-        ".gguf",
-        ".onnx",
-        ".msgpack",
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".yml",
-        ".txt",
-        ".md",
-        ".csv",
-        ".tsv",
-        ".parquet",
-        ".arrow",
-        ".zip",
-        ".tar",
-        ".gz",
-        ".tgz",
-        ".zst",
-    ]
+_FILE_NAME = re.compile(
+    r".*\.(safetensors|bin|ckpt|pth?|distcp|npz|h5|gguf|onnx|msgpack|jsonl?|ya?ml|txt|md|[ct]sv|parquet|arrow|zip|tar|t?gz|zst)",
+    re.IGNORECASE,
 )
 
 
@@ -60,7 +34,7 @@ def hub_id(source: str | Path) -> str | None:
     """
     text = source.as_posix() if isinstance(source, Path) else source
     path = Path(text)
-    if not _HUB_ID.fullmatch(text) or path.suffix.lower() in _FILE_SUFFIXES or path.exists() or path.is_symlink():
+    if not _HUB_ID.fullmatch(text) or _FILE_NAME.fullmatch(text) or path.exists() or path.is_symlink():
         return None
     return None if len(path.parts) > 1 and Path(path.parts[0]).is_dir() else text
 
@@ -163,4 +137,4 @@ def _nearest_parent(path: Path) -> Path:
 
 def _form_of_hub_id(source: str | Path) -> bool:
     text = source.as_posix() if isinstance(source, Path) else source
-    return bool(_HUB_ID.fullmatch(text)) and Path(text).suffix.lower() not in _FILE_SUFFIXES
+    return bool(_HUB_ID.fullmatch(text)) and not _FILE_NAME.fullmatch(text)

@@ -142,7 +142,7 @@ def test_missing_harness_is_named_with_its_cure(tmp_path, monkeypatch, capsys):
         (["--tasks", "gsm8k,qqqqq"], "has no task 'qqqqq'; `lm_eval ls tasks` lists all"),
         (["--tasks", "humaneval"], "humaneval runs code that the model writes"),
         (["--delta", "/nowhere"], "/nowhere: no such folder"),
-        (["--delta", "{base}"], "base is no delta folder: it lacks delta_model.safetensors"),
+        (["--delta", "{base}"], "base is no delta folder but a model"),
         (["--delta", "{delta}", "--task", "sst2"], "has no task 'sst2': it is no merged delta"),
         (["--apply_chat_template"], "the tokenizer has no chat template"),
     ],
@@ -161,7 +161,7 @@ def test_wrong_tasks_and_deltas_are_refused_before_the_model_is_loaded(
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize(("model", "said"), [("/nowhere", "no such file or folder"), ("{empty}", "has no config.json")])
+@pytest.mark.parametrize(("model", "said"), [("/nowhere", "no such file or folder"), ("{empty}", "is an empty folder")])
 def test_what_is_no_model_is_refused(model, said, tmp_path, harness, capsys):
     assert run_eval(model.format(empty=tmp_path), tmp_path / "x.json") == 2
     assert said in capsys.readouterr().err

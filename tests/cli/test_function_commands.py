@@ -1,5 +1,6 @@
 """Commands made from functions: what is typed, what a file says, what the help shows, and what a near miss is told."""
 
+import errno
 import inspect
 import os
 import re
@@ -285,10 +286,13 @@ def test_a_near_miss_of_a_method_s_setting_is_told_in_a_line(tmp_path, capsys):
     ("raised", "code", "said"),
     [
         (None, 0, ""),
-        (ValueError("a rate"), 2, "dpp configs: error: a rate\n"),
         (FileNotFoundError("no such file"), 2, "dpp configs: error: no such file\n"),
         (FileExistsError("in the way"), 2, "dpp configs: error: in the way\n"),
-        (OSError("disk full"), 1, "dpp configs: failed, nothing is left half-written: disk full\n"),
+        (
+            OSError(errno.ENOSPC, "disk full"),
+            1,
+            "dpp configs: failed, nothing is left half-written: [Errno 28] disk full\n",
+        ),
         (MemoryError("no memory"), 1, "dpp configs: failed, nothing is left half-written: no memory\n"),
         (KeyboardInterrupt(), 130, "\ndpp: stopped\n"),
     ],

@@ -71,6 +71,7 @@ def test_of_a_hub_id_only_headers_are_read(monkeypatch, capsys):
         return SimpleNamespace(files_metadata=files)
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     assert main(["plan", "us/model", "--revision", "v1", "--devices", "8"]) == 0
     assert asked == [("us/model", "v1")]
     assert capsys.readouterr().out == table({"model": ModelShape(151, 2, 28, 63)}, [8]) + "\n"

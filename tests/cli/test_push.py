@@ -69,18 +69,18 @@ class Refused(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "code", "said"),
     [
-        (Refused("401 Client Error\n\nInvalid username or password."), "hf auth login, or set HF_TOKEN"),
-        (ConnectionError("[Errno 111] Connection refused"), "the hub: [Errno 111] Connection refused"),
+        (Refused("401 Client Error\n\nInvalid username or password."), 2, "hf auth login, or set HF_TOKEN"),
+        (ConnectionError("[Errno 111] Connection refused"), 1, "the hub: [Errno 111] Connection refused"),
     ],
 )
-def test_what_the_hub_answers_comes_in_a_line(folder, monkeypatch, capsys, error, said):
+def test_what_the_hub_answers_comes_in_a_line(folder, monkeypatch, capsys, error, code, said):
     def refuse(token=None):
         raise error
 
     monkeypatch.setattr("dpp_lightning.storage.hub.HfApi", refuse)
-    assert main(["push", str(folder), "me/delta"]) == 1
+    assert main(["push", str(folder), "me/delta"]) == code
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("dpp push: failed")
+    assert last.startswith("dpp push: failed" if code == 1 else "dpp push: error")
     assert said in last

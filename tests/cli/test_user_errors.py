@@ -7,6 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lightning.pytorch import Trainer
 
 from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.user_errors import guarded
 
 
@@ -34,13 +35,58 @@ def test_one_line_and_a_code(act, line, code, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("of another package"), KeyError("x"), RuntimeError("shapes")])
-def test_a_bug_keeps_its_traceback(error):
-    namespace = {"__name__": "elsewhere", "error": error}
-    exec("def act():\n    raise error", namespace)
-    with pytest.raises(type(error)):
-        guarded("fit", namespace["act"])
+def run_function(act):
+    """The exit code of a command made from a function."""
+
+    def command() -> None:
+        """Act."""
+        act()
+
+    return FunctionCommand(command, example="dpp command").run(["command"])
 
 
-def test_nothing_wrong_is_code_0():
-    assert guarded("fit", lambda: None) == 0
+def raised_in(module, error, cause=None):
+    """What raises an error in the code of a module, from a cause."""
+    namespace = {"__name__": module, "error": error, "cause": cause}
+    exec("def act():\n    raise error from cause", namespace)
+    return namespace["act"]
+
+
+@pytest.mark.parametrize(
+    ("act", "code"),
+    [
+        (lambda: None, 0),
+        (raised_in("dpp_lightning.pruning.plan", ValueError("rate")), 2),
+        (raised_in("transformers.models.auto.configuration_auto", ValueError("no such type")), 2),
+        (raised_in("x", FileNotFoundError("no such file")), 2),
+        (raised_in("x", FileExistsError("in the way")), 2),
+        (raised_in("x", PermissionError("may not")), 2),
+        (raised_in("x", IsADirectoryError("a folder")), 2),
+        (raised_in("x", FileNotFoundError("not cached; HF_HUB_OFFLINE"), LocalEntryNotFoundError("x")), 2),
+        (raised_in("x", OSError("We could not connect"), LocalEntryNotFoundError("x")), 1),
+        (raised_in("x", ConnectionError("no network")), 1),
+        (raised_in("x", TimeoutError("slow")), 1),
+        (raised_in("x", OSError(errno.ENOSPC, "full")), 1),
+        (raised_in("x", OSError(errno.EIO, "disk")), 1),
+        (raised_in("x", MemoryError("map")), 1),
+        (raised_in("elsewhere", ValueError("of another package")), ValueError),
+        (raised_in("dpp_lightning.delta.folder", KeyError("x")), KeyError),
+        (raised_in("torch.nn.modules", RuntimeError("shapes")), RuntimeError),
+    ],
+)
+def test_commands_of_both_kinds_have_one_rule(act, code, capsys):
+    """A code, or the error itself where it may be a bug."""
+    for run in (lambda: guarded("fit", act), lambda: run_function(act)):
+        if isinstance(code, int):
+            assert run() == code
+            assert capsys.readouterr().err.count("\n") == (code != 0)
+        else:
+            with pytest.raises(code):
+                run()
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("DPP_TRACEBACK", "1")
+    for run in (lambda act: guarded("fit", act), run_function):
+        with pytest.raises(FileNotFoundError):
+            run(raised_in("x", FileNotFoundError("no such file")))
