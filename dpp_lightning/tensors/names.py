@@ -54,7 +54,11 @@ _PATH_TO_BLOCKS = frozenset({"encoder", "decoder"})  # their parts are a model's
 _EMBEDDINGS = ("shared", "embed", "wte")  # in the names of input embeddings; the first is the one that others share
 _CONTAINERS = frozenset({"stages", "levels", "features", "experts"})  # numbered, of blocks rather than blocks
 _ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-_RUNNING_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
+    r"(?:^|\.)(?:running_(?:mean|var)|num_batches_tracked|final_logits_bias|e_score_correction_bias|cluster_size|embed_avg"
+    r"|inited|initialized|(?:in|out)put_(?:min|max)|latent_(?:mean|std)|global_(?:mean|invstd)|norm_(?:mean|std)|std_scale"
+    r"|std_bias|inv_freq|inv_timescales|mup_vector|slope_rate|masked_bias|relative_position_index)$"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class NamedTensor:
         saved: what the model's own files call it, as far as the source tells.
         owner: the source's tensor, a ``Parameter`` for a module.
         place: which part of the owner it is.
+        in_model: it is of a model of transformers inside a module.
     """
 
     name: str
@@ -74,6 +79,7 @@ class NamedTensor:
     saved: str
     owner: Tensor
     place: FilePlace
+    in_model: bool = False
 
     @property
     def tensor(self) -> Tensor:
@@ -149,15 +155,23 @@ def without_adapters(name: str) -> str:
 
 
 def buffer_names(source: TensorSource) -> set[str]:
-    """Canonical names of the tensors that are not parameters: a module's buffers, a state dict's running statistics."""
+    """Canonical names of the tensors that are statistics or constants rather than parameters, see
+    :func:`buffers_among`."""
     return buffers_among(named_tensors(source), source)
 
 
 def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str]:
-    """The names, among those of a source's tensors, of those that are not parameters; see :func:`buffer_names`."""
-    if isinstance(source, nn.Module):
-        return {n.name for n in named if not isinstance(n.owner, nn.Parameter)}
-    return {n.name for n in named if n.name.rpartition(".")[2] in _RUNNING_STATISTICS}
+    """The names, among those of a source's tensors, of those that are statistics or constants rather than parameters.
+
+    In a state dict, and in a model of transformers so that it does not matter how that is held, they are told by their
+    names (``running_mean``, ``final_logits_bias``, ...); all other buffers of a module are what the module says.
+    """
+    by_type = isinstance(source, nn.Module)
+    return {
+        n.name
+        for n in named
+        if _BUFFERS.search(n.name) or (by_type and not n.in_model and not isinstance(n.owner, nn.Parameter))
+    }
 
 
 def has_file_names(source: TensorSource) -> bool:
@@ -287,6 +301,18 @@ def saved_names(
     return usual, {name: file_name for name, file_name in saved.items() if file_name != usual + name}
 
 
+def dense_names(saved: Mapping[str, str], base: Mapping[str, str]) -> dict[str, str]:
+    """What the tensors of a dense folder are called: as the fine-tuned model's files call them, without parts before
+    that are of no model but of what held it, such as a LightningModule's ``model.``.
+
+    Args:
+        saved: canonical name to what the delta says of the name in the files.
+        base: canonical name of those that the base has to the name in the base's files.
+    """
+    drop = _wrapper_prefix(saved, base) if base else ""
+    return {name: file_name.removeprefix(drop) for name, file_name in saved.items()}
+
+
 def _wrapper_prefix(saved: Mapping[str, str], base: Mapping[str, str]) -> str:
     """What stands before a model's own names, such as a LightningModule's ``model.``.
 
@@ -357,7 +383,8 @@ def _of_models(module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping
         before = f"{without_wrappers(path)}." if len(models) > 1 else ""
         for name, place in file_layout(model, own).items():  # type: ignore[arg-type]
             source = sources[place.source]
-            named.append(NamedTensor(before + name, source, before + saved.get(place, name), tensors[source], place))
+            file_name = before + saved.get(place, name)
+            named.append(NamedTensor(before + name, source, file_name, tensors[source], place, in_model=True))
     others = [name for name in tensors if name not in of_model]
     named += [_as_it_is(name, tensors[name]) for name in others]
     order = {name: index for index, name in enumerate(tensors)}
@@ -416,7 +443,7 @@ def _leads_to_blocks(parts: list[str]) -> bool:
     """Whether the parts begin with numbered blocks: ``layers.0.…``, ``encoder.layers.0.…``."""
     parts = parts[1:] if parts[0] in _PATH_TO_BLOCKS else parts
     numbered = len(parts) > 1 and parts[1].isdigit()
-    return numbered and (parts[0] in _CONTAINERS or block_of(f"{parts[0]}.{parts[1]}.weight") is not None)
+    return numbered and (parts[0] in _CONTAINERS or block_of(f"{parts[0]}.{parts[1]}.part.weight") is not None)
 
 
 def _from(name: str, parts: int) -> str:
