@@ -10,6 +10,8 @@ from typing import Any
 
 from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.folder import DeltaReader, delta_bytes, further_bytes
+from dpp_lightning.storage.mapped_file import map_safetensors
+from dpp_lightning.storage.model_folder import module_weights
 
 
 @dataclass
@@ -19,7 +21,7 @@ class TensorCost:
     Attributes:
         name: canonical name.
         shape: of the tensor.
-        kind: ``pruned``, ``carried`` (dense) or ``new rows`` (dense).
+        kind: ``pruned``, ``carried`` (dense), ``new rows`` (dense) or ``further module`` (dense, a file of its own).
         kept: stored entries.
         density: kept over all entries.
         positions, values, carried: bytes. What a chunk of several tensors takes is shared out by their kept entries,
@@ -46,9 +48,10 @@ class DeltaCost:
     Attributes:
         method, pruning_rate, seed, q, base, coding: from the config; ``coding`` is that of the positions.
         tensors: one row each.
-        entries, kept, density: of the fine-tuned model; stored entries, carried ones too; their share.
-        positions, values, carried, config, overhead, total: bytes of the model and config file by kind; ``overhead``
-            is the heads of file and chunks.
+        entries, kept, density: of the fine-tuned model without further modules; stored entries, carried ones too; their
+            share.
+        positions, values, carried, config, overhead, total: bytes of the delta by kind, with the weights of further
+            modules among those carried; ``overhead`` is the heads of files and chunks.
         side_files: bytes of the configuration and tokenizer files beside the delta, not in the total.
         entropy: bytes of entropy of the positions, 0 where the seed gives them.
         above_entropy: bytes of positions over their entropy, minus 1; 0 where nothing is stored.
@@ -94,8 +97,9 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
     pruned, positions, values = _pruned_rows(reader)
     unpruned = list(_dense_rows(reader))
     total, config = delta_bytes(reader.folder), (reader.folder / CONFIG_FILE).stat().st_size
-    carried, entropy = sum(row.carried for row in unpruned), sum(row.entropy for row in pruned)
     kept = sum(row.kept for row in (*pruned, *unpruned))
+    unpruned += _module_rows(reader)
+    carried, entropy = sum(row.carried for row in unpruned), sum(row.entropy for row in pruned)
     info = reader.info
     return DeltaCost(
         method=info.method,
@@ -149,3 +153,10 @@ def _dense_rows(reader: DeltaReader) -> Iterator[TensorCost]:
     for kind, tensors in (("carried", reader.carried), ("new rows", reader.new_rows)):
         for name, tensor in tensors.items():
             yield TensorCost(name, tuple(tensor.shape), kind, tensor.numel(), 1.0, carried=tensor.nbytes)
+
+
+def _module_rows(reader: DeltaReader) -> Iterator[TensorCost]:
+    for file, path in module_weights(reader.folder).items():
+        for name, tensor in map_safetensors(path).items():
+            in_file = f"{file.rpartition('/')[0]}/{name}"
+            yield TensorCost(in_file, tuple(tensor.shape), "further module", tensor.numel(), 1.0, carried=tensor.nbytes)
