@@ -11,8 +11,9 @@ from torch import Tensor
 from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.mapped_file import map_safetensors, map_torch_file
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS
+from dpp_lightning.storage.quantised import check_plain_weights
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
-from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded
+from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded, read_sharded
 from dpp_lightning.tensors.names import TensorSource
 
 Progress = Callable[[int, int], None]  # called with the bytes that are done, and all of them
@@ -41,18 +42,27 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
 
     Raises:
         FileNotFoundError: no such file, a folder without weights, or shards that the index names and the folder lacks.
-        ValueError: a damaged file or index, a PyTorch file with more than weights in it or of the format before 1.6.
+        ValueError: quantised weights, a damaged file or index, a PyTorch file with more than weights in it or of the
+            format before 1.6.
         MemoryError: the system refuses to map a file.
     """
     path = local_path(source)
-    if path.is_file():
-        return _read(path)
     if is_sharded(path):
+        check_plain_weights(read_sharded(path), source)
         return load_sharded(path)
+    tensors, folder = _load(path, source, revision)
+    check_plain_weights(tensors, source, folder)
+    return tensors
+
+
+def _load(path: Path, source: str | Path, revision: str | None) -> tuple[dict[str, Tensor], Path | None]:
+    """The tensors of a file, or of a folder and that folder."""
+    if path.is_file():
+        return _read(path), None
     folder = local_folder(source, revision, ["*.safetensors", "*.json", *SIDE_PATTERNS], "file or folder")
     if not path.is_dir() and not any(folder.glob("*.safetensors")):
         folder = local_folder(source, revision, ["pytorch_model*.bin", "*.json"], "file or folder")
-    return _read_folder(folder)
+    return _read_folder(folder), folder
 
 
 def has_hf_names(source: str | Path) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dpp_lightning.tensors.blocks import block_of
 from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
+from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import has_unsupported_placements, is_dtensor, is_fsdp1_shard
 
 TensorSource = nn.Module | Mapping[str, Tensor]
@@ -462,12 +463,13 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
         ValueError: a parameter is quantised, integer or complex, or a tensor is on the meta device, sparse or a shard
             of FSDP1; the message gives the names, at most 20, and the reason for each.
     """
+    check_not_quantised(tensors)
     faults = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
             faults.append(f"{name}: on the meta device (no values); materialise the model first")
         elif isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
-            faults.append(f"{name}: dtype {tensor.dtype}; quantised, integer or complex weights have no delta here")
+            faults.append(f"{name}: dtype {tensor.dtype}; integer or complex weights have no delta here")
         elif tensor.layout != torch.strided:
             faults.append(f"{name}: layout {tensor.layout}; expected a dense tensor")
         elif has_unsupported_placements(tensor):
