@@ -165,13 +165,16 @@ def _untied_in_checkpoint(
 
 
 def _set_dtype(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], cast: torch.dtype | None) -> None:
-    """What the configuration says of the dtype: that of most of the weights."""
+    """What the configuration says of the dtype: that of most of the weights. Configurations inside it (of vision, of
+    audio) that said the same follow."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.dtype.is_floating_point:
             sizes[cast or tensor.dtype] += tensor.numel
     if sizes:
-        for section in (config, config.get_text_config()):
+        named, parts = config.dtype, [getattr(config, name, None) for name in config.sub_configs]
+        follow = [part for part in parts if isinstance(part, PretrainedConfig) and part.dtype == named]
+        for section in (config, config.get_text_config(), *follow):
             section.dtype = sizes.most_common(1)[0][0]
 
 
