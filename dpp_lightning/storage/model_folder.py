@@ -281,7 +281,6 @@ def _kind_is_known(name: str, files: Mapping[str, Path]) -> bool:
         return "config.json" in files
     if ("/" in name and not _matches(name, _TEMPLATES)) or _matches(name, _MODULES):
         return "modules.json" in files
-    kind = _PROCESSOR if name in _PROCESSOR else _TOKENIZER
-    if _matches(name, _TEMPLATES):
-        kind = (*_TOKENIZER, *_TEMPLATES)
-    return any(_matches(other, kind) for other in files)
+    kind: Sequence[str] = _PROCESSOR if name in _PROCESSOR else _TOKENIZER
+    further = _TEMPLATES if _matches(name, _TEMPLATES) else ()  # a template alone says nothing of the tokenizer
+    return any(_matches(other, (*kind, *further)) for other in files)
