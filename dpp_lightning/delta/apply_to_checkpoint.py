@@ -13,10 +13,11 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
-from dpp_lightning.storage.model_folder import copy_files, dense_side_files
+from dpp_lightning.storage.dense_files import write_dense_files
+from dpp_lightning.storage.model_folder import dense_side_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
-from dpp_lightning.tensors.names import canonical_tensors
+from dpp_lightning.tensors.names import dense_names, named_tensors
 
 _BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
 _SHARD_BYTES = 5_000_000_000
@@ -36,8 +37,10 @@ def apply_checkpoint(
 ) -> Path:
     """Write base plus delta as a dense folder that ``from_pretrained`` loads; whole or not at all.
 
-    Every tensor has the base's dtype, those carried their own. Configuration, tokenizer and generation files are the
-    base's, or the delta's where it has its own.
+    Every tensor has the base's dtype, those carried their own, and ``config.json`` names that of most of them.
+    Configuration, tokenizer and generation files and further modules are the delta's where it has its own, else the
+    base's, without those that the fine-tuned model does not have. Code of the model's own is not copied; a warning
+    names it.
 
     Args:
         base: as in :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
@@ -60,9 +63,11 @@ def apply_checkpoint(
         contents, info = reader.contents.for_task(task), reader.info
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
         shapes |= dict.fromkeys(_base_names(contents))
-        base_tensors = canonical_tensors(load_tensors(base, base_revision))
-        tensors = find_tensors(shapes, base_tensors, str(base), info, longer=True)
-        entries = list(_entries(contents, tensors))
+        named = named_tensors(load_tensors(base, base_revision))
+        tensors = find_tensors(shapes, {n.name: n.tensor for n in named}, str(base), info, longer=True)
+        base_names = {id(n.owner): n.saved for n in named}
+        in_base = {name: base_names[id(tensor)] for name, tensor in tensors.items()}
+        entries = list(_entries(contents, tensors, in_base))
         with ShardedWriter(folder, entries, max_shard_bytes) as writer:
             total, done = sum(entry.nbytes for entry in entries), 0
             for block in _dense_blocks(contents, tensors, str(base), force=force):
@@ -77,8 +82,9 @@ def apply_checkpoint(
             delta_revision=delta_revision,
             tasks=info.tasks,
             task=task,
+            absent=info.absent_files,
         )
-        copy_files(side_files, folder)
+        write_dense_files(side_files, folder, entries)
     return Path(output)
 
 
@@ -88,16 +94,17 @@ def _base_names(contents: DeltaContents) -> tuple[str, ...]:
     return (*info.reverted, *info.unchanged)
 
 
-def _entries(contents: DeltaContents, tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
-    """What the dense folder holds, in the order of :func:`_dense_blocks`."""
+def _entries(contents: DeltaContents, tensors: Mapping[str, Tensor], in_base: Mapping[str, str]) -> Iterator[Entry]:
+    """What the dense folder holds, in the order of :func:`_dense_blocks`; ``in_base``: names in the base's files."""
     info = contents.info()
+    names = dense_names({name: info.saved_name(name) for name in (*tensors, *contents.carried)}, in_base)
     for name, shape in contents.table:
         rows = len(contents.new_rows[name]) if name in contents.new_rows else 0
-        yield Entry(info.saved_name(name), tensors[name].dtype, (shape[0] + rows, *shape[1:]) if rows else shape)
+        yield Entry(names[name], tensors[name].dtype, (shape[0] + rows, *shape[1:]) if rows else shape)
     for name in _base_names(contents):
-        yield Entry(info.saved_name(name), tensors[name].dtype, tuple(tensors[name].shape))
+        yield Entry(names[name], tensors[name].dtype, tuple(tensors[name].shape))
     for name, tensor in contents.carried.items():
-        yield Entry(info.saved_name(name), tensor.dtype, tuple(tensor.shape))
+        yield Entry(names[name], tensor.dtype, tuple(tensor.shape))
 
 
 def _dense_blocks(

@@ -14,10 +14,11 @@ from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.folder import set_q, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.finetuned_source import read_finetuned
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.checkpoints import Progress, has_hf_names, load_tensors, total_bytes
+from dpp_lightning.storage.checkpoints import Progress, load_tensors, total_bytes
 from dpp_lightning.storage.mapped_file import will_need
 from dpp_lightning.storage.model_folder import changed_side_files
 from dpp_lightning.tensors.flat_entries import EntriesHash
@@ -33,6 +34,7 @@ def prune_checkpoint(
     calibration: CalibrationSource | None = None,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
+    prefix: str | None = None,
     weights_only: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -50,6 +52,7 @@ def prune_checkpoint(
         scope: which tensors are pruned; default all.
         calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
         base_revision, finetuned_revision: of hub ids.
+        prefix: what stands before the names of the model that is meant, where the fine-tuned checkpoint holds several.
         weights_only: put no configuration, tokenizer and generation files beside the delta, only weights of further
             modules (sentence-transformers).
         progress: called with the bytes of both models that are done, and all of them.
@@ -61,16 +64,20 @@ def prune_checkpoint(
     """
     spec.check_calibration(objective=calibration is not None, inputs=calibration is not None)
     with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
+        tuned = read_finetuned(finetuned, finetuned_revision, base=base, base_revision=base_revision, prefix=prefix)
         plan = PruningPlan.of(
             load_tensors(base, base_revision),
-            load_tensors(finetuned, finetuned_revision),
+            tuned.tensors,
             scope or Scope(),
             base_name=str(base),
             base_revision=base_revision,
-            files=has_hf_names(finetuned),
+            files=tuned.exact,
         )
         plan = plan.for_spec(spec, calibration)
-        beside = changed_side_files(base, finetuned, base_revision, finetuned_revision, weights_only=weights_only)
+        beside: dict[str, Path | bytes | None] = {
+            **changed_side_files(base, finetuned, base_revision, finetuned_revision, weights_only=weights_only),
+            **({} if weights_only else tuned.files),
+        }
         if spec.drawn_dtype == spec.dtype:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
@@ -85,7 +92,11 @@ def prune_checkpoint(
 
 
 def _stream(
-    folder: Path, plan: PruningPlan, spec: PruningSpec, beside: Mapping[str, Path | None], progress: Progress | None
+    folder: Path,
+    plan: PruningPlan,
+    spec: PruningSpec,
+    beside: Mapping[str, Path | bytes | None],
+    progress: Progress | None,
 ) -> None:
     """Draw and write one pair of tensors at a time."""
     check = EntriesHash()

@@ -15,6 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from dpp_lightning.tensors.names import SeveralModelsError
+
 Shape = tuple[int, ...]
 
 _KINDS = (  # the most frequent first: among classes of the same tensors the first is taken
@@ -75,8 +77,8 @@ def find_architecture(
         prefix: what stands before the model's own names, where it is known.
 
     Raises:
-        ValueError: no such class, more than one model, or tensors that are missing, unexpected or of another shape: all
-            in one message.
+        SeveralModelsError: more than one model.
+        ValueError: no such class, or tensors that are missing, unexpected or of another shape: all in one message.
     """
     best: Architecture | None = None
     prefix = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
@@ -89,7 +91,7 @@ def find_architecture(
     if best is None:
         raise ValueError(f"transformers has no class to build for the model type {config.model_type!r}")
     if best.rivals:
-        raise ValueError(
+        raise SeveralModelsError(
             f"the checkpoint holds more than one {best.name}: choose with --prefix one of "
             f"{', '.join(map(repr, [best.prefix, *best.rivals]))}"
         )

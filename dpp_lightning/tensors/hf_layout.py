@@ -87,6 +87,27 @@ def file_layout(model: PreTrainedModel, tensors: Mapping[str, Tensor], *, as_loa
     return remembered[key]
 
 
+def file_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors as they stand in its files, for reading.
+
+    Args:
+        model: gives the conversions; its own tensors may be without values.
+        tensors: the model's names to tensors, each tied one once.
+
+    Returns:
+        Name in the files to tensor: the tensor itself, a view of a part, or a copy of what the files hold joined.
+    """
+    layout = file_layout(model, tensors)
+    apart = {name: place for name, place in layout.items() if name != place.source and _viewable(place, tensors)}
+    sources = {place.source for place in apart.values()}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in sources}
+    return {**{n: place.of(tensors[place.source]) for n, place in apart.items()}, **_converted(model, rest, None)}
+
+
+def _viewable(place: FilePlace, tensors: Mapping[str, Tensor]) -> bool:
+    return place.size is None or tensors[place.source].is_contiguous()
+
+
 def _layout(model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: Any) -> Layout:
     outlines = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     names = {id(outline): name for name, outline in outlines.items()}

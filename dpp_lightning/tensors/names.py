@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from dpp_lightning.tensors.blocks import block_of
 from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
 from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import has_unsupported_placements, is_dtensor, is_fsdp1_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TensorSource = nn.Module | Mapping[str, Tensor]
 
@@ -176,8 +180,9 @@ def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str
 
 
 def has_file_names(source: TensorSource) -> bool:
-    """Whether a source itself tells what the model's files call its tensors: a module with one transformers model."""
-    return isinstance(source, nn.Module) and len(transformers_models(source)) == 1
+    """Whether a source itself tells what the model's files call its tensors: a module with one transformers model, or
+    one that is trained."""
+    return isinstance(source, nn.Module) and len(_meant_models(transformers_models(source))) == 1
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
@@ -370,26 +375,38 @@ def embedding_rank(name: str) -> int:
     return next((rank for rank, word in enumerate(_EMBEDDINGS) if word in name), len(_EMBEDDINGS))
 
 
-def _of_models(module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> list[NamedTensor]:
-    """The tensors of a module that holds models of transformers: theirs as in their files, others as they are."""
+def _of_models(
+    module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedModel]
+) -> list[NamedTensor]:
+    """The tensors of a module that holds models of transformers: theirs as in their files, others as they are.
+
+    Of several models, the one that is trained is meant, the others (a teacher, an average) are left out; where several
+    are trained, or none, all have the names of the attributes that hold them before theirs.
+    """
+    meant = _meant_models(models)
     named: list[NamedTensor] = []
-    of_model: dict[str, str] = {}
+    others = set(tensors)
     for path, model in models.items():
         start = f"{path}." if path else ""
-        inside = {name: without_wrappers(name[len(start) :]) for name in tensors if name.startswith(start)}
-        of_model |= dict.fromkeys(inside, path)
-        sources = {plain: name for name, plain in inside.items()}
+        sources = {without_wrappers(name[len(start) :]): name for name in tensors if name.startswith(start)}
+        others -= set(sources.values())
+        if path not in meant:
+            continue
         own = {plain: tensors[name] for plain, name in sources.items()}
-        saved = {place: name for name, place in file_layout(model, own, as_loaded=True).items()}  # type: ignore[arg-type]
-        before = f"{without_wrappers(path)}." if len(models) > 1 else ""
-        for name, place in file_layout(model, own).items():  # type: ignore[arg-type]
-            source = sources[place.source]
-            file_name = before + saved.get(place, name)
+        saved = {place: name for name, place in file_layout(model, own, as_loaded=True).items()}
+        before = f"{without_wrappers(path)}." if len(meant) > 1 else ""
+        for name, place in file_layout(model, own).items():
+            source, file_name = sources[place.source], before + saved.get(place, name)
             named.append(NamedTensor(before + name, source, file_name, tensors[source], place, in_model=True))
-    others = [name for name in tensors if name not in of_model]
     named += [_as_it_is(name, tensors[name]) for name in others]
     order = {name: index for index, name in enumerate(tensors)}
     return sorted(named, key=lambda n: (order[n.source], n.place.offset))
+
+
+def _meant_models(models: Mapping[str, PreTrainedModel]) -> set[str]:
+    """Paths of the models whose tensors count: the only one that is trained, else all."""
+    trained = {path for path, model in models.items() if any(p.requires_grad for p in model.parameters())}
+    return trained if len(trained) == 1 else set(models)
 
 
 def _as_it_is(name: str, tensor: Tensor) -> NamedTensor:
