@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors
 from dpp_lightning.storage.model_folder import side_files
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.names import SeveralModelsError, in_new_spelling, without_wrappers
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def read_finetuned(
         ValueError: no tensor under the prefix, or adapters that are not merged.
         FileNotFoundError: as :func:`dpp_lightning.storage.checkpoints.load_tensors`.
     """
+    check_model(source, revision=revision)
     tensors = load_tensors(source, revision)
     if prefix:
         tensors = _under(tensors, prefix, str(source))

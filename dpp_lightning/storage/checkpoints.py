@@ -14,6 +14,7 @@ from dpp_lightning.storage.model_folder import SIDE_PATTERNS
 from dpp_lightning.storage.quantised import check_plain_weights
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded, read_sharded
+from dpp_lightning.storage.tied_tensors import share_tied
 from dpp_lightning.tensors.names import TensorSource
 
 Progress = Callable[[int, int], None]  # called with the bytes that are done, and all of them
@@ -32,13 +33,14 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
 
     Args:
         source: a ``.safetensors`` file; a PyTorch file (``.ckpt`` of Lightning: its ``state_dict``; ``.pt``, ``.pth``,
-            ``.bin``: a state dict); a folder in Hugging Face's layout (one file, or shards with an index; safetensors
-            before PyTorch files); a sharded checkpoint (``.metadata`` and ``*.distcp``, see
+            ``.bin``: a state dict); a folder in Hugging Face's layout (of several sets of weights that which transformers
+            loads: safetensors before PyTorch files, one file before shards with an index); a sharded checkpoint (``.metadata`` and ``*.distcp``, see
             :mod:`dpp_lightning.storage.sharded_checkpoint`); or a hub id. Pickled code is never run.
         revision: branch, tag or commit of a hub id.
 
     Returns:
-        Name to tensor. Tensors tied in a PyTorch file share their storage; entries that are no tensors are left out.
+        Name to tensor. Tensors tied in a PyTorch file share their storage, and so do those that a folder holds twice
+        although its ``config.json`` ties them; entries that are no tensors are left out.
 
     Raises:
         FileNotFoundError: no such file, a folder without weights, or shards that the index names and the folder lacks.
@@ -52,7 +54,7 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
         return load_sharded(path)
     tensors, folder = _load(path, source, revision)
     check_plain_weights(tensors, source, folder)
-    return tensors
+    return tensors if folder is None else share_tied(tensors, folder)
 
 
 def _load(path: Path, source: str | Path, revision: str | None) -> tuple[dict[str, Tensor], Path | None]:
@@ -81,16 +83,16 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Safetensors before PyTorch files; an index, else the usual name, else the only file there is."""
+    """Safetensors before PyTorch files; the usual name, else an index, else the only file there is."""
     candidates: list[Path] = []
     for index, single, suffixes in (
         (INDEX_FILE, SINGLE_FILE, (".safetensors",)),
         (_TORCH_INDEX, _TORCH_SINGLE, _TORCH_SUFFIXES),
     ):
-        if (folder / index).is_file():
-            return _read_shards(folder / index)
         if (folder / single).is_file():
             return _read(folder / single)
+        if (folder / index).is_file():
+            return _read_shards(folder / index)
         files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
         if len(files) == 1:
             return _read(files[0])

@@ -117,13 +117,13 @@ def _lay_over(
     name: str, config: PretrainedConfig, shapes: Mapping[str, Shape], prefix: str | None, *, asked: bool
 ) -> Architecture | None:
     """The class over the checkpoint, with sizes made to fit; None for one that cannot be built."""
-    model = _skeleton(name, config, asked=asked)
+    model = skeleton(name, config, asked=asked)
     if model is None:
         return None
     candidate = _match_names(model, name, shapes, prefix)
     resized = _resized(model, candidate, shapes)
     if resized is not None:
-        model = _skeleton(name, resized, asked=asked) or model
+        model = skeleton(name, resized, asked=asked) or model
     candidate.model = model
     model.config.architectures = [name]
     for tensor_name, parameter in model.state_dict().items():
@@ -133,8 +133,20 @@ def _lay_over(
     return candidate
 
 
-def _skeleton(name: str, config: PretrainedConfig, *, asked: bool) -> PreTrainedModel | None:
-    """The model without values."""
+def skeleton(name: str, config: PretrainedConfig, *, asked: bool = False) -> PreTrainedModel | None:
+    """A model without values.
+
+    Args:
+        name: class of transformers.
+        config: not changed.
+        asked: the user named the class.
+
+    Returns:
+        The model on the meta device; None where the class cannot be built.
+
+    Raises:
+        ValueError: it cannot be built, and ``asked`` is true.
+    """
     kind: Any = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         if asked:
