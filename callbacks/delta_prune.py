@@ -22,6 +22,8 @@ from dpp_lightning.callbacks.prune_run.run import PruneRun
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
+from dpp_lightning.methods.block_checks import check_method
+from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
 from dpp_lightning.tensors.names import buffer_names, canonical_tensors
@@ -73,11 +75,13 @@ class DeltaPruneCallback(pl.Callback):
         forward_fn: ``(module, batch) -> Tensor``, called in place of the evaluation step where outputs are compared. A
             module may instead have ``calibration_steps(batch)``, a generator that runs a forward and yields a mask of
             the tokens that are no padding.
-        scope: prune ``all`` floating-point tensors, or only the ``linear`` maps inside the numbered blocks.
+        scope: prune ``all`` floating-point tensors, or only the ``linear`` maps inside the model's blocks.
         include: glob patterns on canonical names; if given, only matching tensors are pruned.
         exclude: glob patterns on canonical names of tensors that are never pruned.
         outside: a tensor outside the scope is stored dense (``carry``) or gets its base value back (``revert``).
         carry: glob patterns on canonical names of tensors that are always stored dense. New heads and buffers are.
+        blocks: where the model's blocks are, for ``linear`` and the methods that go by blocks, if names do not tell:
+            globs of the leading parts of canonical names, one part for one, such as ``tower.cells.*``.
         dtype: how the kept values are held in the file (and so in the score); default the weights' dtype, at most 32
             bits.
         method_settings: settings of single methods by name, such as ``{"magnitude": {"budget": "model"}}``.
@@ -130,6 +134,7 @@ class DeltaPruneCallback(pl.Callback):
         exclude: Sequence[str] = (),
         outside: Literal["carry", "revert"] = "carry",
         carry: Sequence[str] = (),
+        blocks: Sequence[str] = (),
         dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
         method_settings: dict[str, dict[str, str | float]] | None = None,
         apply: bool = False,
@@ -146,7 +151,7 @@ class DeltaPruneCallback(pl.Callback):
             monitor=monitor, mode=mode, output_dir=output_dir, pretrained=pretrained, revision=revision,
             objective=objective, calibration_samples=calibration_samples, calibration_dataloader=calibration_dataloader,
             output_layer=output_layer, output_measure=output_measure, forward_fn=forward_fn,
-            scope=Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)), dtype=dtype,
+            scope=Scope.of(scope, include, exclude, outside, carry, blocks), dtype=dtype,
             method_settings=method_settings or {}, apply=apply, ckpt=ckpt, plot=plot, resume=resume,
             save_deltas=save_deltas, lora=lora, push_to_hub=push_to_hub, hub_private=hub_private,
         )  # fmt: skip
@@ -216,7 +221,7 @@ class DeltaPruneCallback(pl.Callback):
             new, carry = new_names(pl_module, trainer.optimizers), self.settings.scope.carry
             base.check_complete(pl_module, new)
             self._base_fingerprint = base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
-            self._scope(trainer, pl_module).fates(base.tensors, canonical_tensors(pl_module))  # something is to prune
+            self._check_scope(trainer, pl_module, base)
         if not self._monitor_checked:
             self._evaluating = True
             try:
@@ -272,6 +277,7 @@ class DeltaPruneCallback(pl.Callback):
         with self._adapter_view(pl_module) as base:
             new, carry = new_names(pl_module, ()), self.settings.scope.carry
             base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
+            self._check_scope(trainer, pl_module, base)
         self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -293,6 +299,15 @@ class DeltaPruneCallback(pl.Callback):
         """Module and base as they are pruned: a LoRA adapter's parameters against zero, or its merged weights."""
         assert self._base is not None
         return adapter_view(module, self._base, self.settings.lora, keep=keep)
+
+    def _check_scope(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> None:
+        """Refuse a scope that leaves nothing to prune, and a method by blocks if none of what is trained is in one."""
+        scope, tensors = self._scope(trainer, module), canonical_tensors(module)
+        pruned = {n: tensors[n] for n, fate in scope.fates(base.tensors, tensors).items() if fate == "prune"}
+        trained = {} if self.settings.lora == "merged" else {n: t for n, t in pruned.items() if t.requires_grad}
+        for method in self.settings.methods:
+            if METHODS[method].by_blocks:
+                check_method(f"{method} goes", scope.placed(trained or pruned))
 
     def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
         """The scope with buffers, and heads that were new in this training, carried."""

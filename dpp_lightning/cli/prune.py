@@ -33,6 +33,7 @@ def prune_to_folder(
     exclude: Sequence[str] = (),
     carry: Sequence[str] = (),
     outside: Literal["carry", "revert"] = "carry",
+    blocks: Sequence[str] = (),
     calibration: str | None = None,
     calibration_samples: int = 64,
     base_revision: str | None = None,
@@ -51,11 +52,12 @@ def prune_to_folder(
         seed: of the random selections, an integer >= 0
         q: divide kept values by this; null for the method's own
         method_settings: the method's own settings, one by one as in --method_settings.budget model
-        scope: prune every floating-point tensor, or only the linear maps inside the numbered blocks
+        scope: prune every floating-point tensor, or only the linear maps inside the model's blocks
         include: globs of tensor names: only these are pruned
         exclude: globs of tensor names: these are never pruned
         carry: globs of tensor names: these are stored dense, such as a new head
         outside: a tensor outside the scope is carried (stored dense) or reverted to the base
+        blocks: where the blocks are if names do not tell: leading parts of tensor names, such as 'tower.cells.*'
         calibration: text (one example a line) or a .safetensors batch, for methods that fit or weigh by data
         calibration_samples: how many of its examples are used at most
         base_revision: branch, tag or commit where the base is a hub id
@@ -69,7 +71,7 @@ def prune_to_folder(
             finetuned,
             output,
             spec,
-            scope=Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)),
+            scope=Scope.of(scope, include, exclude, outside, carry, blocks),
             calibration=data,
             base_revision=base_revision,
             finetuned_revision=finetuned_revision,

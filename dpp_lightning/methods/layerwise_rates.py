@@ -1,16 +1,17 @@
 """OWL and DP: magnitude pruning whose rate differs from block to block, by what the delta has of large entries."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from dpp_lightning.methods.block_checks import check_pairs
 from dpp_lightning.methods.kept_entries import KeptEntries, exact_count
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.methods.top_scores import ranked
 from dpp_lightning.sampling.sampler import exact_rate
-from dpp_lightning.tensors.blocks import block_of, is_linear_map
 
 OwlVariant = Literal["dppa", "original"]
 DpVariant = Literal["paper", "released"]
@@ -30,7 +31,9 @@ def owl(
     """Magnitude with a rate for each block: keep_b = (1 - p) + lambda (D_b - mean D) / max |D - mean D|.
 
     D_b is the share of the block's entries (of its linear maps) above M times their mean. The keep rates are then
-    scaled so that the whole delta keeps its (1 - p) n. Tensors outside the numbered blocks use p.
+    scaled so that the whole delta keeps its (1 - p) n. Tensors outside the blocks use p. Where all blocks have one D,
+    and so where there is a single block, nothing swings and every tensor keeps the same share; a single block is warned
+    of.
 
     Args:
         pairs, pruning_rate: as for every selection.
@@ -40,14 +43,21 @@ def owl(
         outlier_factor: M > 0.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: a setting outside its range, or no pair is a linear map inside a block.
     """
     _check(fluctuation=fluctuation, outlier_factor=outlier_factor)
+    check_pairs("owl goes", pairs)
     blocks = _blocks(pairs)
+    if len(blocks) == 1:
+        warnings.warn(
+            f"owl swings the rate between blocks, and this model has a single one ({next(iter(blocks))}): every tensor "
+            "keeps the same share. If the model's blocks are others, say where (blocks=, --blocks)",
+            stacklevel=2,
+        )
     share = [_large(group, [outlier_factor])[0].share for group in blocks.values()]
     swing = _within(fluctuation, pruning_rate)
     moved = dict(zip(blocks, _swing(share, swing, recentred=variant == "original"), strict=True))
-    keep = [1 - pruning_rate + moved.get(block_of(pair.name) or "", 0.0) for pair in pairs]
+    keep = [1 - pruning_rate + moved.get(pair.block or "", 0.0) for pair in pairs]
     yield from ranked(pairs, budgeted_counts(keep, [p.numel for p in pairs], pruning_rate))
 
 
@@ -60,7 +70,12 @@ def dp(
     fluctuation: float = 0.08,
     outlier_factor: float = 5.0,
 ) -> Iterator[KeptEntries]:
-    """Magnitude with a rate for each linear map, p - r_b - u_l (DPPA, Section 3.2); see :func:`dp_counts`."""
+    """Magnitude with a rate for each linear map, p - r_b - u_l (DPPA, Section 3.2); see :func:`dp_counts`.
+
+    Raises:
+        ValueError: a setting outside its range, or no pair is a linear map inside a block.
+    """
+    check_pairs("dp and dppa go", pairs)
     yield from ranked(pairs, dp_counts(pairs, [pruning_rate], variant, fluctuation, outlier_factor)[0])
 
 
@@ -76,7 +91,8 @@ def dp_counts(
     The significance S of a set of deltas is the sum of |delta| above N times their mean. Blocks:
     r_b = lambda (S_b - mean S) / max |S - mean S|. Linear maps, all of the model together: s_l = S_l / mean S,
     t_l = s_l - sum n_l s_l / sum n_l, u_l = lambda t_l / max |t|. Linear l keeps 1 - p + r_b + u_l, clamped to [0, 1]
-    and scaled so that the whole delta keeps its (1 - p) n.
+    and scaled so that the whole delta keeps its (1 - p) n. Of a single block, or of blocks that are alike, r_b is 0 and
+    only the linear maps differ.
 
     Args:
         pairs: the pruned tensors; those outside the blocks use p, those in a block that are no linear map p - r_b.
@@ -102,7 +118,7 @@ def dp_counts(
     counts = []
     for rate in pruning_rates:
         swing = _RELEASED_LAMBDA if released else _within(fluctuation, rate)
-        moved = [block_swing.get(block_of(p.name) or "", 0.0) + linear_swing.get(p.name, 0.0) for p in pairs]
+        moved = [block_swing.get(p.block or "", 0.0) + linear_swing.get(p.name, 0.0) for p in pairs]
         keep, sizes = [1 - rate + swing * m for m in moved], [pair.numel for pair in pairs]
         if released:
             counts.append([round(min(max(k, 0.0), 1.0) * n) for k, n in zip(keep, sizes, strict=True)])
@@ -165,12 +181,11 @@ def _large(group: Sequence[TensorPair], factors: Sequence[float]) -> list[_Large
 
 
 def _blocks(pairs: Sequence[TensorPair]) -> dict[str, list[TensorPair]]:
-    """The linear maps of each numbered block."""
+    """The linear maps of each block."""
     blocks: dict[str, list[TensorPair]] = {}
     for pair in pairs:
-        block = block_of(pair.name)
-        if block is not None and is_linear_map(pair.name, pair.shape):
-            blocks.setdefault(block, []).append(pair)
+        if pair.linear and pair.block is not None:
+            blocks.setdefault(pair.block, []).append(pair)
     return blocks
 
 

@@ -75,6 +75,8 @@ class Method:
         seeded: the kept positions follow from (seed, tensor name, position), so that a file need not store them.
         random: the kept positions depend on the seed.
         weighs: the selection itself gives the kept values their weights.
+        by_blocks: the selection goes by the linear maps in a model's blocks, and refuses a model without any; see
+            :mod:`dpp_lightning.methods.block_checks`.
     """
 
     select: selections.Selection
@@ -86,6 +88,7 @@ class Method:
     seeded: bool = False
     random: bool = True
     weighs: bool = False
+    by_blocks: bool = False
 
     def check(self, pruning_rate: float, settings: Mapping[str, Any]) -> None:
         """Refuse a rate or settings that the method does not have.
@@ -205,12 +208,14 @@ METHODS = MethodTable({
     "darex-learned": Method(selections.random, rescaling.keep_rate, *_DAREX, fit=_LEARNED, seeded=True),
     "magnitude": Method(selections.magnitude, rescaling.no_rescaling, *_DAREX, random=False),
     "wanda": Method(wanda.wanda, rescaling.no_rescaling, *_WANDA, inputs=True, random=False),
-    "owl": Method(layerwise_rates.owl, rescaling.no_rescaling, *_OWL, random=False),
-    "dp": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, random=False),
-    "dppa": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fit=_PARTITIONS, random=False),
+    "owl": Method(layerwise_rates.owl, rescaling.no_rescaling, *_OWL, random=False, by_blocks=True),
+    "dp": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, random=False, by_blocks=True),
+    "dppa": Method(
+        layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fit=_PARTITIONS, random=False, by_blocks=True
+    ),
     "dare-dpa": Method(selections.random, rescaling.keep_rate, *_DPPA, fit=_PARTITIONS, seeded=True),
-    "struct-dare": Method(structured.structured, rescaling.keep_rate, *_DAREX),
-    "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q),
+    "struct-dare": Method(structured.structured, rescaling.keep_rate, *_DAREX, by_blocks=True),
+    "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q, by_blocks=True),
     "importance": Method(
         selections.importance, rescaling.keep_rate, *_HORVITZ, fit=replace(_ONE_Q, required=False), weighs=True
     ),

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpp_lightning.methods.block_checks import check_pairs
 from dpp_lightning.methods.kept_entries import KeptEntries
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.sampling.philox import Int64Array
 from dpp_lightning.sampling.sampler import exact_rate, kept_positions, uniform_words
-from dpp_lightning.tensors.blocks import is_linear_map
 from dpp_lightning.tensors.flat_entries import gather_entries
 
 
@@ -21,8 +21,10 @@ def structured(
     """Choose a share ``a`` of the input columns of each linear map at random, keep each entry there with probability b.
 
     p = 1 - a b. A kept value is delta (1 - p) / (a b) with the realised share of columns (at least one is chosen), so
-    that q = 1 - p is unbiased. Tensors that are no linear map of a numbered block keep each entry with probability
-    1 - p.
+    that q = 1 - p is unbiased. Tensors that are no linear map in a block keep each entry with probability 1 - p.
+
+    The columns of a weight are those of the features whose inputs are known; else of its last dimension, as in a
+    Linear (out, in). Experts in one tensor, (experts, out, in), share them.
 
     Args:
         pairs, pruning_rate, seed: as for every selection; the kept positions follow from seed, name and shape.
@@ -30,19 +32,20 @@ def structured(
         b: share of entries inside them, in (0, 1]; default (1 - p) / a, and min(1, 20 (1 - p)) where neither is given.
 
     Raises:
-        ValueError: shares outside (0, 1], or two that do not give p.
+        ValueError: shares outside (0, 1], two that do not give p, or no pair is a linear map inside a block.
     """
     columns, inside = column_shares(pruning_rate, a, b)
+    check_pairs("struct-dare and struct-darex-q go", pairs)
     keep = 1 - exact_rate(pruning_rate)
     for pair in pairs:
-        if not is_linear_map(pair.name, pair.shape) or keep == 1:
+        if not pair.linear or keep == 1:
             yield KeptEntries(torch.from_numpy(kept_positions(pair.name, pair.numel, pruning_rate, seed)))
             continue
-        axis = 1 if pair.inputs is None else pair.inputs.axis
-        features = pair.shape[axis]
-        chosen = _columns(pair.name, features, columns, seed)
-        positions = torch.from_numpy(_inside(pair, axis, chosen, float(1 - inside), seed))
-        weight = float(keep / (Fraction(len(chosen), features) * inside))
+        matrix = (pair.numel // pair.shape[-1], pair.shape[-1])
+        axis = 1 if pair.inputs is None or len(pair.shape) > 2 else pair.inputs.axis
+        chosen = _columns(pair.name, matrix[axis], columns, seed)
+        positions = torch.from_numpy(_inside(pair.name, matrix, axis, chosen, float(1 - inside), seed))
+        weight = float(keep / (Fraction(len(chosen), matrix[axis]) * inside))
         yield KeptEntries(positions, _delta(pair, positions) * weight)
 
 
@@ -83,13 +86,13 @@ def _columns(name: str, features: int, share: Fraction, seed: int) -> Int64Array
     return np.sort(np.argsort(words, kind="stable")[:count])
 
 
-def _inside(pair: TensorPair, axis: int, chosen: Int64Array, rate: float, seed: int) -> Int64Array:
+def _inside(name: str, matrix: tuple[int, int], axis: int, chosen: Int64Array, rate: float, seed: int) -> Int64Array:
     """Kept flat positions within the chosen columns, sorted."""
-    rows, columns = pair.shape
+    rows, columns = matrix
     if axis == 1:
-        drawn = kept_positions(pair.name, rows * len(chosen), rate, seed)
+        drawn = kept_positions(name, rows * len(chosen), rate, seed)
         return drawn // len(chosen) * columns + chosen[drawn % len(chosen)]
-    drawn = kept_positions(pair.name, len(chosen) * columns, rate, seed)
+    drawn = kept_positions(name, len(chosen) * columns, rate, seed)
     return chosen[drawn // columns] * columns + drawn % columns
 
 

@@ -24,6 +24,8 @@ class TensorPair:
         name: canonical name.
         shape: of the entries in common.
         inputs: what the weight's input features did on calibration data, where that is known.
+        block: the block of the model that it belongs to, such as ``layers.3.``; None outside the blocks.
+        linear: it is the weight of a linear map inside a block.
         base, finetuned: those entries, one-dimensional in C order (views where the tensors are contiguous, so that
             files mapped into memory are read only where they are looked at); tensors in shards as they are, to be
             gathered while their blocks are read.
@@ -34,17 +36,29 @@ class TensorPair:
     base: Tensor
     finetuned: Tensor
     inputs: InputStatistics | None = None
+    block: str | None = None
+    linear: bool = False
 
     @classmethod
-    def of(cls, name: str, base: Tensor, finetuned: Tensor, inputs: InputStatistics | None = None) -> TensorPair:
+    def of(
+        cls,
+        name: str,
+        base: Tensor,
+        finetuned: Tensor,
+        inputs: InputStatistics | None = None,
+        *,
+        block: str | None = None,
+        linear: bool = False,
+    ) -> TensorPair:
         """Two tensors of one shape, or of two that differ in their number of rows: then the common rows."""
         rows = min(len(base), len(finetuned)) if finetuned.dim() else 0
         if base.shape != finetuned.shape:
             base, finetuned = base[:rows], finetuned[:rows]
         shape = tuple(finetuned.shape)
-        if is_dtensor(finetuned):
-            return cls(name, shape, base.detach(), finetuned.detach(), inputs)
-        return cls(name, shape, base.detach().reshape(-1), finetuned.detach().reshape(-1), inputs)
+        base, finetuned = base.detach(), finetuned.detach()
+        if not is_dtensor(finetuned):
+            base, finetuned = base.reshape(-1), finetuned.reshape(-1)
+        return cls(name, shape, base, finetuned, inputs, block, linear)
 
     @property
     def numel(self) -> int:
@@ -81,17 +95,23 @@ class TensorPair:
                 linear map, |delta| for all else; ``activation`` is the same with embeddings by how often a token came.
         """
         scale = None if kind == "magnitude" else self._input_scale(embeddings=kind == "activation")
-        stride = 1 if self.inputs is None or self.inputs.axis == 1 else self.numel // max(self.shape[0], 1)
         for start, delta in self.deltas():
             score = delta.abs()
             if scale is not None:
-                features = torch.arange(start, start + len(delta))
-                features = features % len(scale) if stride == 1 else features // stride
-                score *= scale[features]
+                score *= scale[self._features(torch.arange(start, start + len(delta)))]
             yield start, delta, score
 
     def _input_scale(self, *, embeddings: bool) -> Tensor | None:
+        """A factor for each input feature, those of one expert after the other, float32, one-dimensional."""
         if self.inputs is None or (self.inputs.embedding and not embeddings):
             return None
-        rms = self.inputs.rms[: self.shape[self.inputs.axis]]
+        rms = self.inputs.rms[..., : self.shape[self.inputs.axis]].flatten()
         return rms.clamp_min(_LEAST_INPUT * float(rms.mean())).float()
+
+    def _features(self, positions: Tensor) -> Tensor:
+        """The input feature of each flat position, as an index into :meth:`_input_scale`."""
+        assert self.inputs is not None
+        (rows, columns), axis = self.shape[-2:], self.inputs.axis
+        last = axis == len(self.shape) - 1
+        features = positions % columns if last else positions // columns % rows
+        return features if len(self.shape) == 2 else features + positions // (rows * columns) * self.shape[axis]

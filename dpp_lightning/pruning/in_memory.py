@@ -30,6 +30,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     outside: Literal["carry", "revert"] = "carry",
+    blocks: Sequence[str] = (),
     dtype: str | None = None,
     q: float | None = None,
     **method_settings: Any,
@@ -42,8 +43,8 @@ def prune(
         method: a name of ``METHODS``.
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: mask seed, an integer >= 0.
-        scope, include, exclude, outside, carry: which tensors are pruned, see
-            :class:`dpp_lightning.pruning.scope.Scope`.
+        scope, include, exclude, outside, carry, blocks: which tensors are pruned, and where the model's blocks are,
+            see :class:`dpp_lightning.pruning.scope.Scope`.
         calibration: for a method that fits q, eta or factors, or that weighs entries by the layers' inputs: a
             :class:`dpp_lightning.calibration.Calibration`.
         dtype: how kept values are held: float32, bfloat16, float16, int8 or int4; default the fine-tuned dtype, at
@@ -54,7 +55,8 @@ def prune(
     Raises:
         TypeError: ``calibration`` is not calibration data.
         ValueError: an unknown method or setting, a rate outside [0, 1), weights that do not match or cannot be pruned,
-            or a method that needs calibration data without it.
+            a method that needs calibration data without it, or one that goes by blocks on a model in which none is
+            found.
     """
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings)
     if calibration is not None and not hasattr(calibration, "objective"):
@@ -66,7 +68,7 @@ def prune(
     plan = PruningPlan.of(
         _weights(base),
         _weights(finetuned),
-        Scope(scope, tuple(include), tuple(exclude), outside, tuple(carry)),
+        Scope.of(scope, include, exclude, outside, carry, blocks),
         base_name=str(base) if isinstance(base, str | Path) else None,
         files=isinstance(finetuned, str | Path) and has_hf_names(finetuned),
     )

@@ -149,8 +149,18 @@ class PruningPlan:
     @cached_property
     def pairs(self) -> list[TensorPair]:
         """The pruned tensors, both sides."""
-        known = self.inputs or {}
-        return [TensorPair.of(name, self.base[name], self.finetuned[name], known.get(name)) for name in self.pruned]
+        known, scope = self.inputs or {}, self.scope
+        return [
+            TensorPair.of(
+                name,
+                self.base[name],
+                self.finetuned[name],
+                known.get(name),
+                block=scope.block_of(name),
+                linear=scope.is_linear_map(name, self.finetuned[name].shape),
+            )
+            for name in self.pruned
+        ]
 
     def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
         """This plan, knowing the inputs of its weights, whatever the names' leading parts."""

@@ -1,9 +1,9 @@
-"""Scope: which tensors of a model are pruned, and what becomes of the others."""
+"""Scope: which tensors of a model are pruned, where its blocks are, and what becomes of the other tensors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
@@ -11,7 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from dpp_lightning.tensors.blocks import _BLOCK, is_linear_map
+from dpp_lightning.methods.block_checks import PlacedTensor, check_blocks, suggested_pattern
+from dpp_lightning.tensors.blocks import block_of, is_linear_map, weights_of_bias
 
 Fate = Literal["prune", "carry", "revert"]
 
@@ -24,11 +25,13 @@ class Scope:
 
     Attributes:
         kind: ``all`` prunes every floating-point tensor; ``linear`` only the weights and biases of the linear maps
-            inside the numbered blocks (two-dimensional ``….weight`` and its ``….bias``), as for decoders.
+            inside the model's blocks, as for decoders.
         include: glob patterns on canonical names; if given, only matching tensors are pruned.
         exclude: glob patterns on canonical names that are never pruned.
         outside: a tensor outside the scope is carried (stored dense, fine-tuned) or reverted (base value).
         carry: glob patterns of tensors that are always carried, such as a head that was new in this training.
+        blocks: where the model's blocks are, for ``linear`` and for the methods that go by blocks, if their names do
+            not tell: globs of the leading parts of canonical names, one part for one, such as ``tower.cells.*``.
     """
 
     kind: Literal["all", "linear"] = "all"
@@ -36,6 +39,25 @@ class Scope:
     exclude: tuple[str, ...] = ()
     outside: Literal["carry", "revert"] = "carry"
     carry: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        scope: Literal["all", "linear"] = "all",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        outside: Literal["carry", "revert"] = "carry",
+        carry: Sequence[str] = (),
+        blocks: Sequence[str] = (),
+    ) -> Scope:
+        """A scope of the settings as they are given: patterns in any sequence, or a single one as a text.
+
+        Raises:
+            ValueError: an unknown kind or treatment.
+        """
+        included, excluded, carried, of_blocks = map(_as_patterns, (include, exclude, carry, blocks))
+        return cls(scope, included, excluded, outside, carried, of_blocks)
 
     def __post_init__(self) -> None:
         """Check the choices.
@@ -50,9 +72,24 @@ class Scope:
             if value not in choices:
                 raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
 
+    def block_of(self, name: str) -> str | None:
+        """The block that a tensor belongs to, see :func:`dpp_lightning.tensors.blocks.block_of`."""
+        return block_of(name, self.blocks)
+
+    def is_linear_map(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a tensor is the weight of a linear map inside a block, see :mod:`dpp_lightning.tensors.blocks`."""
+        return is_linear_map(name, shape, self.blocks)
+
     def carrying(self, names: Iterable[str]) -> Scope:
         """This scope with further tensors always carried: new heads, buffers."""
         return replace(self, carry=(*self.carry, *(escape(name) for name in sorted(names))))
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> list[PlacedTensor]:
+        """Tensors with the blocks they are in, as :mod:`dpp_lightning.methods.block_checks` takes them."""
+        return [
+            PlacedTensor(name, tensor.numel(), self.block_of(name), self.is_linear_map(name, tensor.shape))
+            for name, tensor in tensors.items()
+        ]
 
     def fates(
         self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor] | None = None
@@ -70,10 +107,12 @@ class Scope:
 
         Raises:
             ValueError: a pattern matches no tensor, a linear map inside the blocks has no counterpart on the other
-                side (another architecture), or nothing is left to prune.
+                side (another architecture), there is no linear map for ``linear``, or nothing is left to prune.
         """
         self._check_patterns(finetuned)
-        self._check_blocks(base, finetuned, ignored or {})
+        self._check_layers(base, finetuned, ignored or {})
+        if self.kind == "linear":
+            self._check_linear_maps(finetuned)
         fates: dict[str, Fate] = {}
         for name, tensor in finetuned.items():
             known = name in base and tensor.is_floating_point() and _comparable(name, base[name], tensor)
@@ -89,7 +128,15 @@ class Scope:
             )
         return fates
 
-    def _check_blocks(
+    def _check_linear_maps(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse ``linear`` for a model in which nothing is one."""
+        check_blocks(
+            "scope='linear' prunes the linear maps in a model's blocks",
+            self.placed({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}),
+            "take scope='all' (--scope all), or name the tensors themselves (include=, --include)",
+        )
+
+    def _check_layers(
         self, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], ignored: Mapping[str, Tensor]
     ) -> None:
         """A head may be new; a linear map inside the numbered blocks that only one side has is a wrong pair."""
@@ -100,11 +147,11 @@ class Scope:
             if name not in base
             else f"{name}: shape {tuple(tensor.shape)}, in the base {tuple(base[name].shape)}"
             for name, tensor in finetuned.items()
-            if is_linear_map(name, tensor.shape)
+            if self.is_linear_map(name, tensor.shape)
             and not _matches(name, self.carry)
             and (name not in base or base[name].shape != tensor.shape)
         ]
-        faults += [f"{name}: only in the base" for name, tensor in ignored.items() if is_linear_map(name, tensor.shape)]
+        faults += [f"{name}: only in the base" for name, t in ignored.items() if self.is_linear_map(name, t.shape)]
         if faults:
             raise ValueError(
                 f"base and fine-tuned model do not have the same layers ({len(faults)} tensors). If a tensor is meant "
@@ -116,7 +163,12 @@ class Scope:
             return False
         if _matches(name, self.exclude):
             return False
-        return self.kind == "all" or _is_linear(name, tensors)
+        return self.kind == "all" or self._is_of_linear_map(name, tensors)
+
+    def _is_of_linear_map(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor is the weight or the bias of a linear map inside a block."""
+        weights = [(name, tensors[name]), *((other, tensors.get(other)) for other in weights_of_bias(name))]
+        return any(weight is not None and self.is_linear_map(other, weight.shape) for other, weight in weights)
 
     def _check_patterns(self, tensors: Mapping[str, Tensor]) -> None:
         for what, patterns in (("include", self.include), ("exclude", self.exclude), ("carry", self.carry)):
@@ -126,6 +178,13 @@ class Scope:
                         f"the {what} pattern {pattern!r} matches none of the {len(tensors)} tensors; patterns are "
                         f"globs on canonical names such as {', '.join(sorted(tensors)[:3])}"
                     )
+        for pattern in self.blocks:
+            if not any(block_of(name, [pattern]) for name in tensors):
+                raise ValueError(
+                    f"the blocks pattern {pattern!r} matches none of the {len(tensors)} tensors; it is a glob of the "
+                    f"leading parts of names such as {', '.join(sorted(tensors)[:3])}, one part for one, as in "
+                    f"{suggested_pattern(tensors) or 'tower.cells.*'!r}"
+                )
 
 
 def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
@@ -136,11 +195,9 @@ def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
     return both and bool(_VOCABULARY.search(name))
 
 
+def _as_patterns(value: Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_linear(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    owner, _, kind = name.rpartition(".")
-    weight = tensors.get(f"{owner}.weight")
-    return bool(_BLOCK.search(name)) and kind in ("weight", "bias") and weight is not None and weight.dim() == 2

@@ -37,6 +37,7 @@ def test_all_methods_in_one_run(tmp_path):
     callback = DeltaPruneCallback(
         list(METHODS), [0.8, 0.95], [0, 1], monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
         method_settings={"importance": {"score": "activation"}, "struct-dare": {"b": 0.5}, "darex-q-layer": {"rows": "median"}},
+        blocks=["*"],
     )  # fmt: skip
     fit(callback, module)
     rows = {(r.method, r.pruning_rate, r.seed): r for r in callback.results if r.pruning_rate}
@@ -58,7 +59,7 @@ def test_all_methods_in_one_run(tmp_path):
 def test_labels_are_used_by_every_fit_under_the_metric(tmp_path):
     callback = DeltaPruneCallback(
         ["dppa", "dare-dpa", "darex-q-layer"], 0.8, monitor="acc", output_dir=str(tmp_path), objective="metric",
-        calibration_dataloader=val_loader(100), forward_fn=logits,
+        calibration_dataloader=val_loader(100), forward_fn=logits, blocks=["*"],
     )  # fmt: skip
     fit(callback)
     dppa = SparseDelta.from_pretrained(tmp_path / "dppa-p0.8-seed0").info.settings
@@ -66,6 +67,37 @@ def test_labels_are_used_by_every_fit_under_the_metric(tmp_path):
     assert all(f == 0 or f >= 1 for f in dppa["factors"])
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {r["q_split"] for r in lines if r["pruning_rate"]} == {"calibration_dataloader="}
+
+
+def unchanged_by_a_refusal(callback, message):
+    """The callback refuses a fit before the first step of training."""
+    module = Foreign()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        fit(callback, module)
+    assert all(torch.equal(before[n], t) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.by_blocks])
+def test_a_method_by_blocks_refuses_a_model_without_before_training(tmp_path, method):
+    callback = DeltaPruneCallback(["dare", method], 0.8, monitor="acc", output_dir=str(tmp_path), forward_fn=logits)
+    unchanged_by_a_refusal(
+        callback, f"^{method} goes by the linear maps in a model's blocks, and the names of the 6 .*"
+    )
+
+
+def test_a_method_by_blocks_refuses_blocks_that_are_not_trained(tmp_path):
+    callback = DeltaPruneCallback("owl", 0.8, monitor="acc", output_dir=str(tmp_path), blocks=["[03]"])
+    module = Foreign()
+    module.net[0].requires_grad_(False)
+    module.net[3].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^owl goes .* names of the 2 tensors \(5\.weight, 5\.bias\)"):
+        fit(callback, module)
+
+
+def test_blocks_may_be_one_pattern_and_one_that_matches_nothing_is_refused(tmp_path):
+    callback = DeltaPruneCallback("owl", 0.8, monitor="acc", output_dir=str(tmp_path), blocks="tower.cells.*")
+    unchanged_by_a_refusal(callback, r"blocks pattern 'tower\.cells\.\*' matches none of the 6 tensors")
 
 
 def test_learned_needs_logits_and_says_so_before_training(tmp_path):

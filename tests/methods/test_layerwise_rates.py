@@ -12,13 +12,15 @@ from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.layerwise_rates import budgeted_counts, dp, dp_counts, owl
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.methods.wanda import wanda
+from dpp_lightning.tensors.blocks import block_of, is_linear_map
 
 REFERENCE = load_file(Path(__file__).parents[1] / "fixtures" / "dppa_reference.safetensors")
 RATES = [0.0, 0.1, 0.5, 0.9, 0.95, 0.99, 0.995, 0.999]
 
 
 def pair_of(name, delta, inputs=None):
-    return TensorPair.of(name, torch.zeros_like(delta), delta, inputs)
+    placed = {"block": block_of(name), "linear": is_linear_map(name, delta.shape)}
+    return TensorPair.of(name, torch.zeros_like(delta), delta, inputs, **placed)
 
 
 def of_reference(rate):
@@ -98,6 +100,62 @@ def test_owl_follows_its_formula():
     wanted = [float(keep[int(p.name.split(".")[1])]) for p in tensors]
     expected = budgeted_counts(wanted, sizes, 0.5)
     assert [len(k.positions) for k in owl(tensors, 0.5, 0)] == expected
+
+
+def single(*names):
+    g = torch.Generator().manual_seed(0)
+    return [pair_of(name, torch.randn(30, 20, generator=g) * torch.randn(30, 20, generator=g) ** 2) for name in names]
+
+
+def test_of_a_single_block_owl_keeps_the_same_share_everywhere_and_says_so():
+    tensors = single("layers.0.q.weight", "layers.0.up.weight", "embed.weight")
+    with pytest.warns(UserWarning, match=r"a single one \(layers\.0\.\): every tensor keeps the same share"):
+        kept = list(owl(tensors, 0.9, 0))
+    assert [len(k.positions) for k in kept] == [60, 60, 60]
+
+
+def test_of_a_single_block_dp_tells_only_linear_maps_apart():
+    tensors = single("layers.0.q.weight", "layers.0.up.weight", "embed.weight")
+    (counts,) = dp_counts(tensors, [0.9])
+    assert counts[0] != counts[1]
+    assert sum(counts) == 180
+
+
+@pytest.mark.parametrize(("select", "method"), [(owl, "owl goes"), (dp, "dp and dppa go")])
+def test_tensors_without_blocks_are_refused_in_one_line_with_the_cures(select, method):
+    with pytest.raises(ValueError, match=f"^{method} by the linear maps in a model's blocks, and the names") as error:
+        list(select(single(*(f"tower.cells.{i}.{n}.weight" for i in range(2) for n in "qkv")), 0.9, 0))
+    message = str(error.value)
+    assert "tower.cells.0.q.weight, tower.cells.0.k.weight, tower.cells.0.v.weight, ..." in message
+    assert "blocks='tower.cells.*' (--blocks)" in message
+    assert "take a method that needs none" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("select", [owl, dp])
+def test_blocks_of_convolutions_alone_are_refused(select):
+    tensors = [pair_of(f"layer1.{i}.conv.weight", torch.randn(8, 8, 1, 1)) for i in range(2)]
+    with pytest.raises(ValueError, match=r"in those of this model \(layer1\.0\., layer1\.1\.\) nothing") as error:
+        list(select(tensors, 0.9, 0))
+    assert "blocks=" not in str(error.value)
+
+
+@pytest.mark.parametrize("select", [owl, dp])
+def test_blocks_with_few_of_the_entries_are_warned_of(select):
+    tensors = [*model(), pair_of("encoder.0.weight", torch.randn(500, 500)), pair_of("table", torch.randn(900))]
+    with pytest.warns(UserWarning, match=r"which have 3 % of the entries here; the largest") as warned:
+        list(select(tensors, 0.9, 0))
+    assert "encoder.0.weight, table, embed.weight. " in str(warned[0].message)
+
+
+@pytest.mark.parametrize("select", [owl, dp])
+def test_experts_in_one_tensor_are_a_linear_map_of_their_block(select):
+    g = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(4, 8, 40, generator=g) * torch.randn(4, 8, 40, generator=g).abs() ** b for b in range(3)]
+    heavy = [pair_of(f"layers.{b}.mlp.experts.down_proj", delta) for b, delta in enumerate(deltas)]
+    counts = [len(k.positions) for k in select(heavy, 0.5, 0)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[1] < counts[2]
 
 
 @pytest.mark.parametrize("settings", [{"fluctuation": -0.1}, {"outlier_factor": 0}])

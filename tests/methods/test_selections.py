@@ -1,5 +1,6 @@
 """Selections: exact counts and ties by magnitude; by importance unbiased, within budget, of less variance than chance."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -238,13 +239,16 @@ def test_the_seed_and_the_name_decide():
 @pytest.mark.parametrize("rate", [0.0, 0.7])
 def test_every_method_yields_sorted_positions_of_every_tensor(method, rate):
     made = [heavy(1000, 1, "a"), pair_of("b", torch.tensor(0.5)), pair_of("c", torch.zeros(0, 3)), heavy(40, 2, "d")]
+    for block in ("layers.0.", "layers.1."):
+        matrix = pair_of(f"{block}q.weight", heavy(600, 3).finetuned.view(20, 30))
+        made.append(replace(matrix, block=block, linear=True))
     kept = list(METHODS[method].select(made, rate, 0))
     assert len(kept) == len(made)
     for pair, part in zip(made, kept, strict=True):
         assert part.positions.dtype == torch.int64
         assert bool((part.positions.diff() > 0).all())
         assert not len(part.positions) or (int(part.positions[0]) >= 0 and int(part.positions[-1]) < pair.numel)
-        assert (part.values is not None) == METHODS[method].weighs
+        assert pair.linear or (part.values is not None) == METHODS[method].weighs  # columns are weighed by their share
         assert part.values is None or (part.values.dtype == torch.float32 and len(part.values) == len(part.positions))
 
 

@@ -6,6 +6,7 @@ import torch
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.structured import column_shares, structured
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.tensors.blocks import block_of, is_linear_map
 
 NAME = "layers.0.q.weight"
 
@@ -16,7 +17,8 @@ def pair_of(delta, name=NAME, axis=1):
         if delta.dim() == 2
         else None
     )
-    return TensorPair.of(name, torch.zeros_like(delta), delta, x)
+    placed = {"block": block_of(name), "linear": is_linear_map(name, delta.shape)}
+    return TensorPair.of(name, torch.zeros_like(delta), delta, x, **placed)
 
 
 def dense(pair, kept):
@@ -60,11 +62,28 @@ def test_it_depends_on_seed_and_name_alone():
 
 def test_other_tensors_are_random_and_rate_0_keeps_all():
     bias = pair_of(torch.randn(5000), "layers.0.q.bias")
-    (kept,) = structured([bias], 0.9, 0)
+    _, kept = structured([pair_of(torch.randn(6, 7)), bias], 0.9, 0)
     assert kept.values is None
     assert len(kept.positions) == pytest.approx(500, rel=0.2)
     (kept,) = structured([pair_of(torch.randn(6, 7))], 0.0, 0)
     assert len(kept.positions) == 42
+
+
+def test_experts_in_one_tensor_share_the_columns_of_their_last_dimension():
+    delta = torch.randn(4, 50, 60)
+    (kept,) = structured([pair_of(delta, "layers.0.mlp.experts.down_proj")], 0.9, 3, a=0.2)
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[kept.positions] = True
+    columns = mask.view(200, 60).any(0)
+    assert columns.sum() == 12
+    assert mask.view(4, 50, 60)[..., columns].float().mean(dim=(1, 2)).tolist() == pytest.approx([0.5] * 4, abs=0.1)
+
+
+def test_tensors_without_a_linear_map_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^struct-dare and struct-darex-q go by .* \(layers\.0\.\) nothing that is pruned is one"
+    ):
+        list(structured([pair_of(torch.randn(50), "layers.0.q.bias")], 0.9, 0))
 
 
 @pytest.mark.parametrize(
