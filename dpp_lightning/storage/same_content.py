@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -56,7 +55,7 @@ def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype
         and a[name].shape == b[name].shape
-        and torch.equal(*(torch.frombuffer(bytearray(raw_bytes(t)), dtype=torch.uint8) for t in (a[name], b[name])))
+        and bytes(raw_bytes(a[name])) == bytes(raw_bytes(b[name]))
         for name in a
     )
 
