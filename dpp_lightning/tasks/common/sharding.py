@@ -31,7 +31,17 @@ def shard_for_strategy(module: pl.LightningModule, model: nn.Module) -> None:
             f"tensor_parallel_size is {parallel}, but the tasks shard over data_parallel alone: set it to 1"
         )
     mesh = module.device_mesh["data_parallel"]
-    for name, submodule in model.named_modules():
-        if block_of(f"{name}.") == f"{name}.":
-            fully_shard(submodule, mesh=mesh)
+    for block in block_modules(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def block_modules(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, such as a transformer's layers; of stages that hold blocks these, not the stages."""
+    names = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if block_of(f"{name}.") == f"{name}." and any(module.children()) and not isinstance(module, nn.ModuleList)
+    ]
+    inner = [name for name in names if not any(other != name and other.startswith(name) for other in names)]
+    return [model.get_submodule(name.removesuffix(".")) for name in inner]
