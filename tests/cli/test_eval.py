@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -225,6 +226,21 @@ def test_model_with_a_delta_is_what_apply_writes(words, dtype, tmp_path):
     assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
     assert model.dtype == getattr(torch, dtype or "float32")
     assert model.generation_config.eos_token_id == dense.generation_config.eos_token_id == 5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_model_with_a_delta_has_the_dtype_that_apply_writes_and_the_tuned_models_files(dtypes, tmp_path):
+    base, tuned = make_pair(tmp_path, dtypes[0])
+    AutoModelForCausalLM.from_pretrained(tuned).to(dtypes[1]).save_pretrained(tuned)
+    (Path(base) / "chat_template.jinja").write_text("BASE")
+    folder = make_delta(base, tuned, tmp_path / "delta", 0.5)
+    assert main(["apply", base, folder, "--output", str(tmp_path / "dense")]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with side_folder(base, folder, None) as beside:
+        assert not (Path(beside) / "chat_template.jinja").exists()
+        model = load_model(base, SparseDelta.from_pretrained(folder), beside, None)
+    assert model.dtype == dense.dtype == dtypes[0]
+    assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
 
 
 def test_base_without_a_head_takes_the_delta_s(tmp_path, harness):
