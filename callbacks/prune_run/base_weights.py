@@ -101,18 +101,21 @@ class BaseWeights:
         """
         if self.explicit:
             return
-        named: dict[int, list[NamedTensor]] = {}
-        for tensor in named_tensors(module):
-            named.setdefault(id(tensor.owner), []).append(tensor)
+        copies: dict[int, Tensor] = {}
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 copy = state.get("pretrained") if isinstance(state, dict) else None
-                if not isinstance(copy, Tensor):
-                    continue
-                exact = torch.promote_types(copy.dtype, parameter.dtype) == copy.dtype
-                for tensor in named.get(id(parameter), ()):
-                    if exact or (verified and tensor.name not in self.tensors):
-                        self.tensors[tensor.name] = tensor.place.of(copy)
+                if isinstance(copy, Tensor):
+                    copies[id(parameter)] = copy
+        for named in named_tensors(module):
+            held = [copies.get(id(owner)) for owner, _ in named.pieces]
+            if any(copy is None for copy in held):
+                continue
+            exact = all(
+                torch.promote_types(copy.dtype, named.owner.dtype) == copy.dtype for copy in held if copy is not None
+            )
+            if exact or (verified and named.name not in self.tensors):
+                self.tensors[named.name] = named.of(copies)
 
     def convert_like(self, module: pl.LightningModule) -> None:
         """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken."""
@@ -177,15 +180,15 @@ class BaseWeights:
         They change places tensor by tensor, so no third copy of the model is made. After the block, and after an
         exception too, both are as before, bit for bit.
         """
-        module_tensors, exchanged = canonical_tensors(module), []
+        named, exchanged = {n.name: n for n in named_tensors(module)}, []
         try:
             for name in names:
-                _swap(module_tensors[name], self.tensors[name])
+                _swap(named[name], self.tensors[name])
                 exchanged.append(name)
             yield
         finally:
             for name in exchanged:
-                _swap(module_tensors[name], self.tensors[name])
+                _swap(named[name], self.tensors[name])
 
 
 def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
@@ -208,7 +211,9 @@ def has_weights(module: pl.LightningModule) -> bool:
 
 
 @torch.no_grad()
-def _swap(a: Tensor, b: Tensor) -> None:
-    values = a.detach().clone()
-    a.detach().copy_(b)
-    b.detach().copy_(values)
+def _swap(named: NamedTensor, other: Tensor) -> None:
+    tensor = named.tensor.detach()
+    values = tensor.clone()
+    tensor.copy_(other)
+    named.store(tensor)
+    other.detach().copy_(values)

@@ -44,7 +44,7 @@ class BatchGradients:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
         named = {n.name: n for n in named_tensors(self.module)}
         targets = {name: named[in_module] for name, in_module in match_names(delta.tensors, named).items()}
-        owners = {id(target.owner): target.owner for target in targets.values()}
+        owners = {id(owner): owner for target in targets.values() for owner, _ in target.pieces}
         frozen = [tensor for tensor in owners.values() if not tensor.requires_grad]
         with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():
             try:
@@ -58,9 +58,9 @@ class BatchGradients:
                     tensor.requires_grad_(False)
         of_owner = {key: gradient for key, gradient in zip(owners, gradients, strict=True) if gradient is not None}
         return {
-            name: gather_entries(target.place.of(of_owner[id(target.owner)]), delta.tensors[name].indices).cpu()
+            name: gather_entries(target.of(of_owner), delta.tensors[name].indices).cpu()
             for name, target in targets.items()
-            if id(target.owner) in of_owner
+            if all(id(owner) in of_owner for owner, _ in target.pieces)
         }
 
     def _forward(self, piece: Any) -> Tensor:

@@ -24,7 +24,14 @@ from dpp_lightning.tensors.flat_entries import (
     group_by_device_and_dtype,
     scatter_entries,
 )
-from dpp_lightning.tensors.names import TensorSource, describe_source, match_names, named_tensors, source_names
+from dpp_lightning.tensors.names import (
+    NamedTensor,
+    TensorSource,
+    describe_source,
+    match_names,
+    named_tensors,
+    source_names,
+)
 from dpp_lightning.tensors.shards import is_dtensor, shard_like
 from dpp_lightning.tensors.threads import in_order, over_threads
 
@@ -154,13 +161,13 @@ class SparseDelta:
             ValueError: tensors missing or of another shape, another base, or values that overflow the target's dtype.
             RuntimeError: this delta is applied to the target already.
         """
-        targets, owners = self._find(target)
-        if any(name in self._originals.get(owner, ()) for name, owner in owners.items()):
+        targets, named = self._find(target)
+        if any(name in self._originals.get(n.owner, ()) for name, n in named.items()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
         base_values, sums = self._base_values_and_sums(targets, target, force=force)
         for name, originals in self._held(targets, base_values).items():
-            self._originals.setdefault(owners[name], {})[name] = originals
-        self._write_all(targets, {name: (sums.get(name), self.new_rows.get(name)) for name in targets})
+            self._originals.setdefault(named[name].owner, {})[name] = originals
+        self._write_all(targets, named, {name: (sums.get(name), self.new_rows.get(name)) for name in targets})
 
     def revert_(self, target: TensorSource, *, base: TensorSource | None = None) -> None:
         """Take the delta off in place, bit for bit. O(kept).
@@ -173,21 +180,21 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors.
         """
-        targets, owners = self._find(target)
+        targets, named = self._find(target)
         if base is not None:
             sources, _ = self._find(base)
             kept = {name: gather_entries(sources[name], tensor.indices) for name, tensor in self.tensors.items()}
             originals = self._held(sources, kept)
-        elif all(name in self._originals.get(owner, ()) for name, owner in owners.items()):
-            originals = {name: self._originals[owner][name] for name, owner in owners.items()}
+        elif all(name in self._originals.get(n.owner, ()) for name, n in named.items()):
+            originals = {name: self._originals[n.owner][name] for name, n in named.items()}
         else:
             raise RuntimeError(
                 "this delta is not applied to the target, so there is nothing to revert; if it was applied in another "
                 "process or by another SparseDelta object, pass base= with the base's weights"
             )
-        self._write_all(targets, originals)
-        for owner in owners.values():
-            self._originals.pop(owner, None)
+        self._write_all(targets, named, originals)
+        for n in named.values():
+            self._originals.pop(n.owner, None)
 
     @contextmanager
     def applied(self, target: TensorSource, *, force: bool = False) -> Iterator[None]:
@@ -349,15 +356,15 @@ class SparseDelta:
         if check.hexdigest() != self.info.base_check:
             raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), self.info))
 
-    def _find(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The target's tensors under this delta's names, shapes checked, and the tensors that those are parts of."""
+    def _find(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, NamedTensor]]:
+        """The target's tensors under this delta's names, shapes checked, and where they lie in the target."""
         self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
-        named = [(n.owner, n.name, n.tensor) for n in named_tensors(target)]
-        tensors = {name: tensor for _, name, tensor in named}
+        named = [(n, n.tensor) for n in named_tensors(target)]
+        tensors = {n.name: tensor for n, tensor in named}
         found = find_tensors(shapes, tensors, describe_source(target), self.info)
-        owners = {id(tensor): owner for owner, _, tensor in named}
-        return found, {name: owners[id(tensor)] for name, tensor in found.items()}
+        by_tensor = {id(tensor): n for n, tensor in named}
+        return found, {name: by_tensor[id(tensor)] for name, tensor in found.items()}
 
     def _finetuned_shape(self, name: str) -> tuple[int, ...]:
         if name in self.carried:
@@ -386,8 +393,15 @@ class SparseDelta:
         """How much there is to read or write of each tensor."""
         return {n: (self.tensors[n].values if n in self.tensors else self.carried[n]).numel() for n in names}
 
-    def _write_all(self, targets: dict[str, Tensor], values: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    def _write_all(
+        self,
+        targets: Mapping[str, Tensor],
+        named: Mapping[str, NamedTensor],
+        values: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    ) -> None:
         over_threads(lambda name: self._write(name, targets[name], *values[name]), self._sizes(targets))
+        for name, tensor in targets.items():
+            named[name].store(tensor)
 
     def _write(self, name: str, target: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
         """Overwrite kept entries and new rows of a tensor, or all of a carried one (None: with what is carried)."""

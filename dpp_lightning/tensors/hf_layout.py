@@ -3,14 +3,15 @@
 transformers renames, splits and joins tensors as it loads and saves: the experts of a mixture are one tensor in memory
 and a matrix for each expert in the files, vision towers have other names. The form of the files is what other versions
 and other engines read, and what a folder holds, so it is the canonical one. Each tensor of the files is here a tensor
-in memory or a view of a part of one, so that it is read and overwritten in place.
+in memory or a view of a part of one, so that it is read and overwritten in place; or several of them one after the
+other, where the files hold query, key and value as one.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -32,15 +33,23 @@ class FilePlace:
     Attributes:
         source: name in memory.
         size, stride, offset: of the part, in entries of the source, which is contiguous; None for all of it.
+        more: further tensors in memory, whose rows follow.
     """
 
     source: str
     size: tuple[int, ...] | None = None
     stride: tuple[int, ...] | None = None
     offset: int = 0
+    more: tuple[FilePlace, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[FilePlace, ...]:
+        """This place without the further ones, and those."""
+        return (replace(self, more=()), *self.more) if self.more else (self,)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of the source: the source itself where it is all of it, else a view without gradients."""
+        """The part of the source, without further ones: the source itself where it is all of it, else a view of it
+        without gradients."""
         if self.size is None or self.stride is None:
             return tensor
         tensor = tensor.detach()
@@ -101,50 +110,55 @@ def file_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[
     apart = {name: place for name, place in layout.items() if name != place.source and _viewable(place, tensors)}
     sources = {place.source for place in apart.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in sources}
-    return {**{n: place.of(tensors[place.source]) for n, place in apart.items()}, **_converted(model, rest, None)}
+    converted = _converted(model, rest, None, _KeepViews())
+    return {**{n: place.of(tensors[place.source]) for n, place in apart.items()}, **converted}
 
 
 def _viewable(place: FilePlace, tensors: Mapping[str, Tensor]) -> bool:
-    return place.size is None or tensors[place.source].is_contiguous()
+    return not place.more and (place.size is None or tensors[place.source].is_contiguous())
 
 
 def _layout(model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: Any) -> Layout:
     outlines = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     names = {id(outline): name for name, outline in outlines.items()}
+    mode = _KeepViews()
     layout: Layout = {}
-    for file_name, part in _converted(model, outlines, conversions).items():
-        source = names.get(id(part if part._base is None else part._base))
-        if source is None:
-            continue
-        whole = part._base is None
-        layout[file_name] = (
-            FilePlace(source) if whole else FilePlace(source, tuple(part.shape), part.stride(), part.storage_offset())
-        )
+    for file_name, part in _converted(model, outlines, conversions, mode).items():
+        pieces = [_place(piece, names) for piece in mode.joined.get(id(part), [part])]
+        if all(pieces):
+            first, *more = pieces
+            layout[file_name] = replace(first, more=tuple(more))  # type: ignore[type-var]
     covered: dict[str, int] = dict.fromkeys(tensors, 0)
-    for place in layout.values():
-        covered[place.source] += torch.Size(place.size).numel() if place.size else tensors[place.source].numel()
-    joined = {name for name, entries in covered.items() if entries != tensors[name].numel()}
-    layout = {name: place for name, place in layout.items() if place.source not in joined}
-    joined |= {name for name, tensor in tensors.items() if not tensor.numel() and not _placed(name, layout)}
-    return {**layout, **{name: FilePlace(name) for name in joined if name not in layout}}
+    for place in (piece for whole in layout.values() for piece in whole.pieces):
+        covered[place.source] += tensors[place.source].numel() if place.size is None else torch.Size(place.size).numel()
+    unknown = {name for name, entries in covered.items() if entries != tensors[name].numel()}
+    layout = {n: whole for n, whole in layout.items() if not unknown & {piece.source for piece in whole.pieces}}
+    placed = {piece.source for whole in layout.values() for piece in whole.pieces}
+    return {**layout, **{name: FilePlace(name) for name in tensors if name not in placed}}
 
 
-def _placed(source: str, layout: Layout) -> bool:
-    return any(place.source == source for place in layout.values())
+def _place(part: Tensor, names: Mapping[int, str]) -> FilePlace | None:
+    """Where a part lies, of outlines whose names are known by identity; None for what is no view of one."""
+    if part._base is None:
+        return FilePlace(names[id(part)]) if id(part) in names else None
+    source = names.get(id(part._base))
+    return FilePlace(source, tuple(part.shape), part.stride(), int(part.storage_offset())) if source else None
 
 
-def _converted(model: PreTrainedModel, outlines: dict[str, Tensor], conversions: Any) -> dict[str, Tensor]:
-    """transformers' own conversion to the files' form, on tensors without values; as they are where it fails."""
+def _converted(
+    model: PreTrainedModel, tensors: dict[str, Tensor], conversions: Any, mode: _KeepViews
+) -> dict[str, Tensor]:
+    """transformers' own conversion to the files' form; as they are where it fails."""
     from transformers.core_model_loading import revert_weight_conversion
 
     attributes = vars(model)
     noted, had = attributes.get(_CONVERSIONS), _CONVERSIONS in attributes
     attributes[_CONVERSIONS] = conversions
     try:
-        with _KeepViews(), torch.no_grad():
-            return dict(revert_weight_conversion(model, dict(outlines)))
+        with mode, torch.no_grad():
+            return dict(revert_weight_conversion(model, dict(tensors)))
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError):
-        return outlines
+        return tensors
     finally:
         if had:
             attributes[_CONVERSIONS] = noted
@@ -153,10 +167,25 @@ def _converted(model: PreTrainedModel, outlines: dict[str, Tensor], conversions:
 
 
 class _KeepViews(TorchFunctionMode):
-    """Inside it a part of a tensor stays a view of it where it would be copied to lie in one piece."""
+    """Inside it a part of a tensor stays a view of it where it would be copied to lie in one piece.
+
+    Attributes:
+        joined: identity of a tensor to the tensors whose rows it was joined of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: dict[int, list[Tensor]] = {}
+        self._alive: list[Tensor] = []  # so that no identity is given twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))
+        if func is Tensor.contiguous:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.cat and (args[1:] or (kwargs or {}).get("dim", 0)) in ((0,), 0, ()):
+            self.joined[id(result)] = list(args[0])
+            self._alive.append(result)
+        return result
 
 
 def _inside(path: str, outer: str) -> bool:

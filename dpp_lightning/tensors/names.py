@@ -74,9 +74,10 @@ class NamedTensor:
         name: canonical.
         source: the name in the source, with everything that wrappers put into it.
         saved: what the model's own files call it, as far as the source tells.
-        owner: the source's tensor, a ``Parameter`` for a module.
+        owner: the source's tensor, a ``Parameter`` for a module; the first of several.
         place: which part of the owner it is.
         in_model: it is of a model of transformers inside a module.
+        more: further tensors of the source whose rows follow, where the files hold several as one.
     """
 
     name: str
@@ -85,21 +86,44 @@ class NamedTensor:
     owner: Tensor
     place: FilePlace
     in_model: bool = False
+    more: tuple[tuple[Tensor, FilePlace], ...] = ()
+
+    @property
+    def pieces(self) -> list[tuple[Tensor, FilePlace]]:
+        """The source's tensors that it consists of, and which part of each."""
+        return [(self.owner, self.place), *self.more]
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor itself: the owner, or a view of a part of it."""
-        return self.place.of(self.owner)
+        """The tensor itself: the owner, or a view of a part of it; a copy where it consists of several."""
+        return self.of({id(owner): owner for owner, _ in self.pieces})
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of its owner."""
-        return self.place.size is None
+        """Whether it is all of its owner and nothing else."""
+        return self.place.size is None and not self.more
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for two names of one tensor, or of one part of a tensor, of a module."""
-        return (id(self.owner), self.place.size, self.place.stride, self.place.offset)
+        return tuple((id(owner), place.size, place.stride, place.offset) for owner, place in self.pieces)
+
+    def of(self, values: Mapping[int, Tensor]) -> Tensor:
+        """The same part of other tensors, such as gradients.
+
+        Args:
+            values: identity of each owner to a tensor of its shape.
+        """
+        parts = [place.of(values[id(owner)]) for owner, place in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+
+    @torch.no_grad()
+    def store(self, tensor: Tensor) -> None:
+        """Write what :attr:`tensor` gave back into the source, after it was overwritten; needed for a copy alone."""
+        if self.more:
+            parts = [place.of(owner).detach() for owner, place in self.pieces]
+            for part, values in zip(parts, tensor.split([len(part) for part in parts]), strict=True):
+                part.copy_(values)
 
 
 class SeveralModelsError(ValueError):
@@ -135,8 +159,8 @@ def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
     """Canonical name to tensor, of every tensor of :func:`named_tensors`.
 
     Returns:
-        The tensors themselves, not copies (a ``Parameter`` of a module, or a view of a part of one), in the source's
-        order.
+        The tensors themselves (a ``Parameter`` of a module, or a view of a part of one), in the source's order. Those
+        that the files hold as one and the module as several are copies, see :meth:`NamedTensor.store`.
 
     Raises:
         ValueError: as :func:`named_tensors`.
@@ -145,7 +169,7 @@ def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
 
 
 def owners(source: TensorSource) -> dict[str, Tensor]:
-    """Canonical name to the source's tensor that the tensor is, or is a part of."""
+    """Canonical name to the source's tensor that the tensor is, or is a part of; the first where it joins several."""
     return {named.name: named.owner for named in named_tensors(source)}
 
 
@@ -396,8 +420,9 @@ def _of_models(
         saved = {place: name for name, place in file_layout(model, own, as_loaded=True).items()}
         before = f"{without_wrappers(path)}." if len(meant) > 1 else ""
         for name, place in file_layout(model, own).items():
+            first, *more = [(tensors[sources[p.source]], p) for p in place.pieces]
             source, file_name = sources[place.source], before + saved.get(place, name)
-            named.append(NamedTensor(before + name, source, file_name, tensors[source], place, in_model=True))
+            named.append(NamedTensor(before + name, source, file_name, *first, in_model=True, more=tuple(more)))
     named += [_as_it_is(name, tensors[name]) for name in others]
     order = {name: index for index, name in enumerate(tensors)}
     return sorted(named, key=lambda n: (order[n.source], n.place.offset))
@@ -419,8 +444,8 @@ def _check_parts(named: Iterable[NamedTensor]) -> None:
     sharded = sorted({n.source for n in named if not n.whole and is_dtensor(n.owner)})
     if sharded:
         raise ValueError(
-            f"{len(sharded)} tensors in shards stand in the model's files in parts, such as {sharded[0]}: they are "
-            "pruned from the checkpoint, with dpp export and dpp prune, or on one device or under DDP"
+            f"{len(sharded)} tensors in shards stand in the model's files in other pieces, such as {sharded[0]}: prune "
+            "them from the checkpoint, with dpp export and dpp prune, or on one device or under DDP"
         )
 
 
