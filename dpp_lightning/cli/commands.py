@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from dpp_lightning._version import __version__
 from dpp_lightning.cli import packaged_configs
 from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, USAGE_ERROR
+from dpp_lightning.cli.library_warnings import show_in_one_line
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
+    if argv is None:
+        show_in_one_line()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
