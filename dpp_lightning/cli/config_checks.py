@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from pydoc import locate
 from typing import Any
 
@@ -13,9 +12,13 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
+from dpp_lightning.storage.locate import hub_id, local_folder, local_path
+from dpp_lightning.storage.source_kind import check_checkpoint, check_delta, check_model
+from dpp_lightning.tasks.causal_lm.source import FILES
+from dpp_lightning.tasks.common.dataset_source import check_data_source
 
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
 _RESOLVED_LATER = re.compile("last$|hpc$|registry|.*://")  # words and addresses that Lightning finds a checkpoint by
@@ -30,12 +33,43 @@ def check_config(command: str, config: Namespace) -> None:
 
     Raises:
         UsageError: no data, a checkpoint that does not exist, a callback listed twice, a strategy of an unknown name.
+        FileNotFoundError, ValueError: a checkpoint that is damaged, or a folder without one.
     """
     if config.trainer.get("num_nodes", 1) == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _check_checkpoint(config.get("ckpt_path"))  # several nodes ask one another first, see SameCheckpoint
     _check_data(command, config)
     _check_callbacks(listed(config.trainer.get("callbacks")))
     _resolve_strategy(config.trainer)
+
+
+def check_sources(config: Namespace) -> None:
+    """Refuse what this package's own classes would refuse only after the model is loaded: data, deltas, bases.
+
+    The base of the model itself is what the model looks at first.
+
+    Args:
+        config: as :func:`check_config` leaves it; its hub ids are asked for.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError, ConnectionError: a source that is not there or cannot be read,
+            or is another thing than wanted.
+    """
+    if config.get("delta") is not None:
+        check_delta(config.delta, "--delta")
+    data, callbacks = config.get("data"), listed(config.trainer.get("callbacks"))
+    of_data = _settings(data) if isinstance(data, Namespace) and _is_ours(data) else {}
+    for name, suffixes in (("path", tuple(FILES) if "test_path" in of_data else ()), ("test_path", tuple(FILES))):
+        if isinstance(of_data.get(name), str):
+            check_data_source(of_data[name], f"data.{name}", suffixes=suffixes)
+    if isinstance(of_data.get("tokenizer"), str) and hub_id(of_data["tokenizer"]) is None:
+        local_folder(of_data["tokenizer"], None, (), argument="data.tokenizer")
+    for callback in callbacks:
+        if isinstance(callback, Namespace) and is_callback(callback, DeltaPruneCallback):
+            settings = _settings(callback)
+            if settings.get("pretrained") is not None:
+                check_model(settings["pretrained"], "DeltaPruneCallback.pretrained", settings.get("revision"))
+        elif isinstance(callback, Namespace) and is_callback(callback, ApplyDelta):
+            check_delta(_settings(callback)["delta"], "ApplyDelta.delta", _settings(callback).get("revision"))
 
 
 def listed(setting: Any) -> list[Any]:
@@ -62,8 +96,9 @@ def _check_checkpoint(path: Any) -> None:
         return
     if str(path) == "best":
         raise UsageError("--ckpt_path best means the best of a fit in this process: give the file itself")
-    file = Path(path)
+    file = local_path(path)
     if file.exists():
+        check_checkpoint(path, "--ckpt_path")
         return
     beside = sorted(neighbour.name for neighbour in file.parent.glob("*.ckpt"))
     near = nearest(file.name, beside)
@@ -80,6 +115,16 @@ def _check_data(command: str, config: Namespace) -> None:
             f"--data is missing: {model.__name__} loads no data itself. Name a data module (--data CLASS), or give a "
             "config that does (dpp configs lists them)"
         )
+
+
+def _settings(chosen: Namespace) -> dict[str, Any]:
+    """The settings of a class in a config."""
+    return vars(chosen.get("init_args") or Namespace())
+
+
+def _is_ours(chosen: Namespace) -> bool:
+    """Whether a class in a config is one of this package, not a user's own, derived or not."""
+    return str(chosen.class_path).startswith("dpp_lightning.")
 
 
 def _check_callbacks(callbacks: Sequence[Any]) -> None:

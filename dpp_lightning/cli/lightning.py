@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback, WritePredictions
 from dpp_lightning.cli.command import HelpFormatter, say
 from dpp_lightning.cli.commands import COMMANDS
-from dpp_lightning.cli.config_checks import check_config, class_config, is_callback, listed
+from dpp_lightning.cli.config_checks import check_config, check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.exit_codes import MEANINGS, SHOW_TRACEBACK
 from dpp_lightning.cli.fit_checkpoints import earlier_checkpoint, next_commands
 from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
@@ -173,8 +173,9 @@ class DPPCLI(LightningCLI):
             parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
 
     def before_instantiate_classes(self) -> None:
-        """Keep the config of a fit when its folder is validated or tested later; add the callbacks of options."""
+        """Add the callbacks of options, look at the sources of data and weights, and keep the config of an earlier fit."""
         add_delta_callback(self.config[self.subcommand])
+        check_sources(self.config[self.subcommand])
         if self.subcommand == "predict":
             add_prediction_writer(self.config[self.subcommand])
         if self.subcommand != "fit":

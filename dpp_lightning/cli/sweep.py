@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli.command import FunctionCommand
-from dpp_lightning.cli.config_checks import class_config, is_callback, listed
+from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.sweep_progress import BarReporter
@@ -122,6 +122,7 @@ class SweepCLI(DPPCLI):
         """Put the sweep's callback into the config, and keep other sweeps out of its folder."""
         self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config_sweep.yaml"}
         place_callback(self.config[self.subcommand].trainer, self.options)
+        check_sources(self.config[self.subcommand])
         if getattr(rank_zero_only, "rank", 0) == 0:
             lock_folder(Path(self.options.output), self._stack)
 

@@ -98,10 +98,11 @@ def plain_errors(revision: str | None = None) -> Iterator[None]:
         yield
     except LocalEntryNotFoundError as error:
         part = isinstance(error, IncompleteSnapshotError)
-        cached = "only a part of its files is in the hub's cache" if part else "it is not in the hub's cache"
+        what = f"its revision {revision}" if revision else "it"
+        cached = f"{'only a part' if part else 'nothing'} of {what} is in the hub's cache"
         if is_offline_mode():
             raise FileNotFoundError(
-                f"{cached}, and the hub was not asked, since HF_HUB_OFFLINE is set: check the name, or unset it"
+                f"{cached}, and the hub was not asked, as HF_HUB_OFFLINE is set: check the name, or unset that variable"
             ) from error
         reason = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
         raise ConnectionError(

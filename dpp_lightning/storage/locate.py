@@ -70,7 +70,7 @@ def local_folder(
     except (FileNotFoundError, PermissionError, ConnectionError) as error:
         here = not_found(source, wanted, argument, cure=False)
         kind = next(k for k in (FileNotFoundError, PermissionError, ConnectionError) if isinstance(error, k))
-        raise kind(f"{here}; as a hub id, {error}") from error
+        raise kind(f"{here}; and as a hub id: {error}") from error
 
 
 def not_found(
@@ -89,20 +89,21 @@ def not_found(
         return FileNotFoundError(f"{name}: no such {wanted}: it is a file")
     if path.is_symlink():
         return FileNotFoundError(f"{name} is a link to {path.readlink()}, which is not there: fetch or copy it again")
-    near, parent = near_path(path), _nearest_parent(path)
+    return FileNotFoundError(f"{name}: no such {wanted}{_hint(source, path, wanted, cure=cure)}")
+
+
+def _hint(source: str | Path, path: Path, wanted: str, *, cure: bool) -> str:
+    """The nearest name that is there; else the folder that is missing, or why the source was not taken for a hub id."""
+    near = near_path(path)
     if near is not None:
-        hint = f": did you mean {near}?"
-    elif parent != path.parent:
-        first = path.parts[len(parent.parts)] if parent.parts else path.parts[0]
-        hint = f", and no folder {parent / first}"
-    else:
-        hint = ""
-    repository = _form_of_hub_id(source)
-    if repository and len(path.parts) > 1 and path.parent.is_dir() and near is None:
-        hint = f" in the folder {path.parent} (as there is such a folder, it is not taken for a hub id)"
-    elif cure and near is None:
-        hint += ": check the path" + ("" if repository else " (it does not have the form of a hub id)")
-    return FileNotFoundError(f"{name}: no such {wanted}{hint}")
+        return f": did you mean {near}?" if cure else f" (did you mean {near}?)"
+    parent, repository = _nearest_parent(path), _has_form_of_hub_id(source)
+    if repository and len(path.parts) > 1 and path.parent.is_dir():
+        return f": the folder {path.parent} is here, so that this is not taken for a hub id; check the path"
+    lost = "" if parent == path.parent else f" (nor a folder {Path(*path.parts[: len(parent.parts) + 1])})"
+    if not cure:
+        return lost
+    return f"{lost}: check the path" + ("" if repository or "folder" not in wanted else "; a hub id it cannot be")
 
 
 def near_path(path: Path) -> Path | None:
@@ -135,6 +136,6 @@ def _nearest_parent(path: Path) -> Path:
     return next((parent for parent in path.parents if parent.is_dir()), Path())
 
 
-def _form_of_hub_id(source: str | Path) -> bool:
+def _has_form_of_hub_id(source: str | Path) -> bool:
     text = source.as_posix() if isinstance(source, Path) else source
     return bool(_HUB_ID.fullmatch(text)) and not _FILE_NAME.fullmatch(text)

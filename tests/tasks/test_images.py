@@ -324,7 +324,7 @@ def test_fit_scores_the_whole_split_and_predicts_in_its_order(animals, tmp_path)
         ({"classes": [0, -1]}, "-1 is no class"),
         ({"classes": ["ant"]}, "at least two different classes"),
         ({"classes": ["ant", 0]}, "at least two different classes"),
-        ({"name": "nope"}, r"data\.name 'nope'"),
+        ({"name": "nope"}, "configuration nope"),
         ({"val_fraction": 0.6, "calibration_fraction": 0.399}, "60 training images, too few"),
     ],
 )

@@ -21,7 +21,9 @@ from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tasks.common.module import ScoredModule
+from dpp_lightning.tasks.common.pretrained import check_pretrained, loading
 from dpp_lightning.tasks.glue.scores import GLUEScores
 from dpp_lightning.tasks.glue.task_table import TASKS
 from dpp_lightning.tensors.names import match_names, source_names
@@ -84,6 +86,8 @@ class AdaMergingModule(ScoredModule):
         """Load the base and the deltas."""
         if self.model is not None:
             return
+        for task, folder in self.deltas.items():
+            check_delta(folder, f"model.deltas.{task}")
         readers = [DeltaReader.open(folder) for folder in self.deltas.values()]
         sources = MergeSource.all(readers, self.tasks)
         model, missing = self._load()
@@ -109,7 +113,9 @@ class AdaMergingModule(ScoredModule):
         """The base, frozen, and the names of its parameters that no file holds."""
         cls: Any = AutoModelForSequenceClassification if self.architecture == "classification" else AutoModelForCausalLM
         settings = {"revision": self.revision or "main", "dtype": torch.float32, "output_loading_info": True}
-        model, info = cls.from_pretrained(self.pretrained, **settings)
+        source = check_pretrained(self.pretrained, self.revision)
+        with loading(self.pretrained):
+            model, info = cls.from_pretrained(source, **settings)
         return model.requires_grad_(False).eval(), set(info["missing_keys"])
 
     def train(self, mode: bool = True) -> "AdaMergingModule":

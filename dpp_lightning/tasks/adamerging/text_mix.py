@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from dpp_lightning.storage.locate import local_path
+from dpp_lightning.storage.source_kind import check_data_file
 from dpp_lightning.tasks.common.data import module_attribute
+from dpp_lightning.tasks.common.dataset_source import load_data
+from dpp_lightning.tasks.common.pretrained import PRETRAINED, load_tokenizer
 
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -42,9 +46,8 @@ class TextMixDataModule(LightningDataModule):
         super().__init__()
         for task, file in files.items():
             if Path(file).suffix not in _LOADERS:
-                raise ValueError(f"{file} ({task}): expected a file ending in {', '.join(_LOADERS)}")
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"{file} ({task}): no such file")
+                raise ValueError(f"data.files.{task} {file}: expected a file ending in {', '.join(_LOADERS)}")
+            check_data_file(file, f"data.files.{task}")
         self.files, self.column, self.tokenizer = files, column, tokenizer
         self.batch_size, self.max_length, self.num_workers = batch_size, max_length, num_workers
         self.texts: dict[str, Dataset] = {}
@@ -56,12 +59,13 @@ class TextMixDataModule(LightningDataModule):
             return
         tokenizer = self._load_tokenizer()
         for task, file in self.files.items():
-            data = load_dataset(_LOADERS[Path(file).suffix], data_files=file, split="train")
+            argument, files = f"data.files.{task}", {"train": str(local_path(file))}
+            data = load_data(_LOADERS[Path(file).suffix], files=files, source=file, argument=argument)["train"]
             if self.column not in data.column_names:
-                raise ValueError(f"{file} ({task}) has the columns {data.column_names}, expected {self.column!r}")
+                raise ValueError(f"{argument} {file} has the columns {data.column_names}, expected {self.column!r}")
             data = data.filter(lambda row: bool(row[self.column] and row[self.column].strip()))
             if not len(data):
-                raise ValueError(f"{file} ({task}) holds no text")
+                raise ValueError(f"{argument} {file} holds no text")
             self.texts[task] = data.map(
                 lambda rows: dict(tokenizer(rows[self.column], truncation=True, max_length=self.max_length)),
                 batched=True,
@@ -84,10 +88,13 @@ class TextMixDataModule(LightningDataModule):
         }
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.tokenizer or module_attribute(self.trainer, "pretrained")
-        if name is None:
+        pretrained = module_attribute(self.trainer, "pretrained")
+        if self.tokenizer is None and pretrained is None:
             raise ValueError("TextMixDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        if self.tokenizer is not None:
+            tokenizer = load_tokenizer(self.tokenizer, None, "data.tokenizer")
+        else:
+            tokenizer = load_tokenizer(pretrained, module_attribute(self.trainer, "revision"), PRETRAINED)
         if tokenizer.pad_token is None:  # padding is masked, so that any token will do
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

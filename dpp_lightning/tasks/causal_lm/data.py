@@ -6,13 +6,14 @@ from typing import Any, Literal
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpp_lightning.tasks.causal_lm.batches import Collate, PackedSamples, Samples, encode
 from dpp_lightning.tasks.causal_lm.math_answers import MARKERS, final_answer, same_answer
 from dpp_lightning.tasks.causal_lm.prompts import resolve_prompt
 from dpp_lightning.tasks.causal_lm.source import Source, load_splits
 from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.pretrained import load_tokenizer
 
 
 class InstructionDataModule(TaskDataModule):
@@ -89,7 +90,7 @@ class InstructionDataModule(TaskDataModule):
             raise ValueError("packing fills rows with samples of all lengths: leave length_grouped out")
         self.source = Source(path, name, data_revision, question_column, answer_column)
         test_columns = (test_question_column, test_answer_column)
-        self.test_source = Source(test_path, test_name, None, *test_columns) if test_path else None
+        self.test_source = Source(test_path, test_name, None, *test_columns, "data.test_path") if test_path else None
         self.prompt, self.tokenizer = resolve_prompt(prompt), tokenizer
         self.max_length, self.too_long, self.packing = max_length, too_long, packing
         self.limits = {"val": val_samples, "calibration": calibration_samples, "test": test_samples}
@@ -201,7 +202,7 @@ class InstructionDataModule(TaskDataModule):
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            return load_tokenizer(self.tokenizer, None, "data.tokenizer")
         tokenizer = module_attribute(self.trainer, "tokenizer")
         if tokenizer is None:
             raise ValueError("InstructionDataModule needs tokenizer=..., as the module it is used with has none")

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpp_lightning.calibration.output_change import resolve_layer
 from dpp_lightning.optim import AdamR
@@ -19,6 +19,7 @@ from dpp_lightning.tasks.causal_lm.scores import CausalScores, answer_loss, fina
 from dpp_lightning.tasks.common.lora import LoRA
 from dpp_lightning.tasks.common.module import FineTuningModule
 from dpp_lightning.tasks.common.optimization import Schedule
+from dpp_lightning.tasks.common.pretrained import PRETRAINED, check_pretrained, load_tokenizer, loading
 from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
 
 _CALIBRATION_SAMPLES = 8  # in one forward: the logits of a large vocabulary take much memory
@@ -58,6 +59,7 @@ class CausalLMModule(FineTuningModule):
     Raises:
         ValueError: a base without all of the decoder's weights, or that cannot compute activations twice; a setting
             outside its range; adapters for layers that the base does not have.
+        FileNotFoundError: no such base or tokenizer.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class CausalLMModule(FineTuningModule):
         self.save_hyperparameters("pretrained", "revision", "seed")
         self.lora = LoRA.from_setting(lora)
         self.hparams["lora"] = self.lora.plain() if self.lora else None  # a checkpoint holds plain values alone
-        source = {"revision": revision or "main"} if tokenizer is None else {}
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **source)
-        model = _load(pretrained, revision, dtype, attention)
+        source = check_pretrained(pretrained, revision)
+        named = (pretrained, revision, PRETRAINED) if tokenizer is None else (tokenizer, None, "model.tokenizer")
+        self.tokenizer = load_tokenizer(*named)
+        model = _load(source, revision, dtype, attention)
         self.set_model(model, (), _last_hidden_layer(model), gradient_checkpointing, self.lora, "CAUSAL_LM")
         # in a list: as a submodule it would give every parameter a second name. Generation uses the plain model, as the
         # compiler would start again for each of its many shapes
@@ -205,18 +208,19 @@ def _load(pretrained: str, revision: str | None, dtype: str, attention: str | No
     Raises:
         ValueError: the files lack some of its tensors.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        pretrained,
-        revision=revision or "main",
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        output_loading_info=True,
-    )
+    with loading(pretrained):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            pretrained,
+            revision=revision or "main",
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{pretrained} lacks {len(missing)} tensors of {type(model).__name__}, {missing[0]} the first; expected a "
-            "complete causal language model"
+            f"{PRETRAINED} {pretrained} lacks {len(missing)} tensors of {type(model).__name__}, {missing[0]} the "
+            "first; expected a complete causal language model"
         )
     return model.train()  # type: ignore[no-any-return]
 

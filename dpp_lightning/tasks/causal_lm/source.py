@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
+
+from dpp_lightning.storage.locate import local_path
+from dpp_lightning.tasks.common.dataset_source import DATA_PATH, check_data_source, load_data
 
 QUESTIONS = ("question", "query", "instruction", "problem", "prompt")
 ANSWERS = ("answer", "response", "output", "solution", "completion")
 
-_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _CONFIGURATIONS = {"openai/gsm8k": "main"}  # of several on the hub, the one that the papers use
 
 
@@ -23,6 +26,7 @@ class Source:
         name: configuration of the data set, such as ``main`` of GSM8K; by default its only one.
         revision: branch, tag or commit on the hub.
         question_column, answer_column: by default the first of :data:`QUESTIONS` and :data:`ANSWERS` that is there.
+        argument: what the user calls ``path``, for messages.
     """
 
     path: str
@@ -30,21 +34,28 @@ class Source:
     revision: str | None = None
     question_column: str | None = None
     answer_column: str | None = None
+    argument: str = DATA_PATH
+
+    @property
+    def where(self) -> str:
+        """How messages begin: the argument and the path."""
+        return f"{self.argument} {self.path}"
 
     def load(self) -> DatasetDict:
         """Every split; a file is the split ``train``, or ``test`` where its name says so.
 
         Raises:
-            FileNotFoundError: ``path`` is a file that does not exist.
+            FileNotFoundError, ConnectionError: there is no such source, see
+                :func:`dpp_lightning.tasks.common.dataset_source.load_data`.
+            ValueError: it cannot be read.
         """
-        builder = _FILES.get(Path(self.path).suffix)
-        if builder is None:
+        check_data_source(self.path, self.argument, suffixes=tuple(FILES))
+        file, builder = local_path(self.path), FILES.get(Path(self.path).suffix)
+        if builder is None or not file.is_file():
             name = self.name or _CONFIGURATIONS.get(self.path)
-            return load_dataset(self.path, name, revision=self.revision)
-        if not Path(self.path).is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
-        split = "test" if "test" in Path(self.path).stem else "train"
-        return load_dataset(builder, data_files={split: self.path})
+            return load_data(self.path, name, revision=self.revision, argument=self.argument)
+        split = "test" if "test" in file.stem else "train"
+        return load_data(builder, files={split: str(file)}, source=self.path, argument=self.argument)
 
     def texts(self, data: DatasetDict, split: str) -> Dataset:
         """The rows of one split with the two columns ``question`` and ``answer``, as texts, none of them empty.
@@ -56,9 +67,9 @@ class Source:
         Raises:
             ValueError: no such split or column, or a row without question or answer, with its number.
         """
-        where = f"{self.path}, split {split}"
+        where = f"{self.where}, split {split}"
         if split not in data:
-            raise ValueError(f"{self.path} has the splits {sorted(data)}, expected {split!r} among them")
+            raise ValueError(f"{self.where} has the splits {sorted(data)}, expected {split!r} among them")
         rows = data[split]
         columns = rows.column_names
         question = _column(self.question_column, QUESTIONS, columns, "question", where)
@@ -111,8 +122,8 @@ def load_splits(
     """
     data = source.load()
     if "train" not in data and (test_source is not None or "test" not in data):
-        raise ValueError(f"{source.path} has the splits {sorted(data)}, expected 'train' among them")
-    splits = _cut_train(source.texts(data, "train"), source.path, fractions, limits, seed) if "train" in data else {}
+        raise ValueError(f"{source.where} has the splits {sorted(data)}, expected 'train' among them")
+    splits = _cut_train(source.texts(data, "train"), source.where, fractions, limits, seed) if "train" in data else {}
     tested, data = (test_source, test_source.load()) if test_source else (source, data)
     if "test" in data or test_source is not None:
         test = tested.texts(data, "test" if "test" in data else next(iter(data)))

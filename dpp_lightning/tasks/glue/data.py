@@ -1,17 +1,18 @@
 """GLUE as data: splits, tokens, batches."""
 
 from collections.abc import Mapping, Sequence
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.dataset_source import DATA_PATH, check_data_source, load_data
+from dpp_lightning.tasks.common.pretrained import PRETRAINED, load_tokenizer
 from dpp_lightning.tasks.common.reproducible import IGNORED_LABEL
 from dpp_lightning.tasks.glue.task_table import GLUETask, glue_task
 
@@ -80,7 +81,7 @@ class GLUEDataModule(TaskDataModule):
         self._check_length(tokenizer)
         needed = ("train", *task.evaluation)
         for split in needed:
-            _check_split(data, split, task, f"{self.path} ({self._task_name()})")
+            _check_split(data, split, task, f"{DATA_PATH} {self.path} ({self._task_name()})")
         encoded = {split: _encode(data[split], tokenizer, task.columns, self.max_length) for split in needed}
         train = encoded.pop("train")
         self.splits = {**{split: train.select(rows) for split, rows in self._cut(len(train)).items()}, **encoded}
@@ -145,7 +146,9 @@ class GLUEDataModule(TaskDataModule):
         held_out = [round(fraction * size) for fraction in self.fractions.values()]
         *pieces, rest = order.split([*held_out, size - sum(held_out)])
         if not len(rest):
-            raise ValueError(f"{self.path} has {size} training samples, too few for these fractions; lower them")
+            raise ValueError(
+                f"{DATA_PATH} {self.path} has {size} training samples, too few for these fractions; lower them"
+            )
         rows = {"train": rest, **dict(zip(self.fractions, pieces, strict=True))}
         return {split: piece.sort().values.tolist() for split, piece in rows.items()}
 
@@ -161,20 +164,28 @@ class GLUEDataModule(TaskDataModule):
         return str(name)
 
     def _load_data(self) -> DatasetDict:
-        task, folder = self._task_name(), Path(self.path) / self._task_name()
-        if folder.is_dir() and not (Path(self.path) / "README.md").is_file():
-            # without the card of the hub's layout nothing names files such as validation_matched-00000-of-00001.parquet
-            files = {split: str(folder / f"{split}-*.parquet") for split in ("train", *glue_task(task).evaluation)}
-            return load_dataset("parquet", data_files={s: f for s, f in files.items() if glob(f)})
-        return load_dataset(self.path, task, revision=self.data_revision)
+        task, place = self._task_name(), local_path(self.path)
+        check_data_source(self.path)
+        if not place.is_dir() or (place / "README.md").is_file():
+            return load_data(self.path, task, revision=self.data_revision)
+        # without the card of the hub's layout nothing names files such as validation_matched-00000-of-00001.parquet
+        splits = ("train", *glue_task(task).evaluation)
+        files = {s: str(place / task / f"{s}-*.parquet") for s in splits if any((place / task).glob(f"{s}-*.parquet"))}
+        if not files:
+            found = ", ".join(sorted(entry.name for entry in place.iterdir())[:8])
+            raise FileNotFoundError(
+                f"{DATA_PATH} {self.path}: expected {task}/train-*.parquet in it, as the hub's nyu-mll/glue has them; "
+                f"found {found}"
+            )
+        return load_data("parquet", files=files, source=self.path)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
+            return load_tokenizer(self.tokenizer, None, "data.tokenizer")
         pretrained = module_attribute(self.trainer, "pretrained")
         if pretrained is None:
             raise ValueError("GLUEDataModule needs tokenizer=..., as the module it is used with has no 'pretrained'")
-        return AutoTokenizer.from_pretrained(pretrained, revision=module_attribute(self.trainer, "revision") or "main")
+        return load_tokenizer(pretrained, module_attribute(self.trainer, "revision"), PRETRAINED)
 
     def _check_length(self, tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length

@@ -12,6 +12,7 @@ from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.common.lora import LoRA
 from dpp_lightning.tasks.common.module import FineTuningModule
 from dpp_lightning.tasks.common.optimization import Schedule
+from dpp_lightning.tasks.common.pretrained import PRETRAINED, check_pretrained, loading
 from dpp_lightning.tasks.glue.scores import GLUEScores, glue_loss, glue_prediction
 from dpp_lightning.tasks.glue.task_table import glue_task
 
@@ -43,6 +44,7 @@ class GLUEModule(FineTuningModule):
     Raises:
         ValueError: an unknown task; a base that lacks more than whole submodules such as head and pooler, or that
             cannot compute activations twice; adapters for layers that the base does not have.
+        FileNotFoundError: no such base.
     """
 
     def __init__(
@@ -106,12 +108,14 @@ def _load(pretrained: str, revision: str | None, num_labels: int, seed: int) -> 
     """The model in float32 and training mode, and the names of its tensors that the files do not hold.
 
     Raises:
-        ValueError: an incomplete base.
+        ValueError: an incomplete base, or one that cannot be loaded.
+        FileNotFoundError: no such base.
     """
-    with torch.random.fork_rng(devices=[]):
+    source = check_pretrained(pretrained, revision)
+    with torch.random.fork_rng(devices=[]), loading(pretrained):
         torch.manual_seed(seed)  # the new head is a function of the seed alone
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            pretrained,
+            source,
             revision=revision or "main",
             num_labels=num_labels,
             dtype=torch.float32,
@@ -137,8 +141,9 @@ def _check_complete(model: PreTrainedModel, missing: set[str], pretrained: str) 
         is_stack = any(isinstance(submodule, nn.ModuleList) for submodule in module.modules())
         if absent and (len(absent) < len(names) or is_stack):
             raise ValueError(
-                f"{pretrained} lacks {len(absent)} of {len(names)} tensors of {prefix}{child} or has them in other "
-                f"shapes, {absent[0]} the first; expected a complete base of type {model.config.model_type}"
+                f"{PRETRAINED} {pretrained} lacks {len(absent)} of {len(names)} tensors of {prefix}{child} or has "
+                f"them in other shapes, {absent[0]} the first; "
+                f"expected a complete base of type {model.config.model_type}"
             )
 
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from timm.data.config import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpp_lightning.tasks.common.data import TaskDataModule, module_attribute
+from dpp_lightning.tasks.common.dataset_source import DATA_PATH, check_data_source, load_data
 from dpp_lightning.tasks.common.reproducible import resolve_seed
 from dpp_lightning.tasks.vision.image_columns import find_columns, named_prediction
 from dpp_lightning.tasks.vision.image_rows import ImageRows
@@ -135,12 +136,13 @@ class ImageDataModule(TaskDataModule):
         needed = {train, *(source for source in sources.values() if source is not None)}
         if missing := sorted(needed - set(data)):
             raise ValueError(
-                f"{self.path} has the splits {sorted(data)}, expected {missing} among them; name them by "
+                f"{DATA_PATH} {self.path} has the splits {sorted(data)}, expected {missing} among them; name them by "
                 "data.train_split and data.test_split (null where there is none)"
             )
         settings = (self.image_column, self.label_column, self.classes, module_attribute(self.trainer, "num_classes"))
-        columns = find_columns(data[train], *settings, f"{self.path}, split {train}")
-        labels = {source: columns.class_indices(data[source], f"{self.path}, split {source}") for source in needed}
+        where = f"{DATA_PATH} {self.path}, split"
+        columns = find_columns(data[train], *settings, f"{where} {train}")
+        labels = {source: columns.class_indices(data[source], f"{where} {source}") for source in needed}
         self.class_names, cut = columns.names, self._cut(len(data[train]))
         for split, source in sources.items():
             rows = cut[split] if split in cut else torch.arange(0 if source is None else len(data[source]))
@@ -149,7 +151,8 @@ class ImageDataModule(TaskDataModule):
             self.splits[split] = self._rows(split, data[source], columns.image, rows, labels[source][rows])
         if "train" in splits and not len(self.splits["train"]):
             raise ValueError(
-                f"{self.path} has {len(data[train])} training images, too few for these fractions; lower them"
+                f"{DATA_PATH} {self.path} has {len(data[train])} training images, too few for these fractions; "
+                "lower them"
             )
 
     def _cut(self, size: int) -> dict[str, Tensor]:
@@ -205,7 +208,5 @@ class ImageDataModule(TaskDataModule):
                 submodule.training = mode
 
     def _load_data(self) -> DatasetDict:
-        try:
-            return load_dataset(self.path, self.name, revision=self.data_revision)
-        except ValueError as error:  # an unknown configuration, a folder without data
-            raise ValueError(f"data.path {self.path!r}, data.name {self.name!r}: {error}") from error
+        check_data_source(self.path)
+        return load_data(self.path, self.name, revision=self.data_revision)

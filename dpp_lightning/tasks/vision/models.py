@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import dpp_lightning.tasks.vision.two_layer  # noqa: F401  (the import registers the model with timm)
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.locate import hub_id, local_path, not_found
+from dpp_lightning.storage.source_kind import check_model
+from dpp_lightning.tasks.common.pretrained import PRETRAINED, loading
 from dpp_lightning.tensors.names import without_wrappers
 
 _FILES, _MODEL = (".safetensors", ".ckpt"), "model."
@@ -30,21 +33,19 @@ def load_model(
         keep_head: load the head too; otherwise it is new, drawn from torch's global generator.
 
     Raises:
-        ValueError: an unknown architecture, a base that does not exist, or whose tensors do not fit the architecture.
+        ValueError: an unknown architecture, or a base that cannot be read or whose tensors do not fit the architecture.
+        FileNotFoundError: no such base.
     """
     file = _weights_file(pretrained)
     if pretrained is None or file is not None:
         model: Any = timm.create_model(_known_architecture(model_name), num_classes=num_classes, **model_kwargs)
         return model, [] if file is None else _load_file(model, file, keep_head)
     _check_architecture(model_name, pretrained)
-    source = f"local-dir:{pretrained}" if Path(pretrained).is_dir() else f"hf-hub:{pretrained}"
-    try:
+    folder = local_path(pretrained)
+    source = f"local-dir:{folder}" if folder.is_dir() else f"hf-hub:{pretrained}"
+    with loading(pretrained, failed="does not fit the model", cure="; give the model_kwargs that it was made with"):
         # with the head of the base: then every tensor of its file must fit
         model = timm.create_model(source, pretrained=True, **model_kwargs)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{pretrained} does not fit the model: {error}. Give the model_kwargs it was made with"
-        ) from error
     if not keep_head:
         model.reset_classifier(num_classes)
         return model, _head_parameters(model)
@@ -60,17 +61,21 @@ def _weights_file(pretrained: str | None) -> Path | None:
     """The file that ``pretrained`` names: a local one, else one of the package's assets; ``None`` if it names no file.
 
     Raises:
-        ValueError: it names a file that does not exist.
+        FileNotFoundError: it names a file that does not exist.
+        ValueError: the file is not what its suffix says.
     """
-    if pretrained is None or not pretrained.endswith(_FILES):
+    if pretrained is None or not pretrained.endswith(_FILES) or local_path(pretrained).is_dir():
         return None
-    if Path(pretrained).is_file():
-        return Path(pretrained)
+    if local_path(pretrained).is_file():
+        check_model(pretrained, PRETRAINED)
+        return local_path(pretrained)
     assets = Path(str(files("dpp_lightning").joinpath("assets")))
     if Path(pretrained).name == pretrained and (assets / pretrained).is_file():
         return assets / pretrained
     packaged = ", ".join(sorted(path.name for path in assets.glob("*.safetensors"))) or "none"
-    raise ValueError(f"pretrained {pretrained!r} is no local file; the files shipped with this package are: {packaged}")
+    raise FileNotFoundError(
+        f"{not_found(pretrained, 'file', PRETRAINED, cure=False)}; the files shipped with this package are: {packaged}"
+    )
 
 
 def _known_architecture(model_name: str | None) -> str:
@@ -89,25 +94,33 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
     """Refuse a ``model_name`` that timm would ignore, as the folder or the hub id names another architecture.
 
     Raises:
-        ValueError: two different names, a folder without ``config.json``, or what is neither a folder nor a hub id.
+        FileNotFoundError: a folder without weights or ``config.json``, or what is neither a folder nor a hub id.
+        ValueError: two different names, or files that cannot be read.
     """
-    folder = Path(pretrained)
+    folder, (repo_id, _, revision) = local_path(pretrained), pretrained.partition("@")
     if folder.is_dir():
+        check_model(pretrained, PRETRAINED)
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} has no config.json, which timm needs to know the architecture; name the .safetensors file "
-                "in it and model_name, or save the folder with timm.models.save_for_hf"
+            raise FileNotFoundError(
+                f"{PRETRAINED} {pretrained} has no config.json, which timm needs to know the architecture; name the "
+                ".safetensors file in it and model_name, or save the folder with timm.models.save_for_hf"
             )
+        check_model(pretrained, PRETRAINED, config=True)
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
-    elif pretrained.count("/") != 1 or pretrained.startswith((".", "/", "~")):
-        raise ValueError(
-            f"pretrained {pretrained!r} is no local folder; hub ids look like timm/vit_tiny_patch16_224.augreg_in21k"
+    elif hub_id(repo_id) is None or "/" not in repo_id:
+        raise FileNotFoundError(
+            f"{not_found(pretrained, 'folder', PRETRAINED, cure=False)}; hub ids look like "
+            "timm/vit_tiny_patch16_224.augreg_in21k"
         )
     else:
         name = pretrained.partition("@")[0].rpartition("/")[2].partition(".")[0]
         architecture = name if timm.is_model(name) else None
     if None not in (architecture, model_name) and architecture != model_name:
-        raise ValueError(f"{pretrained} is a {architecture}, but model_name is {model_name!r}; leave model_name out")
+        raise ValueError(
+            f"{PRETRAINED} {pretrained} is a {architecture}, but model_name is {model_name!r}; leave model_name out"
+        )
+    if not folder.is_dir():
+        check_model(repo_id, PRETRAINED, revision or None, config=True)
 
 
 def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
@@ -130,8 +143,8 @@ def _load_file(model: nn.Module, file: Path, keep_head: bool) -> list[str]:
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise ValueError(
-            f"{file.name} does not fit the model: {shown}. Give the model_name and model_kwargs it was made with"
-            + (", and its num_classes, or leave keep_head out" if keep_head else "")
+            f"{PRETRAINED} {file} does not fit the model: {shown}. Give the model_name and model_kwargs it was made "
+            "with" + (", and its num_classes, or leave keep_head out" if keep_head else "")
         )
     model.load_state_dict(state, strict=False)
     return sorted(head)
