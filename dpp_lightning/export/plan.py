@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from dpp_lightning.tensors.hf_architecture import Architecture, find_architecture
-from dpp_lightning.export.hf_file_names import file_shapes
 from dpp_lightning.export.lora_merge import Adapter, split_adapters
 from dpp_lightning.export.write import Export
 from dpp_lightning.storage.checkpoints import load_tensors
@@ -21,6 +19,8 @@ from dpp_lightning.storage.model_folder import side_files
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
 from dpp_lightning.storage.stored_tensor import StoredTensor
 from dpp_lightning.tensors.dtypes import FLOATS
+from dpp_lightning.tensors.hf_architecture import Architecture, find_architecture
+from dpp_lightning.tensors.hf_layout import file_layout
 
 _LIGHTNING_FILE = "meta.pt"  # of a sharded checkpoint: all but the tensors
 
@@ -97,12 +97,10 @@ def plan_export(
         )
     cast = FLOATS[dtype] if dtype else None
     _set_dtype(matched.config, tensors, cast)
-    shapes = file_shapes(matched.model, list(tensors))
-    if shapes is None:
-        notes.append("names are those of the model in memory, which its from_pretrained loads, not those of its files")
-        shapes = {name: {name: tensor.shape} for name, tensor in tensors.items()}
+    state = matched.model.state_dict()
+    layout = file_layout(matched.model, {name: state[name] for name in tensors})
     notes += _notes(matched, config, plain, source, len(merged))
-    return Export(matched, tensors, shapes, merged, cast, source, files, tuple(notes))
+    return Export(matched, tensors, layout, merged, cast, source, files, tuple(notes))
 
 
 def _source(given: str | None, revision: str | None, settings: Mapping[str, Any]) -> tuple[str, str | None]:

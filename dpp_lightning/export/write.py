@@ -10,8 +10,6 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from dpp_lightning.tensors.hf_architecture import Architecture
-from dpp_lightning.export.hf_file_names import FileShapes, file_tensors
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
@@ -20,6 +18,8 @@ from dpp_lightning.storage.checkpoints import Progress
 from dpp_lightning.storage.model_folder import copy_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.stored_tensor import StoredTensor
+from dpp_lightning.tensors.hf_architecture import Architecture
+from dpp_lightning.tensors.hf_layout import FilePlace, Layout
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Export:
     Attributes:
         architecture: the model's class, configuration and names.
         tensors: the model's name to the tensor on disk, in order, each tied one once.
-        file_shapes: the model's name to names and shapes in the files; several where they hold the tensor in pieces.
+        layout: name in the files to where that tensor lies in the model.
         adapters: the model's name to the adapter to merge.
         dtype: the floating-point tensors are cast to it; None leaves them as they are.
         source: folder or hub id of configuration and tokenizer.
@@ -39,7 +39,7 @@ class Export:
 
     architecture: Architecture
     tensors: dict[str, StoredTensor]
-    file_shapes: dict[str, FileShapes]
+    layout: Layout
     adapters: dict[str, Adapter]
     dtype: torch.dtype | None
     source: str
@@ -50,10 +50,17 @@ class Export:
     def entries(self) -> list[Entry]:
         """What the folder's files of weights hold."""
         return [
-            Entry(name, self._dtype(tensor), shape)
-            for model_name, tensor in self.tensors.items()
-            for name, shape in self.file_shapes[model_name].items()
+            Entry(name, self._dtype(self.tensors[place.source]), self._shape(place)) for name, place in self._in_order()
         ]
+
+    def _in_order(self) -> list[tuple[str, FilePlace]]:
+        """The files' tensors, those of one of the model's after one another."""
+        order = {name: index for index, name in enumerate(self.tensors)}
+        return sorted(self.layout.items(), key=lambda item: (order[item[1].source], item[1].offset))
+
+    def _shape(self, place: FilePlace) -> tuple[int, ...]:
+        shapes = [self.tensors[p.source].shape if p.size is None else p.size for p in place.pieces]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if place.more else shapes[0]
 
     def write(self, folder: Path, max_shard_bytes: int, progress: Progress | None = None) -> None:
         """Write weights, configuration and tokenizer into a folder that is there.
@@ -77,14 +84,21 @@ class Export:
         return self.dtype if self.dtype and tensor.dtype.is_floating_point else tensor.dtype
 
     def _blocks(self) -> Iterator[Tensor]:
-        """The entries' bytes, in order: blocks of a tensor, but the whole of one that the files hold in pieces."""
-        for name, tensor in self.tensors.items():
-            blocks = (self._cast(name, block, self._dtype(tensor)) for block in self._merged(name, tensor))
-            if [*self.file_shapes[name].values()] == [tensor.shape]:
-                yield from blocks
-            else:
-                pieces = file_tensors(self.architecture.model, name, torch.cat([*blocks]).reshape(tensor.shape))
-                yield from (pieces[file_name].reshape(-1) for file_name in self.file_shapes[name])
+        """The entries' bytes, in order: blocks of a tensor, but the whole of one that the files hold in parts."""
+        name, whole = "", torch.empty(0)
+        for piece in (piece for _, place in self._in_order() for piece in place.pieces):
+            if piece.size is None:
+                yield from self._cast_blocks(piece.source)
+                continue
+            if name != piece.source:
+                name = piece.source
+                whole = torch.cat([*self._cast_blocks(name)]).reshape(self.tensors[name].shape)
+            yield piece.of(whole).reshape(-1)
+
+    def _cast_blocks(self, name: str) -> Iterator[Tensor]:
+        """Flat blocks of one of the model's tensors, adapters merged, in the dtype that is written."""
+        tensor = self.tensors[name]
+        return (self._cast(name, block, self._dtype(tensor)) for block in self._merged(name, tensor))
 
     def _merged(self, name: str, tensor: StoredTensor) -> Iterator[Tensor]:
         if name not in self.adapters:
