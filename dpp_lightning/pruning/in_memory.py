@@ -72,6 +72,7 @@ def prune(
         base_name=str(base) if isinstance(base, str | Path) else None,
         files=isinstance(finetuned, str | Path) and has_hf_names(finetuned),
     )
+    plan.checks.check_changed()
     return plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)[0]
 
 

@@ -17,6 +17,8 @@ from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.pruning.scope import Fate, Scope
+from dpp_lightning.pruning.shape_check import check_shapes
+from dpp_lightning.pruning.value_checks import ValueChecks
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
@@ -31,7 +33,9 @@ from dpp_lightning.tensors.names import (
     named_tensors,
     saved_names,
 )
+from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import equal_shards, full_tensor, is_dtensor
+from dpp_lightning.tensors.threads import in_order, over_threads
 
 _PROBE = 4096  # entries compared before whole tensors are
 
@@ -126,6 +130,8 @@ class PruningPlan:
             ValueError: as :meth:`of`.
         """
         check_prunable(finetuned)
+        check_not_quantised({**(ignored or {}), **base}, "the base")
+        check_shapes(base, finetuned, scope)
         fates = scope.fates(base, finetuned, ignored)
         return cls(
             base=base,
@@ -145,6 +151,11 @@ class PruningPlan:
         """Names of the tensors whose delta is pruned, sorted, so that one pair of models gives one file however it was
         held; those that training left as they were have none."""
         return sorted(name for name, fate in self.fates.items() if fate == "prune" and name not in self.unchanged)
+
+    @cached_property
+    def checks(self) -> ValueChecks:
+        """What is checked of the values; what was checked once is not read again."""
+        return ValueChecks(self.base, self.finetuned, self.fates, self.unchanged)
 
     @cached_property
     def pairs(self) -> list[TensorPair]:
@@ -173,6 +184,8 @@ class PruningPlan:
         Raises:
             ValueError: the method cannot do without calibration data, and there is none.
         """
+        if calibration is not None and spec.needs_inputs:
+            self.read_all()  # before the model runs
         inputs = calibration.layer_inputs() if calibration is not None and spec.needs_inputs else None
         spec.check_calibration(objective=calibration is not None, inputs=bool(inputs))
         return self.with_inputs(inputs) if inputs else self
@@ -197,6 +210,26 @@ class PruningPlan:
         if name not in self._digests:
             self._digests[name] = hash_tensor(name, self.base[name])
         return self._digests[name]
+
+    def read(self, name: str) -> None:
+        """Hash a pruned tensor of the base and check that both sides are finite, once in the life of the plan.
+
+        Raises:
+            ValueError: NaN or infinity in either model; the message names all such tensors.
+        """
+        self.digest(name)
+        self.checks.check_finite(name)
+
+    def read_all(self) -> None:
+        """:meth:`read` of all pruned tensors, in several threads, and the check of those that are carried.
+
+        Raises:
+            ValueError: as :meth:`read`.
+        """
+        in_shards = any(is_dtensor(self.finetuned[name]) for name in self.pruned)
+        for_each = in_order if in_shards else over_threads  # all ranks must call collectives in one order
+        for_each(self.read, {name: self.finetuned[name].numel() for name in self.pruned})
+        self.checks.check_carried_finite()
 
     @property
     def fingerprint(self) -> str:
@@ -230,7 +263,12 @@ class PruningPlan:
             yield pair.name, SparseTensor(pair.shape, indices, values), base
 
     def draw(self, spec: PruningSpec) -> SparseDelta:
-        """One pruned delta in memory; q is the method's first candidate. Errors as :meth:`stream`."""
+        """One pruned delta in memory; q is the method's first candidate.
+
+        Raises:
+            ValueError: as :meth:`stream`, or NaN or infinity in either model.
+        """
+        self.read_all()
         tensors, check = {}, EntriesHash()
         for name, kept, base in self.stream(spec):
             tensors[name] = kept

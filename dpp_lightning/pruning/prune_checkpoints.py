@@ -73,6 +73,7 @@ def prune_checkpoint(
             base_revision=base_revision,
             files=tuned.exact,
         )
+        plan.checks.check_changed()
         plan = plan.for_spec(spec, calibration)
         beside: dict[str, Path | bytes | None] = {
             **changed_side_files(base, finetuned, base_revision, finetuned_revision, weights_only=weights_only),
@@ -116,21 +117,29 @@ def _with_hashes(
     check: EntriesHash,
     progress: Progress | None,
 ) -> Iterator[tuple[str, SparseTensor]]:
-    """The stream, while the base's hashes are taken (so that its pages are read once) and progress is reported."""
+    """The stream, while the base is hashed and both sides are checked (so that their pages are read once) and progress is
+    reported."""
     sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
     sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
     done, total, names = 0, sum(sizes.values()), list(sizes)
 
+    plan.checks.check_carried_finite()
+
     def hash_and_read_ahead(index: int) -> None:
-        """Hash one tensor while another thread draws from it, and have the next one read."""
+        """Hash and check one pair while another thread draws from it, and have the next one read."""
         for tensor in sides[names[index + 1]] if index + 1 < len(names) else ():
             will_need(tensor)
-        plan.digest(names[index])
+        plan.read(names[index])
 
     with ThreadPoolExecutor(1) as hashing:
         for index in range(len(names)):
             pending = hashing.submit(hash_and_read_ahead, index)
-            name, kept, base = next(stream)
+            try:
+                name, kept, base = next(stream)
+            except ValueError as error:  # NaN may be met by the method first, and is told by all methods alike
+                if fault := plan.checks.not_finite():
+                    raise ValueError(fault) from error
+                raise
             check.update(base)
             yield name, kept
             pending.result()
