@@ -121,7 +121,7 @@ def prune_in_shards(kind, method, rate):
             change = 0.01 * torch.randn(p.shape)
             p.add_(shard_like(change, p))
     settings = {"a": 0.5, "b": 0.4} if method == "struct-dare" and rate == 0.8 else {}
-    delta = prune(base, finetuned, method, rate, seed=3, carry=("4.bias",), **settings)
+    delta = prune(base, finetuned, method, rate, seed=3, carry="4.bias", blocks="*", **settings)
     before = {name: whole(p) for name, p in base.named_parameters()}
     delta.apply_(base)
     applied = {name: whole(p) for name, p in base.named_parameters()}
