@@ -117,8 +117,7 @@ def _with_hashes(
     check: EntriesHash,
     progress: Progress | None,
 ) -> Iterator[tuple[str, SparseTensor]]:
-    """The stream, while the base is hashed and both sides are checked (so that their pages are read once) and progress is
-    reported."""
+    """The stream, while the base is hashed, both sides are checked (so that pages are read once) and progress is told."""
     sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
     sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
     done, total, names = 0, sum(sizes.values()), list(sizes)

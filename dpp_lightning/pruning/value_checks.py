@@ -105,10 +105,8 @@ class ValueChecks:
                 sides.append(f"{side} is not finite in {len(found)} of {len(faults)} tensors: {_first(found)}")
         if not sides:
             return None
-        trained = sides[-1].startswith("the fine-tuned")
-        cure = (
-            "Did the training diverge? Take the weights of an earlier step" if trained else "Take a base that is whole"
-        )
+        diverged = sides[-1].startswith("the fine-tuned")
+        cure = "Did the training diverge? Take an earlier checkpoint" if diverged else "Take a base that is whole"
         return f"{'; '.join(sides)}. {cure}"
 
     def _base_rows(self, name: str) -> Tensor:
