@@ -24,8 +24,8 @@ _MODULES_FILE = "modules.json"
 def write_dense_files(files: Mapping[str, Path], folder: Path, weights: Sequence[Entry]) -> None:
     """Copy the side files of a dense model beside its weights.
 
-    ``from_pretrained`` casts to the dtype that ``config.json`` names, so it is made that of the weights. Code of a
-    model's own is not copied; a warning names it.
+    ``from_pretrained`` casts to the dtype that ``config.json`` names, so it is made that of the weights; a warning says
+    what it named. Code of a model's own is not copied; a warning names it.
 
     Args:
         files: as :func:`dpp_lightning.storage.model_folder.dense_side_files` gives them.
@@ -37,7 +37,13 @@ def write_dense_files(files: Mapping[str, Path], folder: Path, weights: Sequence
         OSError: it cannot be written.
     """
     copy_files(files, folder)
-    match_dtype(folder / CONFIG_FILE, weights)
+    replaced = match_dtype(folder / CONFIG_FILE, weights)
+    if replaced is not None:
+        warnings.warn(
+            f"the fine-tuned model's config.json names {replaced[0]}; the weights are written in the base's dtype, "
+            f"{replaced[1]}, and config.json says so",
+            stacklevel=2,
+        )
     names = code_files(files)
     if names:
         warnings.warn(
@@ -47,7 +53,7 @@ def write_dense_files(files: Mapping[str, Path], folder: Path, weights: Sequence
         )
 
 
-def match_dtype(config: Path, weights: Iterable[Entry]) -> None:
+def match_dtype(config: Path, weights: Iterable[Entry]) -> tuple[str, str] | None:
     """Make the dtype that a configuration names that of most of the weights, and leave all else as it is.
 
     Configurations inside it (of text, of vision) that named the same dtype follow it.
@@ -55,6 +61,9 @@ def match_dtype(config: Path, weights: Iterable[Entry]) -> None:
     Args:
         config: ``config.json``; left alone where it is not there, is no JSON object or names no dtype.
         weights: what the model's files hold.
+
+    Returns:
+        The dtype that it named and the one that it names now; None where it named none or is left alone.
     """
     sizes: Counter[torch.dtype] = Counter()
     for entry in weights:
@@ -63,13 +72,14 @@ def match_dtype(config: Path, weights: Iterable[Entry]) -> None:
     try:
         content = json.loads(config.read_bytes()) if config.is_file() else None
     except (ValueError, RecursionError):
-        return
+        return None
     if not sizes or not isinstance(content, dict):
-        return
+        return None
     dtype = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
     named = next((content[key] for key in _DTYPE_KEYS if isinstance(content.get(key), str)), None)
     if _replace_dtype(content, named, dtype):
         config.write_bytes((json.dumps(content, indent=2) + "\n").encode())
+    return None if named in (None, dtype) else (named, dtype)
 
 
 def code_files(files: Mapping[str, Path]) -> list[str]:

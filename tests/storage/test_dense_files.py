@@ -36,7 +36,8 @@ def config_of(folder, content):
 )
 def test_the_configuration_names_the_dtype_of_most_of_the_weights(tmp_path, before, after):
     path = config_of(tmp_path, before)
-    match_dtype(path, F32)
+    named = before.get("dtype") or before.get("torch_dtype")
+    assert match_dtype(path, F32) == (None if named is None else (named, "float32"))
     assert json.loads(path.read_text()) == after
     assert list(json.loads(path.read_text())) == list(before)
 
@@ -44,7 +45,7 @@ def test_the_configuration_names_the_dtype_of_most_of_the_weights(tmp_path, befo
 def test_a_configuration_that_is_right_stays_byte_for_byte_and_what_is_none_is_left_alone(tmp_path):
     for content in ('{"dtype":"float32",  "vision_config": {"dtype": "bfloat16"}}', "{broken", "[1]"):
         (tmp_path / "config.json").write_text(content)
-        match_dtype(tmp_path / "config.json", F32)
+        assert match_dtype(tmp_path / "config.json", F32) is None
         assert (tmp_path / "config.json").read_text() == content
     match_dtype(tmp_path / "nowhere.json", F32)
     match_dtype(config_of(tmp_path, {"dtype": "float16"}), [Entry("n", torch.int8, (3,))])
@@ -69,6 +70,14 @@ def test_code_of_a_models_own_is_named_in_a_warning_and_not_copied(tmp_path):
     with pytest.warns(UserWarning, match=f"{named}: put it from the fine-tuned model's folder"):
         write_dense_files(files, dense, F32)
     assert {path.name for path in dense.iterdir()} == set(files)
+
+
+def test_a_dtype_that_is_replaced_is_named(tmp_path):
+    files = {"config.json": config_of(tmp_path, {"dtype": "bfloat16"})}
+    (tmp_path / "dense").mkdir()
+    with pytest.warns(UserWarning, match=r"names bfloat16; the weights are written in the base's dtype, float32,"):
+        write_dense_files(files, tmp_path / "dense", F32)
+    assert json.loads((tmp_path / "dense/config.json").read_text()) == {"dtype": "float32"}
 
 
 def test_a_model_without_code_of_its_own_gets_no_warning(tmp_path):
