@@ -24,6 +24,7 @@ from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
 from dpp_lightning.tensors.names import buffer_names, canonical_tensors
@@ -187,7 +188,7 @@ class DeltaPruneCallback(pl.Callback):
             check_writable(self._folder)
         if has_weights(pl_module):
             find_adapter(pl_module, self.settings.lora)
-            self._base = BaseWeights.take(pl_module, self.settings.pretrained, self.settings.revision)
+            self._base = self._take_base(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the base of a module that made its weights in ``configure_model``, and check the output layer."""
@@ -196,7 +197,7 @@ class DeltaPruneCallback(pl.Callback):
             if restored and self.settings.pretrained is None:
                 self._base = BaseWeights({}, explicit=False)  # only an optimizer can still hold theta_0
             else:
-                self._base = BaseWeights.take(pl_module, self.settings.pretrained, self.settings.revision)
+                self._base = self._take_base(pl_module)
         with self._adapter_view(pl_module):
             if self.settings.forward_fn is None:
                 resolve_layer(pl_module, self.settings.output_layer_of(pl_module))
@@ -289,11 +290,17 @@ class DeltaPruneCallback(pl.Callback):
             weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
             with weights, self._adapter_view(pl_module, keep=keep) as base:
                 scope = self._scope(trainer, pl_module)
+                if not _can_be_pruned(base, pl_module, scope):
+                    return
                 self.results = PruneRun(settings, trainer, base, scope, self._folder, self.reporter).run()
         finally:
             self._evaluating = False
         if trainer.is_global_zero:
             push_deltas(self._folder, settings.repositories, private=settings.hub_private)
+
+    def _take_base(self, module: pl.LightningModule) -> BaseWeights:
+        settings = self.settings
+        return BaseWeights.take(module, settings.pretrained, settings.revision, settings.scope)
 
     def _adapter_view(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
         """Module and base as they are pruned: a LoRA adapter's parameters against zero, or its merged weights."""
@@ -312,3 +319,15 @@ class DeltaPruneCallback(pl.Callback):
     def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
         """The scope with buffers, and heads that were new in this training, carried."""
         return self.settings.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
+
+
+def _can_be_pruned(base: BaseWeights, module: pl.LightningModule, scope: Scope) -> bool:
+    """Whether all weights are finite, so that there are deltas; a warning says what stands against them or makes them
+    empty, since a fit ends well however its training went."""
+    checks = PruningPlan.matched(base.tensors, canonical_tensors(module), scope).checks
+    if fault := checks.not_finite():
+        rank_zero_warn(f"DeltaPruneCallback did not prune: {fault}")
+        return False
+    if reason := checks.nothing_changed():
+        rank_zero_warn(f"{reason}: every delta is empty. Did the training take a step, and train what is in scope?")
+    return True

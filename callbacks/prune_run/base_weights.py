@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import (
@@ -47,7 +49,9 @@ class BaseWeights:
         self.saved = dict(saved or {})
 
     @classmethod
-    def take(cls, module: pl.LightningModule, pretrained: str | None, revision: str | None) -> BaseWeights:
+    def take(
+        cls, module: pl.LightningModule, pretrained: str | None, revision: str | None, scope: Scope
+    ) -> BaseWeights:
         """The base from the checkpoint that the user named, else the module's present values.
 
         Raises:
@@ -56,14 +60,18 @@ class BaseWeights:
             FileNotFoundError: if there is no such checkpoint.
         """
         check_prunable(canonical_tensors(module))
-        return cls.from_module(module) if pretrained is None else cls.from_checkpoint(module, pretrained, revision)
+        if pretrained is None:
+            return cls.from_module(module)
+        return cls.from_checkpoint(module, pretrained, revision, scope)
 
     @classmethod
-    def from_checkpoint(cls, module: pl.LightningModule, pretrained: str, revision: str | None) -> BaseWeights:
+    def from_checkpoint(
+        cls, module: pl.LightningModule, pretrained: str, revision: str | None, scope: Scope
+    ) -> BaseWeights:
         """Load a local folder, file or hub id and match its tensors with the module's.
 
         Raises:
-            ValueError: if no tensor matches by name and shape.
+            ValueError: if no tensor matches by name and shape, or the shapes are those of another model.
             FileNotFoundError: if there is no such checkpoint.
         """
         loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision))}
@@ -71,6 +79,7 @@ class BaseWeights:
         plain_names = {name: without_adapters(name) for name in module_tensors}
         loaded_names = match_names(set(plain_names.values()), loaded)
         matched = {name: loaded[loaded_names[plain]] for name, plain in plain_names.items() if plain in loaded_names}
+        check_shapes({name: n.tensor for name, n in matched.items()}, module_tensors, scope)
         matched = {name: n for name, n in matched.items() if n.tensor.shape == module_tensors[name].shape}
         if not matched:
             raise ValueError(
