@@ -71,15 +71,16 @@ class Architecture:
     def finetune(self, model: Any) -> None:
         """Move every parameter, and every float buffer that is saved, in place.
 
-        Every second tensor or so gets a delta with long tails, so that blocks and layers differ.
+        The deltas' tails are longer in some tensors than in others, so that blocks and layers differ.
         """
         generator = torch.Generator().manual_seed(1)
         saved = model.state_dict().keys()
         with torch.no_grad():
             for parameter in model.parameters():
                 delta = torch.randn(parameter.shape, generator=generator)
-                power = 1 + 2 * int(torch.randint(2, (), generator=generator))
-                parameter.add_(_on_grid(delta**power * 0.02, model.dtype))
+                power = 1 + 2 * float(torch.rand((), generator=generator))
+                delta = (0.02 * delta.sign() * delta.abs() ** power).clamp(-0.3, 0.3)
+                parameter.add_(_on_grid(delta, model.dtype))
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point() and name in saved:
                     buffer.copy_(_on_grid(buffer + 0.02 * torch.rand(buffer.shape, generator=generator), model.dtype))
