@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import (
     NamedTensor,
@@ -74,6 +75,7 @@ class BaseWeights:
             ValueError: if no tensor matches by name and shape, or the shapes are those of another model.
             FileNotFoundError: if there is no such checkpoint.
         """
+        check_model(pretrained, "DeltaPruneCallback.pretrained", revision)
         loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision))}
         module_tensors = canonical_tensors(module)
         plain_names = {name: without_adapters(name) for name in module_tensors}

@@ -56,6 +56,12 @@ def check_sources(config: Namespace) -> None:
     """
     if config.get("delta") is not None:
         check_delta(config.delta, "--delta")
+    model = config.get("model")
+    of_model = _settings(model) if isinstance(model, Namespace) and _is_ours(model) else {}
+    if "deltas" in of_model:  # which are read, as their base is, when data are loaded and processes started
+        check_model(of_model["pretrained"], "model.pretrained", of_model.get("revision"), config=True)
+        for task, delta in of_model["deltas"].items():
+            check_delta(delta, f"model.deltas.{task}")
     data, callbacks = config.get("data"), listed(config.trainer.get("callbacks"))
     of_data = _settings(data) if isinstance(data, Namespace) and _is_ours(data) else {}
     for name, suffixes in (("path", tuple(FILES) if "test_path" in of_data else ()), ("test_path", tuple(FILES))):

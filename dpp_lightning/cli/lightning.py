@@ -173,7 +173,7 @@ class DPPCLI(LightningCLI):
             parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
 
     def before_instantiate_classes(self) -> None:
-        """Add the callbacks of options, look at the sources of data and weights, and keep the config of an earlier fit."""
+        """Add the callbacks of options, check sources of data and weights, and keep the config of an earlier fit."""
         add_delta_callback(self.config[self.subcommand])
         check_sources(self.config[self.subcommand])
         if self.subcommand == "predict":

@@ -31,6 +31,7 @@ from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.locate import local_folder
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
+from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 
 MODEL_FILE, CARD_FILE = "delta_model.safetensors", "README.md"
@@ -180,14 +181,12 @@ class DeltaReader:
 
         Raises:
             FileNotFoundError: no such folder, or a folder without a delta.
-            ValueError: as the class.
+            ValueError: as the class, or a model or adapter in place of a delta.
         """
+        check_delta(source, "delta", revision)
         folder = local_folder(
             source, revision, [MODEL_FILE, CONFIG_FILE, *(f"*{pattern}" for pattern in SIDE_PATTERNS)]
         )
-        missing = [name for name in (MODEL_FILE, CONFIG_FILE) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} is no delta folder: it lacks {' and '.join(missing)}")
         model = folder / MODEL_FILE
         return cls(load_tensors(model), (folder / CONFIG_FILE).read_bytes(), _file_checksum(model), folder)
 

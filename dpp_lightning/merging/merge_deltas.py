@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.contents import TASK_SEPARATOR, DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.merging.sources import MergeSource, names_in_base
@@ -26,6 +27,7 @@ from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.checkpoints import Weights as BaseWeights
 from dpp_lightning.storage.model_folder import merged_side_files
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.dtypes import check_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
@@ -69,6 +71,8 @@ def merge(
         FileNotFoundError: no such delta.
     """
     settings = _MergeSettings(method, weights, scale, trim_rate, dtype)
+    if isinstance(base, str | Path):
+        check_model(base, "base")
     tensors = canonical_tensors(load_tensors(base) if isinstance(base, str | Path) else base)
     name = str(base) if isinstance(base, str | Path) else None
     listed = list(deltas.values()) if isinstance(deltas, Mapping) else list(deltas)
@@ -111,6 +115,7 @@ def merge_checkpoints(
         OSError: it cannot be written.
     """
     settings = _MergeSettings(method, weights, scale, trim_rate, dtype)
+    check_model(base, "base", base_revision)
     with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
         sources = MergeSource.all([DeltaReader.open(delta) for delta in deltas], tasks)
         tensors = canonical_tensors(load_tensors(base, base_revision))
@@ -201,9 +206,10 @@ class _Merger:
         Raises (in reading):
             ValueError: a delta that proves to be another base's at its end, or values that overflow the dtype.
         """
-        return DeltaContents(
+        merged = DeltaContents(
             list(self._shapes.items()), lambda: self._tensors(progress), self._carried, self._new_rows, self._info
         )
+        return warning_if_empty(merged, "the merged delta")
 
     def _tensors(self, progress: Progress | None) -> Iterator[tuple[str, SparseTensor]]:
         """Name and kept entries of one merged tensor after the other."""

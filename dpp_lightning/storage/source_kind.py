@@ -179,6 +179,8 @@ def check_checkpoint(source: str | Path, argument: str) -> None:
     """
     path, name = local_path(source), subject(source, argument)
     if path.is_file():
+        if path.suffix.lower() in _NO_WEIGHTS:
+            raise ValueError(f"{name} is no checkpoint: expected a .ckpt file or a sharded folder")
         check_content(path, name)
     elif not path.is_dir():
         raise not_found(source, "checkpoint", argument)
@@ -330,7 +332,7 @@ def _folder_kind(files: frozenset[str]) -> str:
 
 def _holds(files: Iterable[str]) -> str:
     listed = sorted(files)
-    return f"; it holds {_few(listed)}" if listed else ""
+    return f"; it holds {_few(listed)}" if listed else "; it holds no file"
 
 
 def _few(names: Iterable[str | Path]) -> str:

@@ -107,6 +107,11 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
             )
         check_model(pretrained, PRETRAINED, config=True)
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
+        if architecture is None:
+            raise ValueError(
+                f"{PRETRAINED} {pretrained}: its config.json names no architecture of timm (a model of transformers "
+                "has none); save the folder with timm.models.save_for_hf"
+            )
     elif hub_id(repo_id) is None or "/" not in repo_id:
         raise FileNotFoundError(
             f"{not_found(pretrained, 'folder', PRETRAINED, cure=False)}; hub ids look like "
