@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
+from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.storage.atomic_write import atomic_folder
@@ -60,7 +61,7 @@ def apply_checkpoint(
     """
     with atomic_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
-        contents, info = reader.contents.for_task(task), reader.info
+        contents, info = warning_if_empty(reader.contents.for_task(task), str(delta)), reader.info
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
         shapes |= dict.fromkeys(_base_names(contents))
         named = named_tensors(load_tensors(base, base_revision))

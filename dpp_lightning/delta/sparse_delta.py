@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.methods.rescaling import check_q
@@ -151,7 +152,8 @@ class SparseDelta:
         """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
 
         The sum is taken in float32 (float64 for a float64 target) and cast to the target's dtype. The target's values
-        at the kept positions are held until ``revert_``; nothing is written if any check fails.
+        at the kept positions are held until ``revert_``; nothing is written if any check fails. A delta that changes
+        nothing is warned of.
 
         Args:
             target: module or state dict with the base's weights.
@@ -164,6 +166,7 @@ class SparseDelta:
         targets, named = self._find(target)
         if any(name in self._originals.get(n.owner, ()) for name, n in named.items()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
+        warn_if_empty(self.contents, "this delta")
         base_values, sums = self._base_values_and_sums(targets, target, force=force)
         for name, originals in self._held(targets, base_values).items():
             self._originals.setdefault(named[name].owner, {})[name] = originals

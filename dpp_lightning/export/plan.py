@@ -16,6 +16,7 @@ from dpp_lightning.export.write import Export
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.mapped_file import load_outline
 from dpp_lightning.storage.model_folder import side_files
+from dpp_lightning.storage.quantised import check_plain_weights
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
 from dpp_lightning.storage.stored_tensor import StoredTensor
 from dpp_lightning.tensors.dtypes import FLOATS
@@ -37,6 +38,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]
     """
     if is_sharded(path):
         tensors, extra = read_sharded(path), path / _LIGHTNING_FILE
+        check_plain_weights(tensors, path)
     elif path.is_file():
         tensors, extra = {name: StoredTensor.of(tensor) for name, tensor in load_tensors(path).items()}, path
     elif path.is_dir():

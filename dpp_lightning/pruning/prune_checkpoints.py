@@ -11,6 +11,7 @@ from torch import Tensor
 from dpp_lightning.calibration.calibration_data import CalibrationSource
 from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
+from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import set_q, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
@@ -108,6 +109,7 @@ def _stream(
         plan.new_rows,
         lambda: plan.info(spec, check),
     )
+    contents = warning_if_empty(contents, "the pruned delta")
     write_files(folder, contents, seeded=spec.row.seeded, dtype=spec.dtype, side_files=beside)
 
 
@@ -117,7 +119,7 @@ def _with_hashes(
     check: EntriesHash,
     progress: Progress | None,
 ) -> Iterator[tuple[str, SparseTensor]]:
-    """The stream, while the base is hashed, both sides are checked (so that pages are read once) and progress is told."""
+    """The stream, while the base is hashed and both sides are checked, so that pages are read once; with progress."""
     sides = {pair.name: (pair.base, pair.finetuned) for pair in plan.pairs}
     sizes = {name: total_bytes({"base": pair[0], "finetuned": pair[1]}) for name, pair in sides.items()}
     done, total, names = 0, sum(sizes.values()), list(sizes)
