@@ -14,6 +14,9 @@ from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.storage.source_kind import check_data_file, check_model
+
+_ORDER = "dpp prune BASE FINETUNED"
 
 
 def prune_to_folder(
@@ -64,6 +67,9 @@ def prune_to_folder(
         finetuned_revision: likewise of the fine-tuned model
     """
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
+    check_data_file(calibration, "--calibration")
+    check_model(base, "BASE", base_revision, order=_ORDER)
+    check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
     data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision)
     with progress_bar("pruning") as progress:
         folder = prune_checkpoint(
