@@ -14,6 +14,7 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import Weights, has_hf_names, load_tensors
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.names import TensorSource
 
 
@@ -65,6 +66,9 @@ def prune(
             "function from a delta to a number as Calibration(function)"
         )
     spec.check_calibration(objective=calibration is not None, inputs=calibration is not None)
+    for source, argument in ((base, "base"), (finetuned, "finetuned")):
+        if isinstance(source, str | Path):
+            check_model(source, argument)
     plan = PruningPlan.of(
         _weights(base),
         _weights(finetuned),
