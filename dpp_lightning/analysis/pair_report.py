@@ -14,6 +14,7 @@ from dpp_lightning.methods.rescaling import keep_rate
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors, total_bytes
+from dpp_lightning.storage.source_kind import check_model
 
 GAMMA = 0.95
 _FACTORS = {"hoeffding": hoeffding, "kearns_saul": kearns_saul, "berend_kontorovich": berend_kontorovich}
@@ -97,6 +98,8 @@ def inspect_pair(
     """
     kept = keep_rate(pruning_rate)
     factors = {name: f(pruning_rate) for name, f in _FACTORS.items() if f is not berend_kontorovich or kept <= 0.5}
+    check_model(base, "base", base_revision)
+    check_model(finetuned, "finetuned", finetuned_revision)
     base_tensors, tensors = load_tensors(base, base_revision), load_tensors(finetuned, finetuned_revision)
     plan = PruningPlan.of(base_tensors, tensors, Scope(), files=has_hf_names(finetuned))
     if calibration is not None:
