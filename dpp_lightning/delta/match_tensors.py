@@ -9,7 +9,7 @@ from torch import Tensor
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.tensors.names import match_names
 
-_SHOWN = 40
+_SHOWN = 4
 
 
 def find_tensors(
@@ -40,10 +40,10 @@ def find_tensors(
             faults.append(f"{name}: shape {actual}, the delta has {expected}")
     if faults:
         extra = sorted(set(tensors) - set(names.values()))
-        lines = [*faults[:_SHOWN], *(f"{name}: not in the delta" for name in extra[:_SHOWN])]
+        rest = f"; not in the delta: {_few(extra)}" if extra else ""
         raise ValueError(
-            f"the delta does not fit {where} ({len(faults)} of {len(shapes)} tensors); is it the architecture of its "
-            f"base {info.base_name or '(unnamed)'}, with the fine-tuned head and vocabulary?\n  " + "\n  ".join(lines)
+            f"the delta does not fit {where}, {len(faults)} of {len(shapes)} tensors: {_few(faults)}{rest}; is it the "
+            f"architecture of its base {info.base_name or '(unnamed)'}, with the fine-tuned head and vocabulary?"
         )
     return {name: tensors[model_name] for name, model_name in names.items()}
 
@@ -65,3 +65,8 @@ def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:
 
 def _has_more_rows(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(actual) == len(expected) > 0 and actual[0] > expected[0] and actual[1:] == expected[1:]
+
+
+def _few(faults: list[str]) -> str:
+    more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return "; ".join(faults[:_SHOWN]) + more

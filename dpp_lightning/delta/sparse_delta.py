@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
@@ -363,11 +363,18 @@ class SparseDelta:
         """The target's tensors under this delta's names, shapes checked, and where they lie in the target."""
         self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
-        named = [(n, n.tensor) for n in named_tensors(target)]
-        tensors = {n.name: tensor for n, tensor in named}
-        found = find_tensors(shapes, tensors, describe_source(target), self.info)
+        named = [(n, n.tensor) for n in self._named(target, shapes.keys())]
+        found = find_tensors(shapes, {n.name: t for n, t in named}, describe_source(target), self.info)
         by_tensor = {id(tensor): n for n, tensor in named}
         return found, {name: by_tensor[id(tensor)] for name, tensor in found.items()}
+
+    def _named(self, target: TensorSource, names: Set[str]) -> list[NamedTensor]:
+        """The target's tensors by their names in its files, or in memory where this delta is one of state dicts."""
+        named = named_tensors(target)
+        if isinstance(target, nn.Module) and not names <= {n.name for n in named}:
+            in_memory = named_tensors(target, in_memory=True)
+            return in_memory if names <= {n.name for n in in_memory} else named
+        return named
 
     def _finetuned_shape(self, name: str) -> tuple[int, ...]:
         if name in self.carried:

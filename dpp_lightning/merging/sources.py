@@ -124,9 +124,8 @@ def _wrong_bases_message(wrong: Sequence[MergeSource], sources: Sequence[MergeSo
     lines = [
         f"{s.task}: its base is {s.info.base_name or '(unnamed)'}, fingerprint {s.info.base_fingerprint}" for s in wrong
     ]
-    rest = f"The other deltas' base has the fingerprint {', '.join(others)}. " if others else ""
+    rest = f"; the other deltas' base has the fingerprint {', '.join(others)}" if others else ""
     return (
-        "these deltas were not pruned against the base that was given; only deltas of one base can be merged:\n  "
-        + "\n  ".join(lines)
-        + f"\n{rest}Leave them out, or give their base in its own dtype"
+        "these deltas were not pruned against the base that was given, and only deltas of one base can be merged: "
+        f"{'; '.join(lines)}{rest}. Leave them out, or give their base in its own dtype"
     )

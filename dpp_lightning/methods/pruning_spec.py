@@ -20,7 +20,8 @@ class PruningSpec:
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: of the random selections, an integer >= 0.
         dtype: how the kept values are held: float32, bfloat16, float16, int8 or int4; None for the fine-tuned dtype, at
-            most 32 bits.
+            most 32 bits, and for float32 where nothing is dropped, so that base plus delta is a model of 16 bits to
+            the last one.
         q: what kept values are divided by, given by hand; None for the method's own.
         method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.
 
@@ -41,6 +42,8 @@ class PruningSpec:
         row.check(self.pruning_rate, self.method_settings)
         row.check_dtype(self.method, self.dtype)
         stream_key("", self.seed)
+        if self.dtype is None and self.pruning_rate == 0:
+            object.__setattr__(self, "dtype", "float32")
         if self.q is not None:
             check_q(self.q, self.pruning_rate)
             if row.fit is not None and not row.fit.one_q:

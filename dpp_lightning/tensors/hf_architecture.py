@@ -24,7 +24,7 @@ _KINDS = (  # the most frequent first: among classes of the same tensors the fir
     "QUESTION_ANSWERING", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIPLE_CHOICE",
 )  # fmt: skip
 _COMPUTED = (r"\.position_ids$", r"\.rotary_emb\.inv_freq$", r"\.masked_bias$")  # buffers of older versions
-_SHOWN = 10
+_SHOWN = 4
 
 
 @dataclass
@@ -231,14 +231,13 @@ def _resized(model: PreTrainedModel, candidate: Architecture, shapes: Mapping[st
 def _check(best: Architecture) -> None:
     under = f" (under {best.prefix!r})" if best.prefix else ""
     faults = {"missing": best.missing, "of another shape": best.misfits, "unexpected": best.unexpected}
-    lines = [f"{fault}: {_few(names)}" for fault, names in faults.items() if names]
+    lines = [f"{fault} {_few(names)}" for fault, names in faults.items() if names]
     if lines and not best.names:
         lines = [f"none of {best.name} is there; the checkpoint has {_few(best.left_out)}"]
     if lines:
-        listed = "\n  ".join(lines)
         raise ValueError(
-            f"the checkpoint's tensors are not those of {best.name}{under}; is the configuration that of the model it "
-            f"was trained from? --config_from and --architecture say so\n  {listed}"
+            f"the checkpoint's tensors are not those of {best.name}{under}: {', '.join(lines)}. Is the configuration that "
+            "of the model it was trained from? --config_from and --architecture say so"
         )
 
 

@@ -58,6 +58,7 @@ _OLD_SPELLINGS = (  # of older files; what they became in newer ones
 _PATH_TO_BLOCKS = frozenset({"encoder", "decoder"})  # their parts are a model's own, even where it has no others
 _EMBEDDINGS = ("shared", "embed", "wte")  # in the names of input embeddings; the first is the one that others share
 _CONTAINERS = frozenset({"stages", "levels", "features", "experts"})  # numbered, of blocks rather than blocks
+_SHOWN = 4  # names in a message
 _ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 _BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
     r"(?:^|\.)(?:running_(?:mean|var)|num_batches_tracked|final_logits_bias|e_score_correction_bias|cluster_size|embed_avg"
@@ -130,7 +131,9 @@ class SeveralModelsError(ValueError):
     """A source holds more than one model that is meant equally well."""
 
 
-def named_tensors(source: TensorSource) -> list[NamedTensor]:
+def named_tensors(
+    source: TensorSource, *, like: TensorSource | None = None, in_memory: bool = False
+) -> list[NamedTensor]:
     """Every parameter and persistent buffer of a module, or every tensor of a state dict, with its names.
 
     The tensors of a transformers model, wherever it is in a module, have the names of its files. Of other sources the
@@ -140,19 +143,26 @@ def named_tensors(source: TensorSource) -> list[NamedTensor]:
 
     Args:
         source: ``nn.Module``, or a mapping of names to tensors (values that are not tensors are ignored).
+        like: a module that tells what the tensors of a mapping are, where that is its state dict or that of a copy.
+        in_memory: models of transformers have the names of their state dict, not of their files.
 
     Raises:
-        ValueError: the source holds no tensor, or tensors in shards of which the files hold parts.
+        ValueError: the source holds no tensor, or tensors in shards that the files hold in other pieces.
     """
     tensors = _source_tensors(source)
     if not tensors:
         raise ValueError(f"found no tensor in {type(source).__name__}: expected a module or state dict with weights")
-    if isinstance(source, nn.Module) and (models := transformers_models(source)):
-        named = _of_models(source, tensors, models)
-        _check_parts(named)
-    else:
-        named = [_as_it_is(name, tensor) for name, tensor in tensors.items()]
-    return _canonical(named)
+    module = source if isinstance(source, nn.Module) else like
+    if isinstance(module, nn.Module) and not in_memory and (models := transformers_models(module)):
+        of_module = _module_tensors(module)
+        if module is not source:
+            tensors = _like_module(tensors, of_module) or {}
+        if tensors:
+            named = _of_models(tensors, models)
+            _check_parts(named)
+            return _canonical(named)
+        tensors = _source_tensors(source)
+    return _canonical([_as_it_is(name, tensor) for name, tensor in tensors.items()])
 
 
 def canonical_tensors(source: TensorSource) -> dict[str, Tensor]:
@@ -399,9 +409,16 @@ def embedding_rank(name: str) -> int:
     return next((rank for rank, word in enumerate(_EMBEDDINGS) if word in name), len(_EMBEDDINGS))
 
 
-def _of_models(
-    module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedModel]
-) -> list[NamedTensor]:
+def _like_module(state: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """A state dict's tensors under a module's names; None where it lacks some or has them in other shapes."""
+    plain = {without_wrappers(name): tensor for name, tensor in state.items()}
+    names = {name: without_wrappers(name) for name in module}
+    if any(plain[p].shape != module[n].shape if p in plain else True for n, p in names.items()):
+        return None
+    return {name: plain[p] for name, p in names.items()}
+
+
+def _of_models(tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedModel]) -> list[NamedTensor]:
     """The tensors of a module that holds models of transformers: theirs as in their files, others as they are.
 
     Of several models, the one that is trained is meant, the others (a teacher, an average) are left out; where several
@@ -416,6 +433,9 @@ def _of_models(
         others -= set(sources.values())
         if path not in meant:
             continue
+        for tied, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if tied in sources and kept not in sources:
+                sources[kept] = sources.pop(tied)
         own = {plain: tensors[name] for plain, name in sources.items()}
         saved = {place: name for name, place in file_layout(model, own, as_loaded=True).items()}
         before = f"{without_wrappers(path)}." if len(meant) > 1 else ""
@@ -503,7 +523,7 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: a parameter is quantised, integer or complex, or a tensor is on the meta device, sparse or a shard
-            of FSDP1; the message gives the names, at most 20, and the reason for each.
+            of FSDP1; the message gives the first names and the reason for each.
     """
     check_not_quantised(tensors)
     faults = []
@@ -519,4 +539,5 @@ def check_prunable(tensors: Mapping[str, Tensor]) -> None:
         elif is_fsdp1_shard(tensor):
             faults.append(f"{name}: flattened by FSDP1; take FSDP2Strategy (--config fsdp.yaml), DDP or one device")
     if faults:
-        raise ValueError("these tensors cannot be pruned:\n  " + "\n  ".join(faults[:20]))
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"{len(faults)} tensors cannot be pruned: {'; '.join(faults[:_SHOWN])}{more}")
