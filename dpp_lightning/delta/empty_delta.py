@@ -36,7 +36,7 @@ def warn_if_empty(contents: DeltaContents, what: str) -> None:
 
 def _warn(contents: DeltaContents, what: str) -> None:
     warnings.warn(
-        f"{what} changes nothing: none of its {len(contents.table)} tensors has a kept entry other than 0, so that base "
+        f"{what} changes nothing: none of its {len(contents.table)} tensors has a kept entry other than 0: base "
         "plus delta is the base. Was it pruned at too high a rate, or of two equal models?",
         stacklevel=4,
     )

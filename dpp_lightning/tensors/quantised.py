@@ -102,14 +102,21 @@ def find_quantised(tensors: Mapping[str, StoredForm], *, declared: str | None = 
 
     Args:
         tensors: name to tensor; of those on disk nothing is read.
-        declared: the scheme that the model's configuration names; then packed integers are codes under any name.
+        declared: the scheme that the model's configuration names; then packed integers are codes under any name, if
+            nothing else is.
     """
-    companions = _companions(tensors)
+    schemes, beside = _by_companions(tensors)
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        scheme = _scheme_of_class(tensor) or companions.get(name) or _scheme_of_dtype(name, tensor, declared)
+        scheme = _scheme_of_class(tensor) or schemes.get(name)
+        if scheme is None and name not in beside:
+            scheme = _scheme_of_dtype(name, tensor)
         if scheme is not None:
             found.setdefault(scheme, []).append(name)
+    if declared is not None and not found:
+        for name, tensor in tensors.items():
+            if tensor.dtype in _PACKED and len(tensor.shape) > 1:
+                found.setdefault(f"{declared} ({_plain(tensor.dtype)})", []).append(name)
     return [QuantisedWeights(scheme, names) for scheme, names in found.items()]
 
 
@@ -143,32 +150,30 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-def _companions(tensors: Mapping[str, StoredForm]) -> dict[str, str]:
-    """Name of a tensor with codes to the scheme that the tensors beside it tell."""
+def _by_companions(tensors: Mapping[str, StoredForm]) -> tuple[dict[str, str], set[str]]:
+    """Name of each tensor with codes to the scheme that the tensors beside it tell; and the names of those."""
     ranks: dict[str, int] = {}
+    beside: set[str] = set()
     for name in tensors:
         for rank, (end, codes_end, _) in enumerate(_COMPANIONS):
-            if name.endswith(end):
-                codes = name[: -len(end)] + codes_end
-                if codes != name and codes in tensors and _holds_codes(tensors[codes]):
-                    ranks[codes] = min(ranks.get(codes, rank), rank)
-    return {name: _COMPANIONS[rank][2].format(dtype=_plain(tensors[name].dtype)) for name, rank in ranks.items()}
+            codes = name[: -len(end)] + codes_end
+            if name.endswith(end) and codes in tensors and _holds_codes(tensors[codes]):
+                ranks[codes] = min(ranks.get(codes, rank), rank)
+                beside.add(name)
+    schemes = {name: _COMPANIONS[rank][2].format(dtype=_plain(tensors[name].dtype)) for name, rank in ranks.items()}
+    return schemes, beside
 
 
 def _holds_codes(tensor: StoredForm) -> bool:
     return tensor.dtype in _PACKED or (_is_narrow(tensor.dtype) and tensor.dtype != _SCALES)
 
 
-def _scheme_of_dtype(name: str, tensor: StoredForm, declared: str | None) -> str | None:
+def _scheme_of_dtype(name: str, tensor: StoredForm) -> str | None:
     """Told by the dtype alone: narrow floats are always codes, integers where only weights or codes are named so."""
-    dtype = tensor.dtype
-    if _is_narrow(dtype) and dtype != _SCALES:
-        return _plain(dtype)
-    if dtype not in _PACKED or not tensor.shape:
-        return None
-    if name.rpartition(".")[2] == "weight" or name.endswith((*_CODES, "_weight")):
-        return _plain(dtype)
-    return f"{declared} ({_plain(dtype)})" if declared and len(tensor.shape) > 1 else None
+    if _is_narrow(tensor.dtype):
+        return None if tensor.dtype == _SCALES else _plain(tensor.dtype)
+    named_so = name.rpartition(".")[2] == "weight" or name.endswith((*_CODES, "_weight"))
+    return _plain(tensor.dtype) if named_so and tensor.dtype in _PACKED and len(tensor.shape) else None
 
 
 def _is_narrow(dtype: torch.dtype) -> bool:
