@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dpp_lightning.calibration.output_change import OutputChange
@@ -14,6 +15,8 @@ from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.pruning.known_inputs import unknown_inputs
+from dpp_lightning.pruning.plan import PruningPlan
 
 
 class CalibrationPasses:
@@ -58,6 +61,22 @@ class CalibrationPasses:
             self.inputs = passes.layer_inputs(batch, settings.forward_fn)
         if settings.methods_with_gradients:
             self.gradients = passes.output_gradients(batch, settings.forward_fn)
+
+    def with_inputs(self, plan: PruningPlan) -> PruningPlan:
+        """A plan that knows the inputs of the layers, where a method goes by them; warns of linear maps of which they
+        are not known.
+
+        Raises:
+            ValueError: they are not known of most.
+        """
+        if not self._settings.needs_inputs:
+            return plan
+        plan = plan.with_inputs(self.inputs)
+        for method in self._settings.methods:
+            unknown = unknown_inputs(plan.pairs, method, self._settings.method_settings.get(method, {}))
+            if unknown:
+                rank_zero_warn(unknown)
+        return plan
 
     @property
     def output_change(self) -> Callable[[], float] | None:

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -61,22 +60,14 @@ class EvaluationPasses:
         return float(self.trainer.strategy.broadcast(read_monitor(self._run_loop(loader), self.monitor)))
 
     def layer_inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
-        """Statistics of the input of every weight on one batch, by canonical name.
-
-        Warns of weights whose modules are not called in the evaluation step, since nothing is known of their inputs.
-        """
+        """Statistics of the input of every weight on one batch, by canonical name; weights that the evaluation step
+        does not reach are left out."""
         with collected_inputs(self.trainer.lightning_module) as collector:
             if forward_fn is not None:
                 self._forward_output(batch, forward_fn)
             else:
                 for _ in self._evaluation_steps(batch):
                     pass
-        if collector.uncalled:
-            rank_zero_warn(
-                f"nothing is known of the inputs of {len(collector.uncalled)} weights, which the evaluation step does "
-                f"not reach by calling their modules: {', '.join(collector.uncalled[:8])}; they are ranked by their "
-                "delta alone"
-            )
         return collector.statistics
 
     def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None, reduce: Reduce) -> list[Tensor]:

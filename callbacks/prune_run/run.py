@@ -115,7 +115,7 @@ class PruneRun:
             base_revision=self.settings.revision or getattr(self.module, "revision", None),
             saved=saved_names(named, self.base.saved, exact=has_file_names(self.module)),
         )
-        return plan.with_inputs(self.calibration.inputs) if self.calibration.inputs else plan
+        return self.calibration.with_inputs(plan)
 
     def _experiment(self, plan: PruningPlan) -> Experiment:
         settings, saves = self.settings, self.trainer.is_global_zero and self.settings.save_deltas

@@ -90,7 +90,7 @@ def layer_statistics(pair: TensorPair) -> LayerStatistics:
     Raises:
         ValueError: weights that are not finite, or inputs that are not those of this weight.
     """
-    inputs = None if pair.inputs is None or pair.inputs.embedding else pair.inputs
+    inputs = pair.inputs if pair.inputs is not None and pair.inputs.of_one_map else None
     total = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros(())
     sums = None if inputs is None else OutputSums.of(pair)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dpp_lightning.analysis.layer_statistics import LayerStatistics, layer_statistics, mean_magnitude
@@ -118,12 +117,4 @@ def inspect_pair(
 def _layer_inputs(source: str, revision: str | None, data: str, samples: int) -> dict[str, InputStatistics]:
     from dpp_lightning.pruning.file_calibration import FileCalibration
 
-    if Path(source).is_file():
-        raise ValueError(
-            f"{source} is a file of weights: --calibration runs the fine-tuned model, so it must be a folder or hub id "
-            "with its config.json"
-        )
-    try:
-        return FileCalibration(source, data, samples=samples, revision=revision).layer_inputs()
-    except (TypeError, IndexError, RuntimeError) as error:  # from inside the model
-        raise ValueError(f"{data} does not hold the inputs of {source}: {error}") from None
+    return FileCalibration(source, data, samples=samples, revision=revision).layer_inputs()

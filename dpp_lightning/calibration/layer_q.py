@@ -79,7 +79,7 @@ def layer_sums(pairs: Sequence[TensorPair]) -> LayerSums:
     """One pass over the deltas of all linear maps whose inputs are known; a bias counts as one more column."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for pair in pairs:
-        if pair.inputs is not None and not pair.inputs.embedding:
+        if pair.inputs is not None and pair.inputs.of_one_map:
             output_sums = OutputSums.of(pair)
             for start, delta in pair.row_blocks():
                 output_sums.add(start, delta)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from dpp_lightning.calibration.calibration_data import Objective
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import output_change
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.tensors.names import canonical_tensors, match_names
-
-_TEXT = (".txt", ".text", ".md")
+from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
+from dpp_lightning.tensors.names import match_names, named_tensors
 
 
 class FileCalibration:
     """Calibration by a model folder and a file, without labels: the inputs of the layers, and what a method fits by the
     change of the fine-tuned model's output (DAREx-q, objective e).
 
-    The output is the logits, or the last hidden state of a model without a head; padded places do not count.
+    The output is the logits, of whatever kind the model has them, or the last hidden state of a model without a head;
+    padded places do not count. An encoder-decoder that is given text has each text as source and as target.
 
     Args:
         finetuned: the fine-tuned model's folder or hub id; its ``config.json`` names the architecture.
@@ -36,8 +37,9 @@ class FileCalibration:
         revision: of a hub id.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown kind of file, an empty one, or a folder that names no known architecture.
+        FileNotFoundError: no such file or model.
+        ValueError: an unknown kind of file, an empty one, one that does not hold what the model takes, or a folder that
+            names no known architecture.
     """
 
     def __init__(
@@ -51,14 +53,21 @@ class FileCalibration:
     ) -> None:
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
-        self.source, self.revision = str(finetuned), revision
-        self.batch = read_batch(self.source, Path(data), samples, max_length, revision)
+        self.data = Path(data)
+        if not self.data.is_file():
+            raise FileNotFoundError(f"{data}: no such calibration file")
+        self.model_class = ModelClass.of(str(finetuned), revision)
+        self.batch = read_batch(self.model_class, self.data, samples, max_length)
 
     def layer_inputs(self) -> dict[str, InputStatistics]:
-        """What every weight of the fine-tuned model sees as input; loads the whole model."""
-        model = load_model(self.source, self.revision)
-        with collected_inputs(model) as collector:
-            self._outputs(model)
+        """What every weight of the fine-tuned model sees as input; loads the whole model.
+
+        Raises:
+            ValueError: the model cannot run on the data.
+        """
+        model, batch = self._ready()
+        with collected_inputs(model) as collector, torch.no_grad():
+            self._outputs(model, batch)
         return collector.statistics
 
     def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective:
@@ -69,80 +78,131 @@ class FileCalibration:
             gradients: the fit needs gradients.
 
         Raises:
-            ValueError: the model that ``config.json`` names lacks such a tensor.
+            ValueError: the model that ``config.json`` names lacks such a tensor, it cannot run on the data, or the data
+                cannot be cut into the pieces that gradients are taken of.
         """
-        model = load_model(self.source, self.revision)
-        reference = self._outputs(model)
-        output = BatchGradients(model, self.batch, partial(_logits, model)) if gradients else None
+        model, batch = self._ready()
+        with torch.no_grad():
+            reference = self._outputs(model, batch)
+        output = self._gradients(model, batch) if gradients else None
         _load_base(model, base)
 
+        @torch.no_grad()
         def change(candidate: SparseDelta) -> float:
             with candidate.applied(model, force=True):
-                return output_change(reference, self._outputs(model))
+                return output_change(reference, self._outputs(model, batch))
 
         return Objective(change, gradients=output)
 
-    @torch.no_grad()
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        output = _logits(model, self.batch)
-        mask = self.batch.get("attention_mask")
-        places = mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape
-        return [output[mask.bool()] if places and mask is not None else output]
+    def _ready(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The fine-tuned model and the batch as it takes it."""
+        model = load_model(self.model_class)
+        text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+        if getattr(text, "pad_token_id", None) is None:  # a classifier would refuse more than one example
+            text.pad_token_id = _padding_token(self.batch)
+        return model, prepared(model, self.batch)
+
+    def _gradients(self, model: nn.Module, batch: Mapping[str, Tensor]) -> BatchGradients:
+        rows = {name: len(tensor) for name, tensor in batch.items() if tensor.dim()}
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise ValueError(
+                f"{self.data} cannot be cut into pieces, of which gradients are taken, as its tensors differ in rows "
+                f"({counts}): take a method that needs no gradients, such as 'darex-q'"
+            )
+
+        def forward(piece: Mapping[str, Tensor]) -> Tensor:
+            outputs = self._outputs(model, piece)
+            classes = {output.shape[-1] for output in outputs}
+            return torch.cat([o.reshape(-1, o.shape[-1]) for o in outputs]) if len(classes) == 1 else outputs[0]
+
+        return BatchGradients(model, batch, forward)
+
+    def _outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs that are compared, without the places of padding."""
+        try:
+            result = model(**batch)
+        except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.data} does not hold the inputs of {type(model).__name__} (given are {', '.join(batch)}; the "
+                f"model takes {self.model_class.inputs}): {one_line(error)}"
+            ) from error
+        of_decoder = "decoder_input_ids" in self.model_class.takes and "input_ids" in batch
+        mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        if of_decoder and mask is None and "labels" in batch:
+            mask = batch["labels"] != -100
+        outputs = compared_outputs(result)
+        if mask is None or mask.dim() != 2 or not bool(mask.any()):
+            return list(outputs.values())
+        padding = Padding(mask != 0, to_frames=getattr(model, FROM_SAMPLES, None))
+        return [_without_padding(output, name, padding) for name, output in outputs.items()]
 
 
-def read_batch(source: str, data: Path, samples: int, max_length: int, revision: str | None) -> dict[str, Tensor]:
-    """A model's inputs by name from a text or batch file; arguments and errors as :class:`FileCalibration`."""
-    if not data.is_file():
-        raise FileNotFoundError(f"{data}: no such calibration file")
-    if data.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return {name: tensor[:samples] for name, tensor in load_file(data).items()}
-    if data.suffix not in _TEXT:
-        raise ValueError(f"{data}: calibration data is text ({', '.join(_TEXT)}) or a batch in .safetensors")
-    lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:samples]
-    if not lines:
-        raise ValueError(f"{data} has no text in it")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return dict(tokenizer(lines, padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
-
-
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    result = model(**batch)
-    return result["logits"] if "logits" in result else next(iter(result.values()))
-
-
-def load_model(source: str, revision: str | None) -> nn.Module:
-    """The model that a folder's ``config.json`` names, for evaluation.
+def compared_outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Name to the outputs of a model that say what it does: its logits, all of several kinds of them, as a model for
+    questions or for pairs of image and text has; else its first output.
 
     Raises:
-        ValueError: it names no architecture of transformers.
+        ValueError: the model returns no tensor of floating point.
     """
-    import transformers
+    found = {n: t for n, t in result.items() if isinstance(t, Tensor) and t.is_floating_point() and t.dim()}
+    if "logits" in found:
+        return {"logits": found["logits"]}
+    logits = {name: tensor for name, tensor in found.items() if "logits" in name}
+    if not found:
+        raise ValueError(f"the model returns no tensor that could be compared, but {', '.join(result) or 'nothing'}")
+    return logits or dict([next(iter(found.items()))])
 
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-    names = getattr(config, "architectures", None) or []
-    kind: Any = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        raise ValueError(f"{source}: config.json names no architecture of transformers (architectures: {names})")
-    return kind.from_pretrained(source, revision=revision).eval()
+
+def _padding_token(batch: Mapping[str, Tensor]) -> int:
+    """The token that stands where a batch is padded; -1, which is none, where it is not."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or mask is None or ids.shape != mask.shape or bool(mask.all()):
+        return -1
+    return int(ids[mask == 0][0])
+
+
+def _without_padding(output: Tensor, name: str, padding: Padding) -> Tensor:
+    """(samples, tokens, ...) without what is padding; (samples, classes) as it is."""
+    of_tokens = output.dim() > 2 or (output.dim() == 2 and name != "logits" and output.shape == padding.keep.shape)
+    keep = padding.of_input(output, tuple(output.shape[:2])) if of_tokens else None
+    return output if keep is None else output[keep]
+
+
+def load_model(model_class: ModelClass) -> nn.Module:
+    """The fine-tuned model, for evaluation; warns of weights that its files lack.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    source = model_class.source
+    try:
+        model, info = model_class.kind.from_pretrained(source, revision=model_class.revision, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: transformers cannot load it for calibration: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{source} lacks {len(missing)} weights of a {model_class.kind.__name__}, which are random in calibration: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}",
+            stacklevel=3,
+        )
+    return model.eval()
 
 
 @torch.no_grad()
 def _load_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
     """Give the model the base's values; of vocabularies of two sizes the rows in common."""
-    tensors: Mapping[str, Tensor] = canonical_tensors(model)
-    names = match_names(base, tensors)
+    named = {n.name: n for n in named_tensors(model)}
+    names = match_names(base, named)
     missing = [name for name in base if name not in names]
     if missing:
         raise ValueError(f"the model that config.json names lacks tensors of the fine-tuned weights: {missing[:5]}")
     for name, name_in_model in names.items():
-        target, values = tensors[name_in_model], base[name]
+        whole, values = named[name_in_model].tensor, base[name]
+        target = whole
         if target.shape != values.shape:
             rows = min(len(target), len(values))
             target, values = target[:rows], values[:rows]
         target.copy_(values)
+        named[name_in_model].store(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -174,21 +175,39 @@ class PruningPlan:
         ]
 
     def with_inputs(self, inputs: Mapping[str, InputStatistics]) -> PruningPlan:
-        """This plan, knowing the inputs of its weights, whatever the names' leading parts."""
+        """This plan, knowing the inputs of its weights, whatever the names' leading parts.
+
+        Raises:
+            ValueError: the inputs are of another model, whose weights have other shapes.
+        """
         names = match_names(self.pruned, inputs)
+        for name, name_in_inputs in names.items():
+            if not inputs[name_in_inputs].fits(self.finetuned[name].shape):
+                raise ValueError(
+                    f"{name}: inputs of {tuple(inputs[name_in_inputs].total.shape)} features do not belong to a weight "
+                    f"of shape {tuple(self.finetuned[name].shape)}; collect them from the fine-tuned model itself"
+                )
         return replace(self, inputs={name: inputs[name_in_inputs] for name, name_in_inputs in names.items()})
 
     def for_spec(self, spec: PruningSpec, calibration: CalibrationSource | None) -> PruningPlan:
-        """This plan, knowing what the layers see as input where the spec needs that.
+        """This plan, knowing what the layers see as input where the spec needs that; warns of linear maps of which it
+        is not known.
 
         Raises:
-            ValueError: the method cannot do without calibration data, and there is none.
+            ValueError: the method cannot do without calibration data, and there is none, or it does not reach most of
+                the linear maps.
         """
         if calibration is not None and spec.needs_inputs:
             self.read_all()  # before the model runs
         inputs = calibration.layer_inputs() if calibration is not None and spec.needs_inputs else None
         spec.check_calibration(objective=calibration is not None, inputs=bool(inputs))
-        return self.with_inputs(inputs) if inputs else self
+        if not inputs:
+            return self
+        plan = self.with_inputs(inputs)
+        unknown = unknown_inputs(plan.pairs, spec.method, spec.method_settings)
+        if unknown:
+            warnings.warn(unknown, stacklevel=2)
+        return plan
 
     @property
     def carried(self) -> dict[str, Tensor]:
