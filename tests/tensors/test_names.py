@@ -8,7 +8,13 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 from dpp_lightning import prune
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
-from dpp_lightning.tensors.names import buffer_names, canonical_names, canonical_tensors, match_names
+from dpp_lightning.tensors.names import (
+    SeveralModelsError,
+    buffer_names,
+    canonical_names,
+    canonical_tensors,
+    match_names,
+)
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -57,6 +63,65 @@ def test_align_bridges_one_unknown_prefix():
     assert match_names(["net.a.w", "head.w"], ["a.w"]) == {"net.a.w": "a.w"}
     assert match_names(["a.w"], ["a.w", "net.a.w"]) == {"a.w": "a.w"}
     assert match_names(["a"], ["b"]) == {}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.0.mlp.up.weight", "model.layers.1.mlp.up.weight", "model.embed_tokens.weight", "lm_head.weight"],
+        ["bert.encoder.layer.0.output.weight", "bert.embeddings.weight", "bert.pooler.weight", "classifier.weight"],
+        ["transformer.h.0.attn.weight", "transformer.h.1.attn.weight", "transformer.wte.weight"],
+        [
+            "encoder.block.0.layer.0.q.weight",
+            "encoder.block.1.layer.0.q.weight",
+            "shared.weight",
+            "decoder.block.0.q.w",
+        ],
+        ["stages.0.blocks.0.conv.weight", "stages.1.blocks.0.conv.weight", "stem.weight"],
+        ["backbone.layers.0.mixer.weight", "backbone.embeddings.weight"],
+        ["language_model.model.layers.0.q.weight", "vision_tower.vision_model.encoder.layers.0.q.weight"],
+    ],
+)
+def test_a_name_does_not_depend_on_which_tensors_came_along(names):
+    state = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    of_all = {float(tensor): name for name, tensor in canonical_tensors(state).items()}
+    in_blocks = {name: tensor for name, tensor in state.items() if ".0." in name or ".1." in name}
+    for subset in (in_blocks, dict([*state.items()][:2])):
+        assert {float(t): n for n, t in canonical_tensors(subset).items()}.items() <= of_all.items()
+
+
+def test_old_spellings_are_those_of_today():
+    state = {
+        "bert.a.LayerNorm.gamma": torch.zeros(1),
+        "bert.a.LayerNorm.beta": torch.ones(1),
+        "c.weight_g": torch.ones(2),
+    }
+    assert set(canonical_tensors(state)) == {
+        "a.LayerNorm.weight", "a.LayerNorm.bias", "c.parametrizations.weight.original0"
+    }  # fmt: skip
+
+
+def test_several_models_under_one_name_are_not_guessed():
+    offered = ["a.w", "b.w", "c.w"]
+    wanted = [f"{holder}.{name}" for holder in ("student", "teacher") for name in offered]
+    with pytest.raises(SeveralModelsError, match=r"there 2 times, under 'student\.', 'teacher\.'"):
+        match_names(wanted, offered)
+
+
+def test_a_prefix_of_several_parts_is_bridged_and_few_look_alikes_are_not():
+    assert match_names(["lit.net.a.w", "lit.net.b.w"], ["a.w", "b.w"]) == {"lit.net.a.w": "a.w", "lit.net.b.w": "b.w"}
+    names = [f"blocks.{i}.norm.weight" for i in range(3)]
+    assert match_names([*names, "norm.weight"], [*names, "blocks.3.norm.weight"]) == {name: name for name in names}
+
+
+def test_a_checkpoint_takes_the_names_of_the_bases_files(tmp_path):
+    """Of decoders with tied heads all names share their first part, in a trainer's checkpoint two."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    base.save_pretrained(tmp_path / "base")
+    files = load_tensors(tmp_path / "base")
+    held = {f"net.model.{name}": tensor + 0.1 for name, tensor in files.items()}
+    delta = prune(files, held, "dare", 0.5)
+    assert {delta.info.saved_name(name) for name in delta.tensors} == set(files)
 
 
 def test_buffers_are_told_from_parameters():
