@@ -27,9 +27,11 @@ _LAYER = re.compile(r"(?:^|[_.])layers?$|\d$")  # what such a thing holds under 
 _OWN = re.compile(r"(?:weight|bias|running_mean|running_var|num_batches_tracked)(?:_\w+)?")  # a layer without parts
 
 _TABLE = re.compile(r"(?:embed|norm|relative_attention_bias|rel(?:ative)?_pos|pos(?:ition)?_bias)(?!\w*linear)", re.I)
-_EXPERTS = re.compile(r"(?:^|[._])experts\.(?:\w+\.)*(?:[vw]\d+|\w+_proj)$")
-_STACKED = re.compile(r"(?:^|[._])(?:in|out)put_linear\.weight$")  # experts too
-_PLAIN_WEIGHT = re.compile(r"(?:^|[._])(?:proj|gate)_weight$|\.rel_attn\.[qkvor]$")
+_EXPERTS = re.compile(
+    r"(?:^|[._])(?:experts|moe)\.(?:\w+\.)*(?:[vw]\d+|fc\d+|\w+_proj|\w+_linear)(?:[._]weight)?$|"
+    r"(?:^|[._])(?:in|out)put_linear\.weight$"
+)
+_PLAIN_WEIGHT = re.compile(r"(?:^|[._])(?:proj|gate)_weight$|\.rel_attn\.[qkvor]$|\.r_kernel$")
 
 
 def block_of(name: str, patterns: Sequence[str] = ()) -> str | None:
@@ -92,9 +94,7 @@ def is_linear_map(name: str, shape: Sequence[int], patterns: Sequence[str] = ())
     if _EXPERTS.search(name) or _PLAIN_WEIGHT.search(name):
         return True
     owner, _, kind = name.rpartition(".")
-    if len(shape) == 3:
-        return _STACKED.search(name) is not None
-    return kind == "weight" and not _TABLE.search(owner.rpartition(".")[2])
+    return len(shape) == 2 and kind == "weight" and not _TABLE.search(owner.rpartition(".")[2])
 
 
 def weights_of_bias(name: str) -> tuple[str, ...]:
