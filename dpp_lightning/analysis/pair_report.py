@@ -91,8 +91,8 @@ def inspect_pair(
         progress: called with the bytes of both models that are done, and with all of them.
 
     Raises:
-        ValueError: a rate outside, models that do not match, weights that are not finite, or a calibration file that
-            does not fit the model.
+        ValueError: a rate outside, models that are equal or do not match, weights that are not finite, or a
+            calibration file that does not fit the model.
         FileNotFoundError: no such model or calibration file.
     """
     kept = keep_rate(pruning_rate)
@@ -101,11 +101,13 @@ def inspect_pair(
     check_model(finetuned, "finetuned", finetuned_revision)
     base_tensors, tensors = load_tensors(base, base_revision), load_tensors(finetuned, finetuned_revision)
     plan = PruningPlan.of(base_tensors, tensors, Scope(), files=has_hf_names(finetuned))
+    plan.checks.check_changed()
     if calibration is not None:
         plan = plan.with_inputs(_layer_inputs(finetuned, finetuned_revision, calibration, calibration_samples))
     sizes = [total_bytes({"base": pair.base, "finetuned": pair.finetuned}) for pair in plan.pairs]
     layers = []
     for count, pair in enumerate(plan.pairs, 1):
+        plan.checks.check_finite(pair.name)
         layers.append(layer_statistics(pair))
         if progress:
             progress(sum(sizes[:count]), sum(sizes))

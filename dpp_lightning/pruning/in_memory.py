@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource
+from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
@@ -77,7 +78,9 @@ def prune(
         files=isinstance(finetuned, str | Path) and has_hf_names(finetuned),
     )
     plan.checks.check_changed()
-    return plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)[0]
+    delta = plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)[0]
+    warn_if_empty(delta.contents, "the pruned delta")
+    return delta
 
 
 def _weights(source: Weights) -> TensorSource:

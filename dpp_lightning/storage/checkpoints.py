@@ -11,7 +11,7 @@ from torch import Tensor
 from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.mapped_file import map_safetensors, map_torch_file
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS
-from dpp_lightning.storage.quantised import check_plain_weights
+from dpp_lightning.storage.quantised import check_plain_weights, refuse_gguf
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded, read_sharded
 from dpp_lightning.storage.tied_tensors import share_tied
@@ -60,6 +60,7 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
 def _load(path: Path, source: str | Path, revision: str | None) -> tuple[dict[str, Tensor], Path | None]:
     """The tensors of a file, or of a folder and that folder."""
     if path.is_file():
+        refuse_gguf([path.name], str(source))
         return _read(path), None
     folder = local_folder(source, revision, ["*.safetensors", "*.json", *SIDE_PATTERNS], "file or folder")
     if not path.is_dir() and not any(folder.glob("*.safetensors")):
@@ -97,6 +98,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         if len(files) == 1:
             return _read(files[0])
         candidates += files
+    refuse_gguf((path.name for path in folder.iterdir()), str(folder))
     raise FileNotFoundError(
         f"{folder}: expected {SINGLE_FILE}, {_TORCH_SINGLE} or an index with its shards, found "
         f"{_few(f.name for f in candidates) or 'neither'}; name the file itself, or save the weights again with "

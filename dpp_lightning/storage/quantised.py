@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ def check_plain_weights(tensors: Mapping[str, StoredForm], source: str | Path, f
             f"{source}: config.json has a quantization_config ({scheme}), but none of its {len(tensors)} tensors is "
             "quantised: they are taken as they are. Remove the entry, which makes from_pretrained expect other tensors",
             stacklevel=3,
+        )
+
+
+def refuse_gguf(files: Iterable[str], source: str) -> None:
+    """Refuse weights in GGUF, llama.cpp's format, which are quantised in most files and named otherwise in all.
+
+    Args:
+        files: names of the files that are there.
+        source: what holds them, for the message.
+
+    Raises:
+        ValueError: one of them is such a file; with the cure.
+    """
+    names = sorted(name for name in files if name.lower().endswith(".gguf"))
+    if names:
+        raise ValueError(
+            f"{source} is GGUF, weights for llama.cpp and mostly quantised: take the model that it was made from, or "
+            f"read it with transformers, from_pretrained(FOLDER, gguf_file={names[0]!r}), and save_pretrained(FOLDER)"
         )
 
 

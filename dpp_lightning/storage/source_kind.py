@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content
 from dpp_lightning.storage.locate import local_folder, local_path, not_found, subject
+from dpp_lightning.storage.quantised import refuse_gguf
 from dpp_lightning.storage.sharded_checkpoint import is_sharded
 
 DELTA_CONFIG, DELTA_MODEL = "delta_config.json", "delta_model.safetensors"
@@ -201,6 +202,7 @@ def _check_weights_file(path: Path, name: str, wanted: str, config: bool) -> Non
         raise ValueError(f"{name} is a file of a delta, not a model{wanted}")
     if path.name.startswith("adapter_"):
         raise ValueError(f"{name} is a file of a PEFT adapter, not a model{wanted}: {_MERGE_ADAPTER}")
+    refuse_gguf([path.name], name)
     if path.suffix.lower() in _NO_WEIGHTS:
         raise ValueError(
             f"{name} is no file of weights: expected a folder in Hugging Face's layout, or a file that ends in "
@@ -252,6 +254,7 @@ def _without_weights(folder: Path, files: frozenset[str], entries: Iterable[str]
         return FileNotFoundError(
             f"{name} is {_folder_kind(files)} without weights; weights in it are {_few(below)}: name one"
         )
+    refuse_gguf(files, name)
     return FileNotFoundError(f"{name} holds no weights (.safetensors, {', '.join(TORCH_SUFFIXES)}){_holds(files)}")
 
 

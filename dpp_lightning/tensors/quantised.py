@@ -140,7 +140,7 @@ def check_not_quantised(
     cures = [cure for start, cure in _CURES.items() if any(start in q.scheme for q in found)]
     dequantise = f", or dequantise it first ({'; '.join(cures)})" if cures else ""
     raise ValueError(
-        f"{where} is quantised ({listed}), and codes have no delta: take the model that it was quantised from"
+        f"{where} is quantised ({listed}), and codes are no weights: take the model that it was quantised from"
         f"{dequantise}"
     )
 
