@@ -136,7 +136,7 @@ def _as_files(tensors: Mapping[str, Tensor], config: PretrainedConfig, *, chosen
     second = {found.tied[name]: key for name, key in found.names.items() if name in found.tied}
     names = {**second, **{n: key for n, key in found.names.items() if n not in found.tied or n in untied}}
     converted = file_tensors(found.model, {name: plain[key] for name, key in names.items()})
-    used = set(found.names.values())
+    used = {*found.names.values(), *found.computed}
     others = {name: t for name, t in plain.items() if name not in used and name not in converted}
     return FinetunedSource({**converted, **others}, exact=True, files=_changed_config(found, config, untied))
 

@@ -38,7 +38,8 @@ class Architecture:
         names: the model's name of each tensor that the checkpoint has, in the model's order, to the checkpoint's name.
         tied: the model's name of a tensor to that of the one it is tied to.
         transposed: the model's names of the weights that lie as (inputs, outputs).
-        left_out: names in the checkpoint that are not the model's.
+        left_out: names in the checkpoint that are not the model's, or that no file of it has.
+        computed: those of them that the model has, and computes.
         missing, misfits, unexpected: faults, each a name or a line with a name.
         rivals: further prefixes under which there is as much of the model.
     """
@@ -50,6 +51,7 @@ class Architecture:
     tied: dict[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     left_out: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -163,7 +165,8 @@ def skeleton(name: str, config: PretrainedConfig, *, asked: bool = False) -> Pre
 
 def _match_names(model: PreTrainedModel, name: str, shapes: Mapping[str, Shape], prefix: str | None) -> Architecture:
     """Each of the model's tensors with its name in the checkpoint, which may hold further models beside it."""
-    state = model.state_dict()
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # computed, such as tables of sines
+    state = {tensor: value for tensor, value in model.state_dict().items() if tensor not in unsaved}
     chosen, rivals = _choose_prefix(state, shapes) if prefix is None else (prefix, [])
     names = {tensor: chosen + tensor for tensor in state if chosen + tensor in shapes}
     tied = {t: s for t, s in getattr(model, "all_tied_weights_keys", {}).items() if t in state and s in state}
@@ -180,7 +183,8 @@ def _match_names(model: PreTrainedModel, name: str, shapes: Mapping[str, Shape],
     rest = [key for key in shapes if key not in used]
     of_this_model = [k for k in rest if k.startswith(chosen) and (chosen or k.partition(".")[0] in modules)]
     computed = (*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
-    unexpected = [key for key in of_this_model if not _ignored(key.removeprefix(chosen), computed)]
+    own_names = {key: key.removeprefix(chosen) for key in of_this_model}
+    unexpected = [k for k, own in own_names.items() if own not in unsaved and not _ignored(own, computed)]
     return Architecture(
         name,
         model,
@@ -189,6 +193,7 @@ def _match_names(model: PreTrainedModel, name: str, shapes: Mapping[str, Shape],
         tied,
         transposed=frozenset(f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)),
         left_out=[key for key in rest if key not in unexpected],
+        computed=[key for key in of_this_model if key not in unexpected],
         missing=missing,
         unexpected=unexpected,
         rivals=rivals,

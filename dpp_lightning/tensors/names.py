@@ -433,6 +433,8 @@ def _of_models(tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedMod
         others -= set(sources.values())
         if path not in meant:
             continue
+        for unsaved in getattr(model, "_keys_to_ignore_on_save", None) or ():  # computed, such as tables of sines
+            sources.pop(unsaved, None)
         for tied, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if tied in sources and kept not in sources:
                 sources[kept] = sources.pop(tied)
