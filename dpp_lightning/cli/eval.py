@@ -25,6 +25,7 @@ from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.storage.source_kind import check_delta, check_model
+from dpp_lightning.storage.tokenizer_files import check_vocabulary
 from dpp_lightning.tensors.names import canonical_names
 
 _SHOWN = 5
@@ -79,7 +80,7 @@ def evaluate_model(
         check_delta(delta, "--delta")
     sparse_delta = read_delta(delta, task) if delta else None
     with side_folder(model, delta, task) as folder:
-        tokenizer = load_tokenizer(folder, apply_chat_template)
+        tokenizer = load_tokenizer(model, folder, apply_chat_template)
         loaded_tasks = load_tasks([name for word in tasks for name in word.split(",") if name], include_path)
         loaded = load_model(model, sparse_delta, folder, dtype).to(device)
     harness = _make_harness(model, loaded, tokenizer, loaded_tasks, batch_size, max_length)
@@ -273,10 +274,17 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
         yield folder
 
 
-def load_tokenizer(folder: str, chat: bool) -> Any:
+def load_tokenizer(model: str, folder: str, chat: bool) -> Any:
+    """The tokenizer that lies in a folder beside the other files of a model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cure = "save the tokenizer beside the model, tokenizer.save_pretrained(folder)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"MODEL {model}: its tokenizer cannot be loaded ({reason}): {cure}") from error
+    check_vocabulary(tokenizer, folder, "MODEL", given=model)
     if chat and not tokenizer.chat_template:
         raise ValueError("--apply_chat_template: the tokenizer has no chat template; leave the option out")
     return tokenizer

@@ -116,8 +116,9 @@ def near_path(path: Path) -> Path | None:
         names = sorted(entry.name for entry in parent.iterdir())
     except OSError:
         return None
-    by_spelling = {name.lower(): name for name in names}
-    near = get_close_matches(rest[0].lower(), by_spelling, n=1, cutoff=0.7)
+    suffix = Path(rest[0]).suffix  # which makes names alike that are not
+    by_spelling = {name.removesuffix(suffix).lower(): name for name in names}
+    near = get_close_matches(rest[0].removesuffix(suffix).lower(), by_spelling, n=1, cutoff=0.7)
     if not near:
         return None
     meant = parent.joinpath(by_spelling[near[0]], *rest[1:])
