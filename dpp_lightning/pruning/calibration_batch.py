@@ -122,9 +122,8 @@ def prepared(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     if not encoder_decoder or shift is None or "input_ids" not in ready or any(name in ready for name in _TARGETS):
         return ready
-    mask = ready.get("attention_mask", torch.ones_like(ready["input_ids"]))
     ready["decoder_input_ids"] = shift(ready["input_ids"])
-    ready["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    ready["decoder_attention_mask"] = ready.get("attention_mask", torch.ones_like(ready["input_ids"]))
     return ready
 
 
