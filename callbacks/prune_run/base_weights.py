@@ -76,7 +76,7 @@ class BaseWeights:
             FileNotFoundError: if there is no such checkpoint.
         """
         check_model(pretrained, "DeltaPruneCallback.pretrained", revision)
-        loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision))}
+        loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision), like=module)}
         module_tensors = canonical_tensors(module)
         plain_names = {name: without_adapters(name) for name in module_tensors}
         loaded_names = match_names(set(plain_names.values()), loaded)

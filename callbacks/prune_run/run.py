@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -191,23 +192,28 @@ class PruneRun:
     def _leave_pruned(self, experiment: Experiment, replaced: list[str]) -> None:
         """Put the last pruned model into the module, which holds the fine-tuned weights, for ``apply``."""
         assert experiment.last is not None  # apply is not combined with resume, so a row was made
-        tensors = canonical_tensors(self.module)
+        named = {n.name: n for n in named_tensors(self.module)}
         with torch.no_grad():
             for name in replaced:
-                tensors[name].copy_(self.base.tensors[name])
+                tensor = named[name].tensor.detach()
+                tensor.copy_(self.base.tensors[name])
+                named[name].store(tensor)
         experiment.last.apply_(self.module, force=True)
 
 
 def _transformers_config(module: nn.Module) -> dict[str, bytes]:
     """``config.json`` of the outermost transformers model in a module, for the delta's folder; empty without one.
 
-    With it ``dpp apply`` writes a dense folder that ``from_pretrained`` loads.
+    With it ``dpp apply`` writes a dense folder that ``from_pretrained`` loads. It names the dtype that the model has
+    now, and not where the model was loaded from, which may be a path of this machine.
     """
     for child in module.modules():
         config = getattr(child, "config", None)
         # a PeftModel passes its model's attributes on, so its class is asked whether it is a transformers model
         if hasattr(type(child), "base_model_prefix") and hasattr(config, "to_json_string"):
             copied: Any = deepcopy(config)
-            copied.architectures = [type(child).__name__]
-            return {"config.json": copied.to_json_string(use_diff=False).encode()}
+            copied.architectures, copied.dtype = [type(child).__name__], child.dtype
+            values = json.loads(copied.to_json_string(use_diff=False))
+            values.pop("_name_or_path", None)
+            return {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
     return {}

@@ -10,9 +10,10 @@ from dpp_lightning.analysis.layer_statistics import LayerStatistics, layer_stati
 from dpp_lightning.analysis.theory import Recommendation, berend_kontorovich, hoeffding, kearns_saul, recommend
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.rescaling import keep_rate
+from dpp_lightning.pruning.finetuned_source import read_finetuned
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors, total_bytes
+from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.source_kind import check_model
 
 GAMMA = 0.95
@@ -99,8 +100,8 @@ def inspect_pair(
     factors = {name: f(pruning_rate) for name, f in _FACTORS.items() if f is not berend_kontorovich or kept <= 0.5}
     check_model(base, "base", base_revision)
     check_model(finetuned, "finetuned", finetuned_revision)
-    base_tensors, tensors = load_tensors(base, base_revision), load_tensors(finetuned, finetuned_revision)
-    plan = PruningPlan.of(base_tensors, tensors, Scope(), files=has_hf_names(finetuned))
+    tuned = read_finetuned(finetuned, finetuned_revision, base=base, base_revision=base_revision)
+    plan = PruningPlan.of(load_tensors(base, base_revision), tuned.tensors, Scope(), files=tuned.exact)
     plan.checks.check_changed()
     if calibration is not None:
         plan = plan.with_inputs(_layer_inputs(finetuned, finetuned_revision, calibration, calibration_samples))

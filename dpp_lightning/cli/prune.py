@@ -14,6 +14,7 @@ from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.storage.model_folder import module_weights
 from dpp_lightning.storage.source_kind import check_data_file, check_model
 
 _ORDER = "dpp prune BASE FINETUNED"
@@ -41,6 +42,7 @@ def prune_to_folder(
     calibration_samples: int = 64,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
+    prefix: str | None = None,
 ) -> None:
     """Prune the delta between two checkpoints into a delta folder, tensor by tensor.
 
@@ -49,7 +51,7 @@ def prune_to_folder(
         finetuned: the model that was fine-tuned from it, in any of these forms
         output: the delta folder; it is made, or an older delta in it is replaced
         dtype: how kept values are held; null for the fine-tuned dtype, at most 32 bits
-        weights_only: put no configuration and tokenizer files beside the delta
+        weights_only: put no configuration and tokenizer files beside the delta, only weights of further modules
         method: the pruning method
         pruning_rate: fraction of the delta's entries that is dropped, in [0, 1)
         seed: of the random selections, an integer >= 0
@@ -65,6 +67,8 @@ def prune_to_folder(
         calibration_samples: how many of its examples are used at most
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
+        prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
+            trainer's checkpoint with several
     """
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
     check_data_file(calibration, "--calibration")
@@ -81,6 +85,7 @@ def prune_to_folder(
             calibration=data,
             base_revision=base_revision,
             finetuned_revision=finetuned_revision,
+            prefix=prefix,
             weights_only=weights_only,
             progress=progress,
         )
@@ -130,3 +135,8 @@ def _report(folder: Path) -> None:
         say(f"stored dense, {total_bytes(dense):,} bytes: {names}")
     if side_bytes:
         say(f"beside it, {side_bytes:,} bytes: files unlike the base's (--weights_only leaves them out)")
+    if modules := module_weights(folder):
+        module_bytes = sum(path.stat().st_size for path in modules.values())
+        say(f"weights of further modules as they are, {module_bytes:,} bytes: {', '.join(modules)}")
+    if info.absent_files:
+        say(f"absent from the fine-tuned model, so not taken from the base: {', '.join(info.absent_files)}")

@@ -271,8 +271,8 @@ class SparseDelta:
             scores: figures of base plus delta for the card and its ``model-index``, name to value, such as
                 ``{"val_acc": 0.91}``.
             reference_scores: figures of other models for the card's table alone, such as ``{"base": 0.52}``.
-            side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``; None for
-                one of the base's that the fine-tuned model does not have.
+            side_files: further files by name, as a path or their bytes, such as the fine-tuned ``config.json``; None
+                for one of the base's that the fine-tuned model does not have.
 
         Raises:
             ValueError: unknown dtype or coding, or values that overflow the dtype.

@@ -12,9 +12,10 @@ from dpp_lightning.calibration.calibration_data import CalibrationSource
 from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.finetuned_source import read_finetuned
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.storage.checkpoints import Weights, has_hf_names, load_tensors
+from dpp_lightning.storage.checkpoints import Weights, load_tensors
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.names import TensorSource
 
@@ -70,12 +71,13 @@ def prune(
     for source, argument in ((base, "base"), (finetuned, "finetuned")):
         if isinstance(source, str | Path):
             check_model(source, argument)
+    tuned, exact = _finetuned(finetuned, base)
     plan = PruningPlan.of(
-        _weights(base),
-        _weights(finetuned),
+        base if isinstance(base, nn.Module | Mapping) else load_tensors(base),
+        tuned,
         Scope.of(scope, include, exclude, outside, carry, blocks),
         base_name=str(base) if isinstance(base, str | Path) else None,
-        files=isinstance(finetuned, str | Path) and has_hf_names(finetuned),
+        files=exact,
     )
     plan.checks.check_changed()
     delta = plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)[0]
@@ -83,5 +85,9 @@ def prune(
     return delta
 
 
-def _weights(source: Weights) -> TensorSource:
-    return source if isinstance(source, nn.Module | Mapping) else load_tensors(source)
+def _finetuned(source: Weights, base: Weights) -> tuple[TensorSource, bool]:
+    """The weights, and whether their names are those of the model's own files."""
+    if isinstance(source, nn.Module | Mapping):
+        return source, False
+    read = read_finetuned(source, base=base if isinstance(base, str | Path) else None)
+    return read.tensors, read.exact

@@ -17,6 +17,8 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.pruning.expert_forms import check_expert_forms
+from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.pruning.value_checks import ValueChecks
@@ -90,13 +92,14 @@ class PruningPlan:
         Raises:
             ValueError: weights that cannot be pruned, layers that only one side has, or nothing to prune in common.
         """
-        all_base = named_tensors(base)
-        named, base_named = match_models(named_tensors(finetuned), all_base)
+        all_base = named_tensors(base, like=finetuned)
+        named, base_named = match_models(named_tensors(finetuned, like=base), all_base)
         exact, in_base = files or has_file_names(finetuned), {name: n.saved for name, n in base_named.items()}
         prefix, file_names = saved_names(named, in_base, exact=exact)
         matched = {name: n.tensor for name, n in base_named.items()}
         known = {n.name for n in base_named.values()}
         ignored = {n.name: n.tensor for n in all_base if n.name not in known}
+        check_expert_forms([n.name for n in named if n.name not in base_named], ignored)
         plan = cls.matched(
             matched,
             {n.name: n.tensor for n in named},

@@ -33,9 +33,10 @@ def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, T
 
     Args:
         source: a ``.safetensors`` file; a PyTorch file (``.ckpt`` of Lightning: its ``state_dict``; ``.pt``, ``.pth``,
-            ``.bin``: a state dict); a folder in Hugging Face's layout (of several sets of weights that which transformers
-            loads: safetensors before PyTorch files, one file before shards with an index); a sharded checkpoint (``.metadata`` and ``*.distcp``, see
-            :mod:`dpp_lightning.storage.sharded_checkpoint`); or a hub id. Pickled code is never run.
+            ``.bin``: a state dict); a folder in Hugging Face's layout (of several sets of weights the one that
+            transformers loads: safetensors before PyTorch files, one file before shards with an index); a sharded
+            checkpoint (``.metadata`` and ``*.distcp``, see :mod:`dpp_lightning.storage.sharded_checkpoint`); or a hub
+            id. Pickled code is never run.
         revision: branch, tag or commit of a hub id.
 
     Returns:

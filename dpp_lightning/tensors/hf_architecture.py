@@ -241,8 +241,8 @@ def _check(best: Architecture) -> None:
         lines = [f"none of {best.name} is there; the checkpoint has {_few(best.left_out)}"]
     if lines:
         raise ValueError(
-            f"the checkpoint's tensors are not those of {best.name}{under}: {', '.join(lines)}. Is the configuration that "
-            "of the model it was trained from? --config_from and --architecture say so"
+            f"the checkpoint's tensors are not those of {best.name}{under}: {', '.join(lines)}. Is the configuration "
+            "that of the model it was trained from? --config_from and --architecture say so"
         )
 
 
