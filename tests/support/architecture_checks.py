@@ -216,10 +216,12 @@ def linear_maps(model: nn.Module) -> dict[str, Tensor]:
         own = dict(module.named_parameters(recurse=False))
         if not isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention):
             router = type(module).__name__.endswith(("Router", "Gate"))
-            stacked = {} if isinstance(module, nn.modules.conv._ConvNd) else {n for n, p in own.items() if p.dim() == 3}
-            maps = {n for n in stacked if "embed" not in n} or {n for n, p in own.items() if router and p.dim() == 2}
-            own = {n: p for n, p in own.items() if n in maps or n.removesuffix("_bias") in maps or (router and maps)}
-        found |= {f"{name}.{part}": p for part, p in own.items()}
+            stacked = {n for n, p in own.items() if p.dim() == 3 and min(p.shape) > 1 and "embed" not in n}
+            flat = {n for n, p in own.items() if p.dim() == 2 and (router or "experts" in name.split("."))}
+            maps = flat if isinstance(module, nn.modules.conv._ConvNd) else stacked or flat
+            biases = {bias for n in maps for bias in (f"{n}_bias", n.replace("_weight", "_bias"))}
+            own = {n: p for n, p in own.items() if n in maps | biases or (router and maps)}
+        found |= {f"{name}.{part}": p for part, p in own.items() if not any(p is other for other in found.values())}
     return found
 
 
