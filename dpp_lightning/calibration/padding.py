@@ -49,7 +49,7 @@ class Padding:
         places = torch.Size(leading).numel()
         if leading in (keep.shape, (keep.numel(),)):
             return keep.reshape(leading)
-        if leading == keep.T.shape:
+        if self.alone and leading == keep.T.shape:
             return keep.T
         if places == int(keep.sum()):  # taken out before
             return torch.ones(leading, dtype=torch.bool, device=x.device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import Foreign, train_loader, trainer, val_loader
+from torch import nn
 
 from dpp_lightning import METHODS, SparseDelta
 from dpp_lightning.callbacks import DeltaPruneCallback
@@ -126,3 +127,41 @@ def test_learned_works_on_frozen_parameters_and_outside_a_fit(tmp_path):
     assert callback.results[-1].method == "darex-learned"
     assert not module.net[0].weight.requires_grad
     assert module.net[2 if hasattr(module.net[2], "weight") else 3].weight.requires_grad
+
+
+class TwoTowers(Foreign):
+    """Half of the blocks are not reached by the data."""
+
+    def __init__(self, spare: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(2)])
+        self.spare = nn.ModuleList([nn.Sequential(nn.Linear(20, 20)) for _ in range(spare)])
+
+    def training_step(self, batch, batch_idx):
+        unused = sum(block(batch[0]).square().mean() for block in self.spare)
+        return super().training_step((self._through(batch[0]), batch[1]), batch_idx) + 0.01 * unused
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((self._through(batch[0]), batch[1]), batch_idx)
+
+    def _through(self, x):
+        return x + sum(layer(x) for layer in self.layers)
+
+
+def test_layers_that_the_data_does_not_reach_are_named_and_where_they_are_most_the_run_stops(tmp_path):
+    def run(spare: int) -> None:
+        callback = DeltaPruneCallback(
+            "wanda",
+            [0.8],
+            [0],
+            monitor="acc",
+            output_dir=str(tmp_path),
+            blocks=["layers.*", "spare.*"],
+            output_layer="net",
+        )
+        trainer(callback).fit(TwoTowers(spare), train_loader(), val_loader())
+
+    with pytest.warns(UserWarning, match=r"wanda .*1 of 3 linear maps .*spare.0.0.weight$"):
+        run(1)
+    with pytest.raises(ValueError, match=r"wanda goes by the inputs of linear maps, and 9 of 11 .*spare.0.0.weight"):
+        run(9)
