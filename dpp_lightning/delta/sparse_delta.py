@@ -153,7 +153,7 @@ class SparseDelta:
 
         The sum is taken in float32 (float64 for a float64 target) and cast to the target's dtype. The target's values
         at the kept positions are held until ``revert_``; nothing is written if any check fails. A delta that changes
-        nothing is warned of.
+        nothing is warned of, unless it is forced.
 
         Args:
             target: module or state dict with the base's weights.
@@ -166,7 +166,8 @@ class SparseDelta:
         targets, named = self._find(target)
         if any(name in self._originals.get(n.owner, ()) for name, n in named.items()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
-        warn_if_empty(self.contents, "this delta")
+        if not force:
+            warn_if_empty(self.contents, "this delta")
         base_values, sums = self._base_values_and_sums(targets, target, force=force)
         for name, originals in self._held(targets, base_values).items():
             self._originals.setdefault(named[name].owner, {})[name] = originals
