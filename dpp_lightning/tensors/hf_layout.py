@@ -124,10 +124,10 @@ def _layout(model: PreTrainedModel, tensors: Mapping[str, Tensor], conversions: 
     mode = _KeepViews()
     layout: Layout = {}
     for file_name, part in _converted(model, outlines, conversions, mode).items():
-        pieces = [_place(piece, names) for piece in mode.joined.get(id(part), [part])]
-        if all(pieces):
-            first, *more = pieces
-            layout[file_name] = replace(first, more=tuple(more))  # type: ignore[type-var]
+        parts = mode.joined.get(id(part), [part])
+        pieces = [place for place in (_place(piece, names) for piece in parts) if place is not None]
+        if len(pieces) == len(parts):
+            layout[file_name] = replace(pieces[0], more=tuple(pieces[1:]))
     covered: dict[str, int] = dict.fromkeys(tensors, 0)
     for place in (piece for whole in layout.values() for piece in whole.pieces):
         covered[place.source] += tensors[place.source].numel() if place.size is None else torch.Size(place.size).numel()
