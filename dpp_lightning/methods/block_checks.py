@@ -68,8 +68,8 @@ def check_blocks(purpose: str, tensors: Sequence[PlacedTensor], otherwise: str) 
     blocks = list(dict.fromkeys(tensor.block for tensor in tensors if tensor.block is not None))
     if blocks:
         raise ValueError(
-            f"{purpose}, and in those of this model ({_some(blocks)}) nothing that is pruned is one (a convolution is "
-            f"not): {otherwise}"
+            f"{purpose}, and the blocks of this model ({_some(blocks)}) hold none that is pruned (convolutions do not "
+            f"count): {otherwise}"
         )
     names = [tensor.name for tensor in tensors]
     pattern = suggested_pattern(names) or "tower.cells.*"

@@ -26,7 +26,11 @@ _NUMBER = re.compile(r"\d+\.")  # a block in a stage that is itself a list, ``bl
 _LAYER = re.compile(r"(?:^|[_.])layers?$|\d$")  # what such a thing holds under numbers are its parts
 _OWN = re.compile(r"(?:weight|bias|running_mean|running_var|num_batches_tracked)(?:_\w+)?")  # a layer without parts
 
-_TABLE = re.compile(r"(?:embed|norm|relative_attention_bias|rel(?:ative)?_pos|pos(?:ition)?_bias)(?!\w*linear)", re.I)
+_TABLE = re.compile(
+    r"^(?!relative_pos_embeddings$)"  # a Linear, in ProphetNet
+    r".*(?:embed|norm|relative_attention_bias|rel(?:ative)?_pos|pos(?:ition)?_bias)(?!\w*linear)",
+    re.IGNORECASE,
+)
 _EXPERTS = re.compile(
     r"(?:^|[._])(?:experts|moe)\.(?:\w+\.)*(?:[vw]\d+|fc\d+|\w+_proj|\w+_linear)(?:[._]weight)?$|"
     r"(?:^|[._])(?:in|out)put_linear\.weight$"

@@ -135,7 +135,7 @@ def test_tensors_without_blocks_are_refused_in_one_line_with_the_cures(select, m
 @pytest.mark.parametrize("select", [owl, dp])
 def test_blocks_of_convolutions_alone_are_refused(select):
     tensors = [pair_of(f"layer1.{i}.conv.weight", torch.randn(8, 8, 1, 1)) for i in range(2)]
-    with pytest.raises(ValueError, match=r"in those of this model \(layer1\.0\., layer1\.1\.\) nothing") as error:
+    with pytest.raises(ValueError, match=r"the blocks of this model \(layer1\.0\., layer1\.1\.\) hold none") as error:
         list(select(tensors, 0.9, 0))
     assert "blocks=" not in str(error.value)
 

@@ -81,7 +81,7 @@ def test_experts_in_one_tensor_share_the_columns_of_their_last_dimension():
 
 def test_tensors_without_a_linear_map_are_refused():
     with pytest.raises(
-        ValueError, match=r"^struct-dare and struct-darex-q go by .* \(layers\.0\.\) nothing that is pruned is one"
+        ValueError, match=r"^struct-dare and struct-darex-q go by .* \(layers\.0\.\) hold none that is pruned"
     ):
         list(structured([pair_of(torch.randn(50), "layers.0.q.bias")], 0.9, 0))
 

@@ -161,7 +161,7 @@ def resnet():
 @pytest.mark.parametrize(
     ("method", "scope", "message"),
     [
-        ("dare", "linear", r"^scope='linear' prunes .* \(encoder\.stages\.0\.layers\.0\., .*\(a convolution is not\): take scope='all'"),
+        ("dare", "linear", r"^scope='linear' prunes .* \(encoder\.stages\.0\.layers\.0\., .*\(convolutions do not count\): take scope='all'"),
         ("owl", "all", r"^owl goes by .*encoder\.stages\.0\.layers\.0\., .*: take a method that needs none, such as 'dare'"),
         ("dp", "all", "^dp and dppa go by"),
         ("struct-dare", "all", "^struct-dare and struct-darex-q go by"),

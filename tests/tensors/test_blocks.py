@@ -128,6 +128,7 @@ def test_of_several_patterns_the_longest_match_counts():
         ("transformer.layer.0.rel_attn.q", (8, 2, 4)),
         ("layers.0.attn.q_proj.lora_A.weight", (2, 4)),
         ("layers.0.attention.gru_rel_pos_linear.weight", (8, 4)),
+        ("decoder.layers.0.self_attn.relative_pos_embeddings.weight", (8, 4)),  # a Linear of ProphetNet
     ],
 )
 def test_linear_maps_in_blocks(name, shape):
