@@ -17,11 +17,11 @@ from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.fingerprint import hash_tensors
+from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import (
     NamedTensor,
     canonical_tensors,
     check_prunable,
-    match_names,
     named_tensors,
     owners,
     without_adapters,

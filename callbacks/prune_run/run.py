@@ -26,7 +26,8 @@ from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
-from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors, saved_names
+from dpp_lightning.tensors.name_matching import saved_names
+from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors
 
 PLOT_POINTS = 12  # of a curve over q
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 from dpp_lightning.calibration.output_change import top_logits_error
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import gather_entries
-from dpp_lightning.tensors.names import match_names, named_tensors
+from dpp_lightning.tensors.name_matching import match_names
+from dpp_lightning.tensors.names import named_tensors
 
 PIECES = 4  # of the calibration batch; the last is held out for early stopping
 

@@ -18,7 +18,8 @@ from dpp_lightning.storage.dense_files import write_dense_files
 from dpp_lightning.storage.model_folder import dense_side_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
-from dpp_lightning.tensors.names import dense_names, named_tensors
+from dpp_lightning.tensors.name_matching import dense_names
+from dpp_lightning.tensors.names import named_tensors
 
 _BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
 _SHARD_BYTES = 5_000_000_000

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dpp_lightning.delta.contents import DeltaInfo
-from dpp_lightning.tensors.names import match_names
+from dpp_lightning.tensors.name_matching import match_names
 
 _SHOWN = 4
 

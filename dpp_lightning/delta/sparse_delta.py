@@ -25,14 +25,8 @@ from dpp_lightning.tensors.flat_entries import (
     group_by_device_and_dtype,
     scatter_entries,
 )
-from dpp_lightning.tensors.names import (
-    NamedTensor,
-    TensorSource,
-    describe_source,
-    match_names,
-    named_tensors,
-    source_names,
-)
+from dpp_lightning.tensors.name_matching import match_names
+from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, named_tensors, source_names
 from dpp_lightning.tensors.shards import is_dtensor, shard_like
 from dpp_lightning.tensors.threads import in_order, over_threads
 

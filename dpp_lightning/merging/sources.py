@@ -14,7 +14,7 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
-from dpp_lightning.tensors.names import match_names
+from dpp_lightning.tensors.name_matching import match_names
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")  # Windows drops a dot at the end of a folder
 

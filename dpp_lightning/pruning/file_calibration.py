@@ -18,7 +18,8 @@ from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
-from dpp_lightning.tensors.names import match_names, named_tensors
+from dpp_lightning.tensors.name_matching import match_names
+from dpp_lightning.tensors.names import named_tensors
 
 
 class FileCalibration:

@@ -19,7 +19,8 @@ from torch import Tensor
 from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors
 from dpp_lightning.storage.model_folder import side_files
 from dpp_lightning.storage.source_kind import check_model
-from dpp_lightning.tensors.names import SeveralModelsError, in_new_spelling, without_wrappers
+from dpp_lightning.tensors.name_matching import SeveralModelsError
+from dpp_lightning.tensors.names import in_new_spelling, without_wrappers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

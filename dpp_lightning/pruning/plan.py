@@ -26,16 +26,8 @@ from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
-from dpp_lightning.tensors.names import (
-    TensorSource,
-    buffers_among,
-    check_prunable,
-    has_file_names,
-    match_models,
-    match_names,
-    named_tensors,
-    saved_names,
-)
+from dpp_lightning.tensors.name_matching import match_models, match_names, saved_names
+from dpp_lightning.tensors.names import TensorSource, buffers_among, check_prunable, has_file_names, named_tensors
 from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import equal_shards, full_tensor, is_dtensor
 from dpp_lightning.tensors.threads import in_order, over_threads
@@ -128,7 +120,7 @@ class PruningPlan:
             base, finetuned: canonical name to tensor; the fine-tuned model may have further ones.
             scope, base_name, base_revision: as for :meth:`of`.
             ignored: tensors of the base that the fine-tuned model does not have.
-            saved: the fine-tuned model's names, of :func:`dpp_lightning.tensors.names.saved_names`.
+            saved: the fine-tuned model's names, of :func:`dpp_lightning.tensors.name_matching.saved_names`.
 
         Raises:
             ValueError: as :meth:`of`.

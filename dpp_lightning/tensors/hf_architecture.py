@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from dpp_lightning.tensors.names import SeveralModelsError
+from dpp_lightning.tensors.name_matching import SeveralModelsError
 
 Shape = tuple[int, ...]
 

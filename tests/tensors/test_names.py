@@ -8,13 +8,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 from dpp_lightning import prune
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.tensors.fingerprint import hash_tensors
-from dpp_lightning.tensors.names import (
-    SeveralModelsError,
-    buffer_names,
-    canonical_names,
-    canonical_tensors,
-    match_names,
-)
+from dpp_lightning.tensors.name_matching import SeveralModelsError, match_names
+from dpp_lightning.tensors.names import buffer_names, canonical_names, canonical_tensors
 
 TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

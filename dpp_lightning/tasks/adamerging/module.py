@@ -26,7 +26,8 @@ from dpp_lightning.tasks.common.module import ScoredModule
 from dpp_lightning.tasks.common.pretrained import check_pretrained, loading
 from dpp_lightning.tasks.glue.scores import GLUEScores
 from dpp_lightning.tasks.glue.task_table import TASKS
-from dpp_lightning.tensors.names import match_names, source_names
+from dpp_lightning.tensors.name_matching import match_names
+from dpp_lightning.tensors.names import source_names
 
 COEFFICIENTS_FILE, DELTA_FOLDER = "coefficients.json", "delta"
 
