@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from dpp_lightning.cli.exit_codes import DONE, USAGE_ERROR, describe
 from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repeated
+from dpp_lightning.cli.home import expand_home
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
 
@@ -100,7 +101,8 @@ class FunctionCommand:
             return USAGE_ERROR
         try:
             parameters = inspect.signature(self.function).parameters
-            self.function(**{name: options.get(name, parameter.default) for name, parameter in parameters.items()})
+            given = {name: options.get(name, parameter.default) for name, parameter in parameters.items()}
+            self.function(**expand_home(given))
         except BrokenPipeError:  # the reader of the output has gone, which is no failure
             raise
         except Exception as error:

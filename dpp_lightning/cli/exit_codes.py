@@ -26,7 +26,7 @@ MEANINGS = {
 
 SHOW_TRACEBACK = "DPP_TRACEBACK"  # environment variable: an error is shown with the place in the code that raised it
 
-_OF_THE_MACHINE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.ENOMEM)
+_OF_THE_MACHINE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EFBIG, errno.ENOMEM)
 # Packages whose ValueErrors are about settings, or about files that the user gave.
 _REFUSING = (
     "dpp_lightning.",

@@ -20,6 +20,7 @@ from dpp_lightning.cli.config_checks import check_config, check_sources, class_c
 from dpp_lightning.cli.exit_codes import MEANINGS, SHOW_TRACEBACK
 from dpp_lightning.cli.fit_checkpoints import earlier_checkpoint, next_commands
 from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
+from dpp_lightning.cli.home import expand_home
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.user_errors import guarded, signal_code
@@ -153,6 +154,7 @@ class DPPCLI(LightningCLI):
 
     def check(self, command: str, config: Namespace) -> None:
         """Refuse what cannot work, before anything is built."""
+        expand_home(config)
         check_config(command, config)
 
     def _parse_ckpt_path(self) -> None:

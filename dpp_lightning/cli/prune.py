@@ -71,7 +71,6 @@ def prune_to_folder(
             trainer's checkpoint with several
     """
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
-    check_data_file(calibration, "--calibration")
     check_model(base, "BASE", base_revision, order=_ORDER)
     check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
     data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision)
@@ -115,6 +114,7 @@ def _read_calibration(
     if spec.row.fit is None and not spec.needs_inputs:
         calibrated = ", ".join(name for name, row in METHODS.items() if row.fit or row.inputs)
         raise ValueError(f"{spec.method} has nothing to calibrate; methods that do: {calibrated}")
+    check_data_file(file, "--calibration")
     from dpp_lightning.pruning.file_calibration import FileCalibration
 
     return FileCalibration(finetuned, file, samples=samples, revision=revision)

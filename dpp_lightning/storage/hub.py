@@ -5,11 +5,13 @@ Nothing else in the library imports ``huggingface_hub`` when it is itself import
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, is_offline_mode, resolve_revision, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     IncompleteSnapshotError,
@@ -24,7 +26,7 @@ _LOG_IN = "log in with hf auth login, or set HF_TOKEN"
 def fetch_folder(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Fetch files of a model repository into the hub's cache on this machine, those that are not there yet.
 
-    Where the hub cannot be reached, the cached revision is used, and the client's log says so.
+    Where the hub cannot be reached, the cached revision is used, and a warning says so.
 
     Args:
         repo_id: ``name`` or ``organisation/name``.
@@ -42,8 +44,23 @@ def fetch_folder(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
         ValueError: a malformed ``repo_id``.
     """
     with plain_errors(revision):
-        resolved = _resolved(repo_id, revision)
-        return Path(snapshot_download(repo_id, revision=resolved, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    _warn_if_unreached(repo_id, revision, folder.name)
+    return folder
+
+
+def answers(repo_id: str, revision: str | None) -> bool:
+    """Whether the hub can be asked at this moment: it answers, be it that there is no such repository."""
+    if is_offline_mode():
+        return False
+    try:
+        with plain_errors(revision):
+            HfApi().repo_info(repo_id, revision=revision)
+    except ConnectionError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def upload_folder(
@@ -134,15 +151,12 @@ def _plain(error: Exception, revision: str | None) -> OSError | None:
     return None if response is None or isinstance(error, ValueError) else OSError(f"the hub: {_one_line(error)}")
 
 
-def _resolved(repo_id: str, revision: str | None) -> str | None:
-    """The commit that a revision stands for. Where the hub does not answer it is the cached one, which the client's log
-    says; the download itself would take it without a word."""
-    if is_offline_mode():
-        return revision
-    try:
-        return resolve_revision(repo_id, revision=revision)
-    except Exception:  # whatever is wrong, the download says it, or finds the files in the cache
-        return revision
+@cache
+def _warn_if_unreached(repo_id: str, revision: str | None, commit: str) -> None:
+    """Say once that a repository comes from the cache since the hub does not answer; where it is switched off, the user
+    knows."""
+    if not is_offline_mode() and not answers(repo_id, revision):
+        warnings.warn(f"the hub does not answer: of {repo_id} the cached revision {commit} is used", stacklevel=3)
 
 
 def _one_line(error: BaseException | None) -> str:

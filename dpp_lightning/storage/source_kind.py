@@ -70,6 +70,8 @@ def check_model(
         raise ValueError(f"{name} is a PEFT adapter, not a model{wanted}: {_MERGE_ADAPTER}")
     if folder == path:
         _check_weights_folder(folder, files, name, adapter=adapter)
+    elif not _weights(files):
+        _check_reachable(str(source), revision, files, name)
     if config:
         _check_config(folder, files, name)
 
@@ -211,6 +213,18 @@ def _check_weights_file(path: Path, name: str, wanted: str, config: bool) -> Non
     check_content(path, name)
     if config:
         raise ValueError(f"{name} is a file: expected a folder with config.json and weights, or a hub id")
+
+
+def _check_reachable(repo_id: str, revision: str | None, files: Iterable[str], name: str) -> None:
+    """Refuse a repository of which the cache holds no weights while the hub cannot be asked for them."""
+    from dpp_lightning.storage.hub import answers
+
+    if answers(repo_id, revision):
+        return
+    raise ConnectionError(
+        f"{name}: of this repository the hub's cache holds {_few(sorted(files))} and no weights, and the hub does not "
+        "answer or is switched off (HF_HUB_OFFLINE): fetch it when the hub can be reached"
+    )
 
 
 def _check_weights_folder(folder: Path, files: frozenset[str], name: str, *, adapter: bool) -> None:

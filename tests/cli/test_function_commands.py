@@ -279,6 +279,18 @@ def test_a_near_miss_of_a_method_s_setting_is_told_in_a_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("way", ["typed", "file"])
+def test_a_tilde_is_the_home_directory_where_no_shell_has_seen_it(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("base: ~/b\ndeltas: [~/d, e]\noutput: ~/out\n")
+    words = ["~/b", "~/d", "e", "--output=~/out"] if way == "typed" else ["--config", str(tmp_path / "c.yaml")]
+    merge = Recorded("merge")
+    assert merge.run(*words) == 0
+    given = merge.calls[-1]
+    assert (given["base"], given["output"]) == (f"{tmp_path}/b", f"{tmp_path}/out")
+    assert given["deltas"] == [f"{tmp_path}/d", "e"]
+
+
 # --- exit codes -----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ The same table holds for every command that takes paths; another one in tests/ta
 """
 
 import shlex
+from pathlib import Path
 
 import pytest
 from wrong_sources import make_sources
@@ -47,7 +48,7 @@ FUNCTIONS = [
     ("prune base base/absent -o", "FINETUNED base/absent: no such file or folder", "is here, so that this is not taken for"),
     ("prune base ./tunde -o", "FINETUNED ./tunde: no such file or folder", "did you mean tuned?"),
     ("prune base ../tunde/ -o", "FINETUNED ../tunde/: no such file or folder", "check the path"),
-    ("prune base ~/absent -o", "FINETUNED ~/absent: no such file or folder", "a hub id it cannot be"),
+    ("prune base ~/absent -o", f"FINETUNED {Path.home() / 'absent'}: no such file or folder", "a hub id it cannot be"),
     ("prune base a/b/c -o", "FINETUNED a/b/c: no such file or folder (nor a folder a)", "check the path"),
     ("prune base 'C:\\absent' -o", "FINETUNED C:\\absent: no such file or folder", "a hub id it cannot be"),
     ("prune base absent.safetensors -o", "FINETUNED absent.safetensors: no such file or folder", "check the path"),
