@@ -137,6 +137,24 @@ def prune_in_shards(kind, method, rate):
     }
 
 
+def refusal_in_shards(kind):
+    """What every rank says of one NaN and one infinity, each in the shard of a single rank."""
+    base, _, _ = share(make_net(), kind)
+    finetuned, _, _ = share(make_net(), kind)
+    with torch.no_grad():
+        for p in finetuned.parameters():
+            p.add_(0.01)
+        for p, entry, value in ((finetuned[0].weight, 0, torch.nan), (base[2].weight, -1, torch.inf)):
+            spoiled = whole(p)
+            spoiled.view(-1)[entry] = value
+            p.copy_(shard_like(spoiled, p))
+    try:
+        prune(base, finetuned, "dare", 0.9)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
 def fit_glue(strategy, folder, base, data, settings):
     """A GLUE fit with the callback on the ranks of this job; scores, q and files."""
     import lightning.pytorch as pl

@@ -29,6 +29,14 @@ def test_a_delta_drawn_from_shards_is_that_of_whole_tensors(method, kind, world)
             assert all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items()), part
 
 
+@pytest.mark.parametrize(("kind", "world"), [("fsdp2", 2), ("hsdp", 4)])
+def test_every_rank_refuses_a_value_that_only_one_of_them_holds(kind, world):
+    expected = distcases.refusal_in_shards("single")
+    assert "base is not finite in 1 of 6 tensors: 2.weight (1 infinite)" in expected
+    assert "fine-tuned model is not finite in 1 of 6 tensors: 0.weight (1 NaN)" in expected
+    assert set(distjobs.run(distcases.refusal_in_shards, world, kind).values()) == {expected}
+
+
 def apart(ours, theirs):
     """Relative distance of two sets of tensors, less the biases of keys: their gradient is 0 but for rounding, which
     Adam scales up."""
