@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dpp_lightning.tensors.blocks import block_of
 from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
 from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import has_unsupported_placements, is_dtensor, is_fsdp1_shard
@@ -57,7 +56,9 @@ _OLD_SPELLINGS = (  # of older files; what they became in newer ones
 )
 _PATH_TO_BLOCKS = frozenset({"encoder", "decoder"})  # their parts are a model's own, even where it has no others
 _EMBEDDINGS = ("shared", "embed", "wte")  # in the names of input embeddings; the first is the one that others share
-_CONTAINERS = frozenset({"stages", "levels", "features", "experts"})  # numbered, of blocks rather than blocks
+_NUMBERED = re.compile(  # what holds parts by number; a change of these words changes names, and with them masks
+    r"(?:\w+_)?(?:layers?|blocks?)\d*|h|stages?|levels|features|experts|resblocks"
+)
 _SHOWN = 4  # names in a message
 _ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 _BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
@@ -371,8 +372,7 @@ def shared_parts(names: Iterable[str]) -> int:
 def _leads_to_blocks(parts: list[str]) -> bool:
     """Whether the parts begin with numbered blocks: ``layers.0.…``, ``encoder.layers.0.…``."""
     parts = parts[1:] if parts[0] in _PATH_TO_BLOCKS else parts
-    numbered = len(parts) > 1 and parts[1].isdigit()
-    return numbered and (parts[0] in _CONTAINERS or block_of(f"{parts[0]}.{parts[1]}.part.weight") is not None)
+    return len(parts) > 1 and parts[1].isdigit() and _NUMBERED.fullmatch(parts[0]) is not None
 
 
 def _from(name: str, parts: int) -> str:
