@@ -21,7 +21,7 @@ from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors, total_bytes
 from dpp_lightning.storage.mapped_file import will_need
-from dpp_lightning.storage.model_folder import changed_side_files
+from dpp_lightning.storage.model_folder import changed_side_files, is_module_weights
 from dpp_lightning.tensors.flat_entries import EntriesHash
 
 
@@ -74,12 +74,13 @@ def prune_checkpoint(
             base_revision=base_revision,
             files=tuned.exact,
         )
-        plan.checks.check_changed()
-        plan = plan.for_spec(spec, calibration)
         beside: dict[str, Path | bytes | None] = {
             **changed_side_files(base, finetuned, base_revision, finetuned_revision, weights_only=weights_only),
             **({} if weights_only else tuned.files),
         }
+        if not any(is_module_weights(name) for name in beside):  # else a further module was trained alone
+            plan.checks.check_changed()
+        plan = plan.for_spec(spec, calibration)
         if spec.drawn_dtype == spec.dtype:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q

@@ -164,3 +164,20 @@ def test_code_that_does_not_go_along_is_named(tmp_path, llama):
         warnings.simplefilter("error")
         prune_checkpoint(base, tuned, tmp_path / "plain", ALL, weights_only=True)
         apply_checkpoint(base, tmp_path / "plain", tmp_path / "plain-dense")
+
+
+@pytest.mark.filterwarnings("ignore:the pruned delta changes nothing", "ignore:the delta changes nothing")
+def test_a_model_of_which_a_further_module_alone_was_trained(tmp_path, llama):
+    base, _ = folders_of(tmp_path, llama)
+    tuned = tmp_path / "dense-trained"
+    for folder in (base, tuned):
+        if folder == tuned:
+            shutil.copytree(base, tuned)
+        (folder / "2_Dense").mkdir(exist_ok=True)
+        save_file({"linear.weight": torch.full((2, 2), float(folder == tuned))}, folder / "2_Dense/model.safetensors")
+    prune_checkpoint(base, tuned, tmp_path / "delta-dense", ALL)
+    apply_checkpoint(base, tmp_path / "delta-dense", tmp_path / "dense-dense")
+    assert float(load_file(tmp_path / "dense-dense/2_Dense/model.safetensors")["linear.weight"].sum()) == 4
+    (tuned / "2_Dense/model.safetensors").write_bytes((base / "2_Dense/model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="equal in all"):
+        prune_checkpoint(base, tuned, tmp_path / "delta-equal", ALL)
