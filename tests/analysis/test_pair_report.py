@@ -123,16 +123,19 @@ def test_one_argument_is_still_a_delta(models, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["base"], "delta_config.json"),
+        (["base"], "is no delta folder but a model"),
         (["base", "--labels"], "--labels: of a pair of models"),
         (["base", "--calibration", "text.txt"], "--calibration: of a pair"),
         (["base", "small", "--revision", "main"], "--base_revision"),
         (["base", "./none"], "no such file or folder"),
         (["base", "small", "--pruning_rate", "1"], r"\[0, 1\)"),
-        (["base", "small", "--calibration", "none.txt"], "no such calibration file"),
+        (["base", "small", "--calibration", "none.txt"], "--calibration none.txt: no such file"),
         (["base", "small", "--calibration", "text.txt", "--calibration_samples", "0"], "at least 1 example"),
-        (["base", "small/model.safetensors", "--calibration", "text.txt"], "folder or hub id"),
-        (["base", "small", "--calibration", "base/model.safetensors"], "exactly one of input_ids"),
+        (
+            ["base", "small/model.safetensors", "--calibration", "text.txt"],
+            "is a file: expected a folder .* or a hub id",
+        ),
+        (["base", "small", "--calibration", "base/model.safetensors"], "does not take; it takes input_ids"),
         (["base", "small", "--calibration", "wrong.safetensors"], "does not hold the inputs"),
         (["base", "small", "large"], "large is not expected"),
     ],
