@@ -33,7 +33,6 @@ def check_config(command: str, config: Namespace) -> None:
 
     Raises:
         UsageError: no data, a checkpoint that does not exist, a callback listed twice, a strategy of an unknown name.
-        FileNotFoundError, ValueError: a checkpoint that is damaged, or a folder without one.
     """
     if config.trainer.get("num_nodes", 1) == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _check_checkpoint(config.get("ckpt_path"))  # several nodes ask one another first, see SameCheckpoint
@@ -43,9 +42,9 @@ def check_config(command: str, config: Namespace) -> None:
 
 
 def check_sources(config: Namespace) -> None:
-    """Refuse what this package's own classes would refuse only after the model is loaded: data, deltas, bases.
+    """Refuse what would be refused only after the model is loaded: a damaged checkpoint, data, deltas, bases.
 
-    The base of the model itself is what the model looks at first.
+    Settings of classes that are not this package's are left to them. The base of the model itself is what the model looks at first.
 
     Args:
         config: as :func:`check_config` leaves it; its hub ids are asked for.
@@ -54,6 +53,9 @@ def check_sources(config: Namespace) -> None:
         FileNotFoundError, ValueError, PermissionError, ConnectionError: a source that is not there or cannot be read,
             or is another thing than wanted.
     """
+    checkpoint = config.get("ckpt_path")
+    if checkpoint is not None and not _RESOLVED_LATER.match(str(checkpoint)) and local_path(checkpoint).exists():
+        check_checkpoint(checkpoint, "--ckpt_path")
     if config.get("delta") is not None:
         check_delta(config.delta, "--delta")
     model = config.get("model")
@@ -104,7 +106,6 @@ def _check_checkpoint(path: Any) -> None:
         raise UsageError("--ckpt_path best means the best of a fit in this process: give the file itself")
     file = local_path(path)
     if file.exists():
-        check_checkpoint(path, "--ckpt_path")
         return
     beside = sorted(neighbour.name for neighbour in file.parent.glob("*.ckpt"))
     near = nearest(file.name, beside)

@@ -187,7 +187,7 @@ def check_checkpoint(source: str | Path, argument: str) -> None:
         check_content(path, name)
     elif not path.is_dir():
         raise not_found(source, "checkpoint", argument)
-    elif not is_sharded(path):
+    elif not is_sharded(path) and not (path / "latest").is_file():  # DeepSpeed's has that file
         files = _file_names(path, name)
         below = _checkpoints(path)
         if below:
