@@ -44,7 +44,8 @@ def check_config(command: str, config: Namespace) -> None:
 def check_sources(config: Namespace) -> None:
     """Refuse what would be refused only after the model is loaded: a damaged checkpoint, data, deltas, bases.
 
-    Settings of classes that are not this package's are left to them. The base of the model itself is what the model looks at first.
+    Settings of classes that are not this package's are left to them. The base of the model is what the model itself
+    looks at first.
 
     Args:
         config: as :func:`check_config` leaves it; its hub ids are asked for.
