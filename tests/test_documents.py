@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import torch
 from parse_only import Parsed, ParseOnly
 
 from dpp_lightning.analysis.theory import LARGE_DELTA, recommend
@@ -157,7 +158,7 @@ def test_command_lines_of_lightning_parse(words, tmp_path, monkeypatch):
     if "--ckpt_path" in words:
         checkpoint = Path(words[words.index("--ckpt_path") + 1])
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.touch()
+        torch.save({"state_dict": {}}, checkpoint)
     command, *arguments = packaged_configs.resolve_arguments(words)
     with pytest.raises((Parsed, SystemExit)) as stopped, ExitStack() as stack:  # the latter after help and print_config
         ParseOnlySweep(arguments, stack) if command == "sweep" else ParseOnly([command, *arguments])

@@ -16,6 +16,7 @@ from dpp_lightning.tensors.blocks import block_of, is_linear_map, weights_of_bia
 
 Fate = Literal["prune", "carry", "revert"]
 
+_SHOWN = 4  # names in a message
 _VOCABULARY = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|lm_head|decoder)\.weight$|embeddings\.weight$")
 
 
@@ -115,7 +116,7 @@ class Scope:
             self._check_linear_maps(finetuned)
         fates: dict[str, Fate] = {}
         for name, tensor in finetuned.items():
-            known = name in base and tensor.is_floating_point() and _comparable(name, base[name], tensor)
+            known = name in base and tensor.is_floating_point() and comparable(name, base[name], tensor)
             if not known or _matches(name, self.carry):
                 fates[name] = "carry"
             else:
@@ -154,8 +155,9 @@ class Scope:
         faults += [f"{name}: only in the base" for name, t in ignored.items() if self.is_linear_map(name, t.shape)]
         if faults:
             raise ValueError(
-                f"base and fine-tuned model do not have the same layers ({len(faults)} tensors). If a tensor is meant "
-                "to be new, name it with carry=\n  " + "\n  ".join(faults[:40])
+                f"base and fine-tuned model do not have the same layers, {len(faults)} tensors: "
+                f"{'; '.join(faults[:_SHOWN])}{'; …' if len(faults) > _SHOWN else ''}. If a tensor is meant to be new, "
+                "name it with carry="
             )
 
     def _inside(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -187,7 +189,7 @@ class Scope:
                 )
 
 
-def _comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
+def comparable(name: str, base: Tensor, finetuned: Tensor) -> bool:
     """Of one shape, or vocabularies that differ in their rows."""
     if base.shape == finetuned.shape:
         return True

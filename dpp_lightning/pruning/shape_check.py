@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from dpp_lightning.pruning.scope import Scope, _comparable
+from dpp_lightning.pruning.scope import Scope, comparable
 
 _POSITIONS = re.compile(r"(?:^|[._])(?:rel(?:ative)?_)?pos|position|wpe|coords", re.IGNORECASE)
 _SHOWN = 4
@@ -40,7 +40,7 @@ def check_shapes(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], sc
         if name in base and tensor.is_floating_point() and not any(fnmatchcase(name, p) for p in scope.carry)
     ]
     other = [name for name in common if base[name].shape != finetuned[name].shape]
-    grown = {name for name in other if _comparable(name, base[name], finetuned[name])}
+    grown = {name for name in other if comparable(name, base[name], finetuned[name])}
     sizes = {name: _differing(base[name], finetuned[name]) for name in other}
     known = {sizes[name][0] for name in grown}
     known |= {sizes[name][0] for name in other if _is_output_layer(name, finetuned[name], sizes[name], scope)}

@@ -25,7 +25,7 @@ FUNCTIONS = {
 LINES = {
     "prune": "b f --output o --dtype int8 --weights_only --method magnitude --pruning_rate 0.5 --seed 3 --q 0.25 "
     "--method_settings.budget model --scope linear --include a.* b --exclude c --carry d e --outside revert --blocks g "
-    "--calibration t.txt --calibration_samples 7 --base_revision v1 --finetuned_revision 2",
+    "--calibration t.txt --calibration_samples 7 --base_revision v1 --finetuned_revision 2 --prefix m.",
     "apply": "b d --output o --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
     "export": "c --output o --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v --architecture A "
     "--prefix p. --base b --base_revision v1 --method magnitude --pruning_rate 0.5 --seed 3 --q 0.5 "
@@ -128,7 +128,7 @@ def test_method_settings_are_numbers_where_they_read_as_numbers():
 
 
 def test_a_config_that_was_printed_writes_the_same_bytes(tmp_path, capsys):
-    base, tuned = make_model(tmp_path / "base"), make_model(tmp_path / "tuned")
+    base, tuned = make_model(tmp_path / "base"), make_model(tmp_path / "tuned", seed=1)
     settings = [
         "--method",
         "magnitude",

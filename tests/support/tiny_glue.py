@@ -49,9 +49,9 @@ def bert_config(**settings) -> BertConfig:
     return BertConfig(vocab_size=len(SPECIAL + WORDS), max_position_embeddings=128, **{**small, **settings})
 
 
-def make_model(folder: Path, cls=BertModel, config=None, **settings) -> str:
+def make_model(folder: Path, cls=BertModel, config=None, seed=0, **settings) -> str:
     """Save a seeded base and its tokenizer; returns the folder's name."""
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     cls(config or bert_config(), **settings).save_pretrained(folder)
     make_tokenizer(folder)
     return str(folder)
