@@ -151,14 +151,11 @@ def named_tensors(
         raise ValueError(f"found no tensor in {type(source).__name__}: expected a module or state dict with weights")
     module = source if isinstance(source, nn.Module) else like
     if isinstance(module, nn.Module) and not in_memory and (models := transformers_models(module)):
-        of_module = _module_tensors(module)
-        if module is not source:
-            tensors = _like_module(tensors, of_module) or {}
-        if tensors:
-            named = _of_models(tensors, models)
+        of_model = tensors if isinstance(source, nn.Module) else _like_module(source, _module_tensors(module))
+        if of_model is not None:
+            named = _of_models(of_model, models)
             _check_parts(named)
             return _canonical(named)
-        tensors = _source_tensors(source)
     return _canonical([_as_it_is(name, tensor) for name, tensor in tensors.items()])
 
 
@@ -276,9 +273,9 @@ def embedding_rank(name: str) -> int:
 
 def _like_module(state: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """A state dict's tensors under a module's names; None where it lacks some or has them in other shapes."""
-    plain = {without_wrappers(name): tensor for name, tensor in state.items()}
+    plain = {without_wrappers(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     names = {name: without_wrappers(name) for name in module}
-    if any(plain[p].shape != module[n].shape if p in plain else True for n, p in names.items()):
+    if any(p not in plain or plain[p].shape != module[name].shape for name, p in names.items()):
         return None
     return {name: plain[p] for name, p in names.items()}
 

@@ -90,7 +90,7 @@ def test_a_delta_is_applied_in_place_and_taken_off_bit_for_bit(name):
     assert same(target.state_dict(), base.state_dict())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "nomic"])
+@pytest.mark.parametrize("name", MODELS)
 def test_modules_and_their_state_dicts_give_one_delta(name):
     base = make(name)
     finetuned = tuned(base)
