@@ -201,28 +201,35 @@ def linear(trial: Trial) -> None:
 
 
 def linear_maps(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and biases of linear maps in what lists of modules hold, by name: experts and routers too."""
-    parts: dict[str, str] = {}  # a module in a list's element to that list
-    for name, _ in model.named_modules():
-        owner = name.rpartition(".")[0]
-        parent = model.get_submodule(owner)
-        if owner in parts or isinstance(model.get_submodule(owner.rpartition(".")[0]), nn.ModuleList | nn.Sequential):
-            parts[name] = owner
-        if isinstance(parent, nn.ModuleList | nn.Sequential) and owner not in parts:
-            parts.pop(name, None)
-    found: dict[str, Tensor] = {}
-    for name in parts:
-        module = model.get_submodule(name)
-        own = dict(module.named_parameters(recurse=False))
-        if not isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention):
-            router = type(module).__name__.endswith(("Router", "Gate"))
-            stacked = {n for n, p in own.items() if p.dim() == 3 and min(p.shape) > 1 and "embed" not in n}
-            flat = {n for n, p in own.items() if p.dim() == 2 and (router or "experts" in name.split("."))}
-            maps = flat if isinstance(module, nn.modules.conv._ConvNd) else stacked or flat
-            biases = {bias for n in maps for bias in (f"{n}_bias", n.replace("_weight", "_bias"))}
-            own = {n: p for n, p in own.items() if n in maps | biases or (router and maps)}
-        found |= {f"{name}.{part}": p for part, p in own.items() if not any(p is other for other in found.values())}
-    return found
+    """Weights and biases of the linear maps inside blocks, by name: experts and routers too, shared ones once.
+
+    A block is what a list of modules holds, if it has more than linear maps: the layers of a perceptron are none.
+    """
+    own = {name: _linear_parameters(name, module) for name, module in model.named_modules()}
+    linear = {id(p) for parameters in own.values() for p in parameters.values()}
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)}
+    blocks = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name.rpartition(".")[0] in lists - {""} and any(id(p) not in linear for p in module.parameters())
+    )
+    found = {f"{name}.{part}": p for name, parameters in own.items() for part, p in parameters.items()}
+    once = {id(p): name for name, p in reversed(found.items())}
+    return {name: found[name] for name in once.values() if name.startswith(blocks)}
+
+
+def _linear_parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """What is of linear maps among the parameters of a module itself."""
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention):
+        return own
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        return {}
+    router = type(module).__name__.endswith(("Router", "Gate"))
+    stacked = {n for n, p in own.items() if p.dim() == 3 and min(p.shape) > 1 and "embed" not in n}
+    maps = stacked or {n for n, p in own.items() if p.dim() == 2 and (router or "experts" in name.split("."))}
+    biases = {bias for n in maps for bias in (f"{n}_bias", n.replace("_weight", "_bias"), "bias")}
+    return {n: p for n, p in own.items() if n in maps | biases}
 
 
 def has_several_blocks(model: nn.Module) -> bool:
@@ -255,7 +262,7 @@ def check_not_magnitude(trial: Trial, folder: Path) -> None:
     found, plain = (SparseDelta.from_pretrained(d).tensors for d in (folder, trial.prune("magnitude", 0.5)))
     shapes = {tuple(weight.shape) for weight in linear_maps(trial.load(trial.base)).values()}
     large = [n for n, t in found.items() if tuple(t.shape) in shapes and t.values.numel() >= 256]
-    linear = [n for n in large if not re.search(r"embed|wte|wpe|shared\.weight|bias$", n)]
+    linear = [n for n in large if re.search(r"\.\d+\..*\.", n) and not re.search(r"embed|bias$", n)]  # in a block
     silent = [n for n in linear if torch.equal(found[n].indices, plain[n].indices)]
     assert not silent, f"magnitude in place of wanda without a word: {len(silent)} tensors such as {silent[0]}"
 

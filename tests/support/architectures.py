@@ -74,16 +74,18 @@ class Architecture:
         The deltas' tails are longer in some tensors than in others, so that blocks and layers differ.
         """
         generator = torch.Generator().manual_seed(1)
-        saved = model.state_dict().keys()
         with torch.no_grad():
             for parameter in model.parameters():
                 delta = torch.randn(parameter.shape, generator=generator)
                 power = 1 + 2 * float(torch.rand((), generator=generator))
                 delta = (0.02 * delta.sign() * delta.abs() ** power).clamp(-0.3, 0.3)
                 parameter.add_(_on_grid(delta, model.dtype))
-            for name, buffer in model.named_buffers():
-                if buffer.is_floating_point() and name in saved:
-                    buffer.copy_(_on_grid(buffer + 0.02 * torch.rand(buffer.shape, generator=generator), model.dtype))
+            for buffer in self._saved_buffers(model):
+                buffer.copy_(_on_grid(buffer + 0.02 * torch.rand(buffer.shape, generator=generator), model.dtype))
+
+    def _saved_buffers(self, model: Any) -> list[Tensor]:
+        saved = model.state_dict().keys()
+        return [b for name, b in model.named_buffers() if b.is_floating_point() and name in saved]
 
     def write_old_names(self, folder: Path) -> None:
         """Give the tensors of a folder's file the names of early releases."""
