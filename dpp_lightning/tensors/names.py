@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
 from dpp_lightning.tensors.quantised import check_not_quantised
@@ -153,7 +154,7 @@ def named_tensors(
     if isinstance(module, nn.Module) and not in_memory and (models := transformers_models(module)):
         of_model = tensors if isinstance(source, nn.Module) else _like_module(source, _module_tensors(module))
         if of_model is not None:
-            named = _of_models(of_model, models)
+            named = _of_models(module, of_model, models)
             _check_parts(named)
             return _canonical(named)
     return _canonical([_as_it_is(name, tensor) for name, tensor in tensors.items()])
@@ -210,7 +211,7 @@ def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str
 def has_file_names(source: TensorSource) -> bool:
     """Whether a source itself tells what the model's files call its tensors: a module with one transformers model, or
     one that is trained."""
-    return isinstance(source, nn.Module) and len(_meant_models(transformers_models(source))) == 1
+    return isinstance(source, nn.Module) and len(_meant_models(source, transformers_models(source))) == 1
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
@@ -280,15 +281,18 @@ def _like_module(state: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> d
     return {name: plain[p] for name, p in names.items()}
 
 
-def _of_models(tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedModel]) -> list[NamedTensor]:
+def _of_models(
+    module: nn.Module, tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedModel]
+) -> list[NamedTensor]:
     """The tensors of a module that holds models of transformers: theirs as in their files, others as they are.
 
     Of several models, the one that is trained is meant, the others (a teacher, an average) are left out; where several
     are trained, or none, all have the names of the attributes that hold them before theirs.
     """
-    meant = _meant_models(models)
+    meant = _meant_models(module, models)
     named: list[NamedTensor] = []
-    others = set(tensors)
+    averages = tuple(f"{path}." for path in _averages(module))
+    others = {name for name in tensors if not name.startswith(averages)}
     for path, model in models.items():
         start = f"{path}." if path else ""
         sources = {without_wrappers(name[len(start) :]): name for name in tensors if name.startswith(start)}
@@ -312,10 +316,17 @@ def _of_models(tensors: Mapping[str, Tensor], models: Mapping[str, PreTrainedMod
     return sorted(named, key=lambda n: (order[n.source], n.place.offset))
 
 
-def _meant_models(models: Mapping[str, PreTrainedModel]) -> set[str]:
-    """Paths of the models whose tensors count: the only one that is trained, else all."""
+def _meant_models(module: nn.Module, models: Mapping[str, PreTrainedModel]) -> set[str]:
+    """Paths of the models whose tensors count: the only one that is trained and no average of others, else all."""
+    averages = tuple(f"{path}." for path in _averages(module))
     trained = {path for path, model in models.items() if any(p.requires_grad for p in model.parameters())}
+    trained -= {path for path in trained if path.startswith(averages)}
     return trained if len(trained) == 1 else set(models)
+
+
+def _averages(module: nn.Module) -> list[str]:
+    """Paths of torch's averaged models inside a module."""
+    return [path for path, child in module.named_modules() if path and isinstance(child, AveragedModel)]
 
 
 def _as_it_is(name: str, tensor: Tensor) -> NamedTensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     CamembertConfig,
     CamembertForMaskedLM,
@@ -141,6 +142,17 @@ def test_beside_a_frozen_teacher_the_student_is_meant():
     held = Distiller(finetuned, make("vit", seed=1))
     assert set(canonical_tensors(held)) == {*canonical_tensors(base), "temperature"}
     assert prune(base, held, "dare", 0.5).tensors.keys() == prune(base, finetuned, "dare", 0.5).tensors.keys()
+
+
+def test_beside_its_average_the_model_that_is_trained_is_meant():
+    base = make("vit")
+    finetuned = nn.Module()
+    finetuned.model = tuned(base)
+    finetuned.ema = AveragedModel(finetuned.model)
+    expected = prune(base, finetuned.model, "dare", 0.5)
+    delta = prune(base, finetuned, "dare", 0.5)
+    assert delta.to_bytes()[0] == expected.to_bytes()[0]
+    assert not delta.carried
 
 
 def test_of_two_models_that_are_trained_neither_is_guessed():
