@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.best_weights import best_weights
-from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, check_logged, read_monitor
+from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, callbacks_may_log, check_logged, read_monitor
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter
@@ -167,7 +167,6 @@ class DeltaPruneCallback(pl.Callback):
         self._base_fingerprint: str | None = None
         self._checkpoint_fingerprint: str | None = None  # of the base that a restored checkpoint's training began from
         self._monitor_checked = False
-        self._evaluating = False  # an extra pass is going on, in which this callback's hooks have nothing to do
         self._pruning_began = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -204,8 +203,8 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
-        if len(trainer.num_sanity_val_batches) > 1:
-            return  # the trainer keeps no metrics of a sanity check of several loaders: on_train_start looks
+        if len(trainer.num_sanity_val_batches) > 1 or callbacks_may_log(trainer):
+            return  # it keeps no metrics of several loaders, and those of callbacks are no score: on_train_start looks
         read_monitor(trainer.callback_metrics, self.settings.monitor)
         self._monitor_checked = True
 
@@ -224,11 +223,7 @@ class DeltaPruneCallback(pl.Callback):
             self._base_fingerprint = base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
             self._check_scope(trainer, pl_module, base)
         if not self._monitor_checked:
-            self._evaluating = True
-            try:
-                check_logged(trainer, self.settings.monitor)
-            finally:
-                self._evaluating = False
+            check_logged(trainer, self.settings.monitor)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
@@ -245,7 +240,7 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """``Trainer.validate`` or ``Trainer.test`` on a fine-tuned checkpoint: the same table without training."""
-        if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and not self._evaluating:
+        if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             self._run_without_fit(trainer, pl_module)
 
     on_test_end = on_validation_end
@@ -285,16 +280,13 @@ class DeltaPruneCallback(pl.Callback):
         assert self._folder is not None
         settings, keep = self.settings, self.settings.apply
         best = settings.ckpt == "best" and trainer.state.fn == TrainerFn.FITTING
-        self._evaluating = self._pruning_began = True
-        try:
-            weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
-            with weights, self._adapter_view(pl_module, keep=keep) as base:
-                scope = self._scope(trainer, pl_module)
-                if not _can_be_pruned(base, pl_module, scope):
-                    return
-                self.results = PruneRun(settings, trainer, base, scope, self._folder, self.reporter).run()
-        finally:
-            self._evaluating = False
+        self._pruning_began = True
+        weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
+        with weights, self._adapter_view(pl_module, keep=keep) as base:
+            scope = self._scope(trainer, pl_module)
+            if not _can_be_pruned(base, pl_module, scope):
+                return
+            self.results = PruneRun(settings, trainer, base, scope, self._folder, self.reporter).run()
         if trainer.is_global_zero:
             push_deltas(self._folder, settings.repositories, private=settings.hub_private)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_eval
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.tensors.shards import reshard
 
+LOADER_SUFFIX = "/dataloader_idx_"  # follows a metric's name where there are several loaders
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
 
 _NO_LOGITS = (
@@ -30,12 +33,16 @@ _NO_LOGITS = (
 class EvaluationPasses:
     """Extra passes of a trainer's validation loop, or of its test loop where the trainer is testing.
 
-    Loggers are not written to. ModelCheckpoint and EarlyStopping do not react, since the trainer is not in its fitting
-    state during a pass. Afterwards training mode, random state, limits and metrics are as before. All ranks must call.
+    Loggers are not written to, and no callback acts. Afterwards training mode, random state, limits and metrics are as
+    before. All ranks must call.
 
     Args:
         trainer: inside a fit, a validate or a test.
         monitor: name of the logged metric that is the score; ``val_x`` means ``test_x`` where the trainer is testing.
+
+    Attributes:
+        monitor: from the first score on the metric's full name, which with several loaders tells the loader.
+        num_loaders: of the split, once there is a score.
     """
 
     def __init__(self, trainer: pl.Trainer, monitor: str) -> None:
@@ -44,6 +51,7 @@ class EvaluationPasses:
         self.monitor = monitor
         if self.testing and monitor.startswith("val_"):
             self.monitor = "test_" + monitor.removeprefix("val_")
+        self.num_loaders = 1
 
     @property
     def split(self) -> str:
@@ -56,8 +64,10 @@ class EvaluationPasses:
         Raises:
             ValueError: if the metric was not logged.
         """
+        metrics = self._run_loop(loader)
+        self.monitor = full_name(metrics, self.monitor)
         # rank 0's value on all ranks, so that all of them come to the same decisions
-        return float(self.trainer.strategy.broadcast(read_monitor(self._run_loop(loader), self.monitor)))
+        return float(self.trainer.strategy.broadcast(float(metrics[self.monitor])))
 
     def layer_inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
         """Statistics of the input of every weight on one batch, by canonical name; weights that the evaluation step
@@ -149,7 +159,10 @@ class EvaluationPasses:
     def _run_loop(self, loader: Any) -> dict[str, Any]:
         """One pass of the loop; returns the metrics that were logged in it."""
         with isolate_rng():
-            metrics = run_evaluation_loop(self.trainer, testing=self.testing, loader=loader)
+            index = int(self.monitor.partition(LOADER_SUFFIX)[2] or 0)
+            metrics, self.num_loaders = run_evaluation_loop(
+                self.trainer, testing=self.testing, loader=loader, index=index
+            )
         reshard(self.trainer.lightning_module)
         return metrics
 
@@ -171,32 +184,68 @@ def _logits(module: pl.LightningModule, batch: Any) -> Tensor:
     return output
 
 
-def read_monitor(metrics: dict[str, Any], monitor: str) -> float:
+def read_monitor(metrics: Mapping[str, Any], monitor: str) -> float:
     """The value of a metric; with several loaders, which give it a suffix each, the first loader's.
 
     Raises:
         ValueError: if it was not logged. The message lists what was.
     """
-    for name in (monitor, f"{monitor}/dataloader_idx_0"):
+    return float(metrics[full_name(metrics, monitor)])
+
+
+def full_name(metrics: Mapping[str, Any], monitor: str) -> str:
+    """The name that a metric is logged by: ``monitor``, or with several loaders the same with the first one's suffix.
+
+    Raises:
+        ValueError: if it was not logged. The message lists what was.
+    """
+    for name in (monitor, f"{monitor}{LOADER_SUFFIX}0"):
         if name in metrics:
-            return float(metrics[name])
+            return name
     raise ValueError(
         f"monitor={monitor!r} was not logged in the evaluation step; logged were {sorted(metrics) or 'no metrics'}. "
-        "Log it with self.log in validation_step (on_epoch) or set monitor= to one of these"
+        "Log it with self.log in validation_step (on_epoch) or set monitor= to one of these. What another callback "
+        "logs is no score: no callback acts when pruned models are scored"
     )
 
 
-def check_logged(trainer: pl.Trainer, monitor: str) -> None:
-    """Evaluate one validation batch to see that the score is logged.
+def warn_of_several_loaders(passes: EvaluationPasses, asked: str) -> None:
+    """Warn if the score is one of several loaders' and the monitor does not tell which.
 
-    Lightning's sanity check may be off, and a resumed fit skips it.
+    Args:
+        passes: have scored once.
+        asked: the monitor as the user gave it.
+    """
+    if LOADER_SUFFIX in asked or LOADER_SUFFIX not in passes.monitor:
+        return
+    name = passes.monitor.split(LOADER_SUFFIX)[0]
+    others = [f"{name}{LOADER_SUFFIX}{index}" for index in range(1, passes.num_loaders)]
+    rank_zero_warn(
+        f"monitor={asked!r} is logged for {passes.num_loaders} {passes.split} loaders: the score is {passes.monitor}, "
+        f"that of the first; set monitor= to {' or '.join(others)} to score on another"
+    )
+
+
+def callbacks_may_log(trainer: pl.Trainer) -> bool:
+    """Whether a callback that is not Lightning's own has hooks in validation, in which it may log a metric."""
+    hooks = [f"on_validation_{end}" for end in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")]
+    others = [c for c in trainer.callbacks if not type(c).__module__.startswith(("lightning.", "dpp_lightning."))]  # type: ignore[attr-defined]
+    return any(is_overridden(hook, callback, parent=pl.Callback) for callback in others for hook in hooks)
+
+
+def check_logged(trainer: pl.Trainer, monitor: str) -> None:
+    """Evaluate one validation batch to see that the score is logged, and of which loader.
+
+    Lightning's sanity check may be off, a resumed fit skips it, and in it other callbacks log as well.
 
     Raises:
         ValueError: if it is not logged.
     """
     limit = trainer.limit_val_batches
     trainer.limit_val_batches = 1
+    passes = EvaluationPasses(trainer, monitor)
     try:
-        EvaluationPasses(trainer, monitor).score()
+        passes.score()
     finally:
         trainer.limit_val_batches = limit
+    warn_of_several_loaders(passes, monitor)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 
@@ -23,30 +24,62 @@ class OneBatch(Sized):
         return iter([self.batch])
 
 
-def run_evaluation_loop(trainer: pl.Trainer, *, testing: bool, loader: Any = None) -> dict[str, Any]:
+class NoBatches:
+    """A loader that stands in the place of one that is not read; without a length, so Lightning does not warn of 0."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([])
+
+
+def run_evaluation_loop(
+    trainer: pl.Trainer, *, testing: bool, loader: Any = None, index: int = 0
+) -> tuple[dict[str, Any], int]:
     """One pass of the validation or test loop over the weights as they stand.
 
-    Nothing is logged, printed or shown in a progress bar, and afterwards the trainer's state, metrics and limits are as
-    before. Callbacks are called as in any evaluation.
+    The module's hooks and steps run, those of no callback do: one that swaps weights in an evaluation, as Lightning's
+    ``WeightAveraging`` does, would have its own weights evaluated. Nothing is logged, printed or shown in a progress
+    bar, and afterwards the trainer's state, metrics and limits are as before.
 
     Args:
         trainer: inside a fit, a validate or a test.
         testing: take the test loop.
         loader: data to evaluate on, all of it; default the loop's own loaders under the trainer's limits.
+        index: in place of which of the loop's loaders ``loader`` is read, if steps are told the loader's index.
 
     Returns:
-        The metrics that callbacks see, by name.
+        The metrics that the module logged, by name, and how many loaders steps and metrics were told apart for.
     """
     loop = trainer.test_loop if testing else trainer.validate_loop
     with (
+        _callbacks_resting(trainer),
         _metrics_restored(trainer),
         _silently_evaluating(trainer, loop, testing),
-        _loader_replaced(trainer, loop, loader),
+        _loader_replaced(trainer, loop, loader, index),
     ):
         loop.run()
         metrics = dict(trainer.callback_metrics)
+        count = _count_loaders(loop)
         loop.teardown()
-    return metrics
+    return metrics, count
+
+
+@contextmanager
+def _callbacks_resting(trainer: pl.Trainer) -> Iterator[None]:
+    """Call no hook of any callback of a trainer.
+
+    ``trainer.callbacks`` stays as it is, since a module may look for a callback of its trainer in its own hooks.
+    """
+    call_hooks = call._call_callback_hooks
+
+    def call_hooks_of_others(of: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if of is not trainer:
+            call_hooks(of, *args, **kwargs)
+
+    call._call_callback_hooks = call_hooks_of_others
+    try:
+        yield
+    finally:
+        call._call_callback_hooks = call_hooks
 
 
 @contextmanager
@@ -66,16 +99,12 @@ def _metrics_restored(trainer: pl.Trainer) -> Iterator[None]:
 
 @contextmanager
 def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
-    """Put the trainer into its evaluating state, with loggers, printing and progress bar off, and back.
+    """Put the trainer into its evaluating state, with loggers and printing off, and back.
 
     The loop may be in the middle of a pass of the user's (``Trainer.validate``). So that the results of that pass and
     its record of which modules were training survive, the loop gets fresh ones for the extra pass.
     """
     saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
-    bar = trainer.progress_bar_callback
-    bar_was_on = bool(getattr(bar, "is_enabled", bar is not None))
-    if bar is not None:
-        bar.disable()
     loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)
     trainer.state.fn = TrainerFn.TESTING if testing else TrainerFn.VALIDATING
     trainer.state.stage = RunningStage.TESTING if testing else RunningStage.VALIDATING
@@ -84,19 +113,21 @@ def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Itera
         yield
     finally:
         trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results = saved
-        if bar is not None and bar_was_on:
-            bar.enable()
 
 
 @contextmanager
-def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[None]:
+def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any, index: int) -> Iterator[None]:
     """Let the loop read another loader to its end, if one is given, in place of its own."""
     if loader is None:
         yield
         return
     source, limit = loop._data_source, "limit_test_batches" if trainer.testing else "limit_val_batches"
     saved = (source.instance, getattr(trainer, limit))
-    source.instance = loader
+    if loop._combined_loader is None:
+        loop.setup_data()
+    count = _count_loaders(loop)
+    # steps that are told the index of their loader get one here too
+    source.instance = loader if count == 1 else [loader if i == index else NoBatches() for i in range(count)]
     setattr(trainer, limit, 1.0)
     try:
         yield
@@ -104,3 +135,8 @@ def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any) -> Iterator[No
         source.instance = saved[0]
         setattr(trainer, limit, saved[1])
         loop._combined_loader = None
+
+
+def _count_loaders(loop: Any) -> int:
+    """How many loaders steps are told apart for; 1 where a batch is of all of them at once."""
+    return loop.num_dataloaders if loop._is_sequential else 1

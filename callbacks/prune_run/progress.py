@@ -14,7 +14,7 @@ from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation
 from dpp_lightning.experiments.plots import plot_over_q
 from dpp_lightning.experiments.results import Row
-from dpp_lightning.experiments.tables import console_table
+from dpp_lightning.experiments.tables import console_table, seconds_text
 
 RESULTS_FILE, PLOT_FILE = "results.jsonl", "q_curve.png"
 
@@ -57,7 +57,7 @@ def describe_result(result: Result, monitor: str) -> str:
     model = result.method
     if result.pruning_rate is not None:
         model += f" p={result.pruning_rate:g} seed={result.seed}" + (f" q={result.q:.4g}" if result.q else "")
-    return f"{model}: {monitor} {result.score:.4f} ({result.seconds:.1f} s)"
+    return f"{model}: {monitor} {result.score:.4f} ({seconds_text(result.seconds)} s)"
 
 
 def report_carried(tensors: dict[str, torch.Tensor]) -> None:

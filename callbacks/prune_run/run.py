@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationPasses
-from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, read_monitor
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, read_monitor, warn_of_several_loaders
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
@@ -65,6 +66,7 @@ class PruneRun:
         identity = run_identity(settings, base, self.passes)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
         self.results: list[Result] = self.log.resume() if settings.resume else []
+        self.passes.monitor = self.log.monitor  # a resumed run has its full name
         self.done = rows_of(self.results)
 
     def run(self) -> list[Result]:
@@ -89,7 +91,9 @@ class PruneRun:
         """Score the fine-tuned model, the base and every pruned model; curves over q if a plot is asked for."""
         settings = self.settings
         self.calibration.measure_finetuned()
-        finetuned = self._resumed("fine-tuned") or Result("fine-tuned", self.passes.score(), split=self.passes.split)
+        finetuned = self._reference("fine-tuned")
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a fit tells it before training
+            warn_of_several_loaders(self.passes, self.settings.monitor)
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)
         replaced = [name for name, fate in fates.items() if fate != "carry"]
@@ -144,6 +148,14 @@ class PruneRun:
         """The row of the base or of the fine-tuned model, if an earlier run made it."""
         return next((result for result in self.results if result.method == method), None)
 
+    def _reference(self, method: str) -> Result:
+        """The row of the base or of the fine-tuned model, whose weights the module holds."""
+        if (resumed := self._resumed(method)) is not None:
+            return resumed
+        start = time.perf_counter()
+        score = self.passes.score()
+        return Result(method, score, seconds=time.perf_counter() - start, split=self.passes.split)
+
     def _check_resumed_score(self) -> None:
         """Outside a fit the trainer has just scored the fine-tuned model: the score must be that of the earlier run."""
         before = self._resumed("fine-tuned")
@@ -153,7 +165,7 @@ class PruneRun:
 
     def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
         """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
-        base = self._resumed("base") or Result("base", self.passes.score(), split=self.passes.split)
+        base = self._reference("base")
         experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
         dense = total_bytes(experiment.plan.finetuned)
         for result in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):
@@ -175,6 +187,7 @@ class PruneRun:
         if not self.settings.save_deltas:
             result = replace(result, folder=None)
         self.results.append(result)
+        self.log.monitor = self.passes.monitor
         if self.trainer.is_global_zero:
             self.log.append(result)
         self.reporter.row(result, self.passes.monitor)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from dpp_lightning.callbacks.prune_run.calibration_data import labelled_loader
@@ -11,6 +14,16 @@ from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.tensors.shards import is_dtensor
 from dpp_lightning.trainer.strategies import refuse_flat_parameters, refuse_fsdp1, refuse_shared_memory
+
+# words of a metric's name that tell its direction
+_LOWER_IS_BETTER = {
+    "loss", "losses", "error", "errors", "err", "perplexity", "ppl", "rmse", "mse", "mae", "mape", "nll", "wer", "cer",
+    "brier", "entropy", "fid",
+}  # fmt: skip
+_HIGHER_IS_BETTER = {
+    "acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "mcc", "matthews", "pearson", "spearman", "bleu",
+    "rouge", "iou", "dice", "psnr", "ssim",
+}  # fmt: skip
 
 
 def check_shards(settings: PruneSettings, module: nn.Module) -> None:
@@ -37,6 +50,7 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
             ModelCheckpoint for the best weights, no gradients or labels for a method that needs them, or no way to
             upload.
     """
+    warn_of_direction(settings)
     refuse_flat_parameters(trainer, "DeltaPruneCallback")
     refuse_fsdp1(trainer, "DeltaPruneCallback")
     refuse_shared_memory(trainer)
@@ -53,3 +67,17 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
         labelled_loader(trainer, settings.calibration_dataloader)
     if settings.push_to_hub is not None and trainer.is_global_zero:  # the rank that uploads
         check_can_upload()
+
+
+def warn_of_direction(settings: PruneSettings) -> None:
+    """Warn if the name of the score says that it is better the other way round than ``mode`` does."""
+    words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", settings.monitor).lower()))
+    lower, higher = words & _LOWER_IS_BETTER, words & _HIGHER_IS_BETTER
+    if bool(lower) == bool(higher) or words & {"neg", "negative"}:
+        return
+    other = "min" if lower else "max"
+    if settings.mode != other:
+        rank_zero_warn(
+            f"mode={settings.mode!r} takes the {'highest' if lower else 'lowest'} {settings.monitor} for the best, "
+            f"though {(lower or higher).pop()!r} is better when it is {'low' if lower else 'high'}: pass mode={other!r}"
+        )

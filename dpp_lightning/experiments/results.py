@@ -27,7 +27,7 @@ class ResultsLog:
 
     Args:
         path: the file; it need not exist.
-        monitor: name of the score, a column of every row.
+        monitor: name of the score, a column of every row; that of the rows made so far where a run goes on.
         run: what makes two runs the same one, as plain values.
         settings: a method's own settings under its name.
     """
@@ -58,6 +58,7 @@ class ResultsLog:
                 rows.append(row)
         if rows:
             self._check(rows)
+            self.monitor = rows[-1].get("monitor", self.monitor)
             self._whole = sum(map(len, lines[: len(rows)]))
         return [_result(row) for row in rows]
 

@@ -40,8 +40,13 @@ def _row(method: str, rate: float | None, group: list[Result]) -> tuple[str, ...
         f"{100 * density:.3g} %",
         f"{size / 1e6:.3f}",
         f"{ratio:.1f}" if first.ratio else "",
-        f"{seconds:.1f}",
+        seconds_text(seconds),
     )
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration in seconds, to the tenth, or to the thousandth where it is under a second."""
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.3f}"
 
 
 def console_table(results: Sequence[Result], monitor: str, console: Console | None = None) -> None:
