@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from dpp_lightning.callbacks import DeltaPruneCallback
-from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
+from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, full_name
 from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
@@ -151,7 +151,8 @@ class SweepCLI(DPPCLI):
 
     def _report(self, callback: DeltaPruneCallback, checkpoint: str) -> None:
         task = getattr(self.model, "task", None) or type(self.model).__name__
-        monitor = EvaluationPasses(self.trainer, callback.settings.monitor).monitor
+        asked = EvaluationPasses(self.trainer, callback.settings.monitor).monitor
+        monitor = full_name(self.trainer.callback_metrics, asked)
         subject = Subject(str(task), checkpoint, monitor, callback.settings.objective)
         written = write_report(callback.results, Path(self.options.output), subject)
         sys.stderr.write("".join(f"{path}\n" for path in written))

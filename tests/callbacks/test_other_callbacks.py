@@ -113,7 +113,8 @@ def test_a_table_without_a_fit_is_true_beside_a_callback_that_swaps_weights(tmp_
     torch.save(base, tmp_path / "base.bin")
     trainer(max_epochs=3).fit(module, train_loader())
     pruned = callback(tmp_path / "out", pretrained=str(tmp_path / "base.bin"))
-    swap = Swap(f"on_{stage}_start", f"on_{stage}_end")
+    hook = "on_validation" if stage == "validate" else "on_test"
+    swap = Swap(f"{hook}_start", f"{hook}_end")
     getattr(trainer(swap, pruned), stage)(module, val_loader(), verbose=False)
     assert [row.score for row in pruned.results[:2]] == [
         pytest.approx(accuracy(state), abs=1e-6) for state in (base, weights(module))
