@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
-from dpp_lightning.callbacks.prune_run.best_weights import best_weights
+from dpp_lightning.callbacks.prune_run.best_weights import best_weights, check_loads, kept_none
+from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData
 from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, callbacks_may_log, check_logged, read_monitor
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
@@ -167,6 +168,7 @@ class DeltaPruneCallback(pl.Callback):
         self._base_fingerprint: str | None = None
         self._checkpoint_fingerprint: str | None = None  # of the base that a restored checkpoint's training began from
         self._monitor_checked = False
+        self._calibration: CalibrationData | None = None
         self._pruning_began = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -222,8 +224,19 @@ class DeltaPruneCallback(pl.Callback):
             base.check_complete(pl_module, new)
             self._base_fingerprint = base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
             self._check_scope(trainer, pl_module, base)
+        if self.settings.ckpt == "best":
+            check_loads(pl_module)
         if not self._monitor_checked:
             check_logged(trainer, self.settings.monitor)
+        self._take_calibration_data(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Calibrate on the first training batch, where the loaders give nothing else."""
+        if self._calibration is not None and self._calibration.waiting:
+            with self._adapter_view(pl_module):
+                self._calibration.take_first()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
@@ -274,25 +287,37 @@ class DeltaPruneCallback(pl.Callback):
             new, carry = new_names(pl_module, ()), self.settings.scope.carry
             base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
             self._check_scope(trainer, pl_module, base)
+        self._take_calibration_data(trainer, pl_module)
         self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._folder is not None
+        assert self._calibration is not None
         settings, keep = self.settings, self.settings.apply
         best = settings.ckpt == "best" and trainer.state.fn == TrainerFn.FITTING
+        if best and (reason := kept_none(trainer)):
+            rank_zero_warn(f"DeltaPruneCallback did not prune: {reason}")
+            return
         self._pruning_began = True
         weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
         with weights, self._adapter_view(pl_module, keep=keep) as base:
             scope = self._scope(trainer, pl_module)
             if not _can_be_pruned(base, pl_module, scope):
                 return
-            self.results = PruneRun(settings, trainer, base, scope, self._folder, self.reporter).run()
+            self.results = PruneRun(
+                settings, trainer, base, scope, self._calibration, self._folder, self.reporter
+            ).run()
         if trainer.is_global_zero:
             push_deltas(self._folder, settings.repositories, private=settings.hub_private)
 
     def _take_base(self, module: pl.LightningModule) -> BaseWeights:
         settings = self.settings
         return BaseWeights.take(module, settings.pretrained, settings.revision, settings.scope)
+
+    def _take_calibration_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take and try the data that the methods need, so that what is wrong with it is known now."""
+        with self._adapter_view(module):
+            self._calibration = CalibrationData(self.settings, trainer)
 
     def _adapter_view(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
         """Module and base as they are pruned: a LoRA adapter's parameters against zero, or its merged weights."""

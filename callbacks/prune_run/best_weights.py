@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
@@ -21,7 +27,9 @@ from dpp_lightning.tensors.shards import is_dtensor, reshard, shard_like
 def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool) -> Iterator[None]:
     """Inside the block the module holds ModelCheckpoint's best weights, afterwards its own again, bit for bit.
 
-    The optimizers' state stays as it is. All ranks must call.
+    They are those that Lightning loads from the checkpoint: the module's ``on_load_checkpoint`` sees it first, names
+    may be missing under ``strict_loading=False``, and beside ``WeightAveraging`` they are the averaged ones, which
+    were scored. The optimizers' state and that of callbacks stay as they are. All ranks must call.
 
     Args:
         trainer: at the end of a fit.
@@ -32,7 +40,7 @@ def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool)
         ValueError: if no ModelCheckpoint kept a best checkpoint, or it is one of another model.
         FileNotFoundError: if the parameters are in shards and a rank cannot see the checkpoint.
     """
-    last = {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in module.state_dict().items()}
+    last = _Values(module)
     restore = True
     try:
         _load_best(trainer, module)
@@ -41,16 +49,105 @@ def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool)
     finally:
         if restore:
             reshard(module)
-            module.load_state_dict(last)
+            last.put_back()
+
+
+def best_checkpoints(trainer: pl.Trainer) -> ModelCheckpoint:
+    """The callback whose best checkpoint is meant: the first ModelCheckpoint that keeps checkpoints by a metric.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    all_of_them = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    keeping = _keeping_best(all_of_them)
+    if keeping:
+        return keeping[0]
+    seen = [f"ModelCheckpoint(monitor={c.monitor!r}, save_top_k={c.save_top_k})" for c in all_of_them]
+    raise ValueError(
+        "ckpt='best' needs a ModelCheckpoint(monitor=...) with save_top_k of at least 1 among the callbacks; found "
+        f"{', '.join(seen) or 'none'}. Give one, or take ckpt='last'"
+    )
+
+
+def warn_of_several(trainer: pl.Trainer) -> None:
+    """Warn if several ModelCheckpoints keep checkpoints by a metric, with the one that is taken."""
+    keeping = _keeping_best(trainer.checkpoint_callbacks)
+    if len(keeping) > 1:
+        rank_zero_warn(
+            f"ckpt='best' takes the best {keeping[0].monitor} of the first of {len(keeping)} ModelCheckpoints; the "
+            f"others monitor {', '.join(str(c.monitor) for c in keeping[1:])}"
+        )
+
+
+def _keeping_best(callbacks: Iterable[pl.Callback]) -> list[ModelCheckpoint]:
+    found = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
+    return [c for c in found if c.monitor is not None and c.save_top_k != 0]
+
+
+def check_loads(module: pl.LightningModule) -> None:
+    """Refuse a module whose checkpoints do not load, since they lack parameters.
+
+    Raises:
+        ValueError: if ``state_dict()`` leaves out parameters, loading is strict, and nothing fills them in.
+    """
+    if any(is_overridden(hook, module) for hook in ("on_load_checkpoint", "load_state_dict")):
+        return  # which may fill them in
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    saved = module.state_dict() if module.strict_loading else parameters
+    if missing := sorted(set(parameters) - set(saved)):
+        raise ValueError(
+            f"ckpt='best': {type(module).__name__}.state_dict() leaves out {len(missing)} of {len(parameters)} "
+            f"parameters ({', '.join(missing[:3])}), so that its checkpoints do not load; set its strict_loading=False"
+        )
+
+
+def kept_none(trainer: pl.Trainer) -> str | None:
+    """Why there is no best checkpoint at the end of a fit, with the cure; None if there is one. All ranks must call."""
+    checkpoints = best_checkpoints(trainer)
+    if trainer.strategy.broadcast(checkpoints.best_model_path):
+        return None
+    return (
+        f"ckpt='best', and ModelCheckpoint(monitor={checkpoints.monitor!r}) kept no checkpoint in "
+        f"{trainer.global_step} steps; let it save more often, or take ckpt='last'"
+    )
+
+
+class _Values:
+    """The tensors of a module, and the extra state of its submodules, to be put back whatever was loaded over them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._copies: dict[int, Tensor] = {}
+        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._extra: list[tuple[nn.Module, Any]] = []
+        for child in module.modules():
+            for tensors in (child._parameters, child._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        self._held.append((cast(dict[str, Any], tensors), name, tensor))
+                        if id(tensor) not in self._copies:
+                            self._copies[id(tensor)] = tensor.detach().clone()
+            if type(child).get_extra_state is not nn.Module.get_extra_state:
+                self._extra.append((child, deepcopy(child.get_extra_state())))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensors, name, tensor in self._held:
+            tensors[name] = tensor
+            tensor.copy_(self._copies[id(tensor)])
+        for child, state in self._extra:
+            child.set_extra_state(state)
 
 
 def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    path = trainer.strategy.broadcast(getattr(trainer.checkpoint_callback, "best_model_path", ""))
-    if not path:
-        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) that kept a best checkpoint; found none")
+    if reason := kept_none(trainer):
+        raise ValueError(reason)
+    path = trainer.strategy.broadcast(best_checkpoints(trainer).best_model_path)
     trainer.strategy.barrier("best checkpoint")  # rank 0, or with sharded checkpoints every rank, has written it
     if not any(is_dtensor(p) for p in module.parameters()):
-        module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
+        # this fit wrote the file, so what it pickled, such as hyperparameters of any class, may be read
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
         return
     if not Path(path).exists():
         raise FileNotFoundError(

@@ -2,51 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader, move_data_to_device, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.callbacks.prune_run.calibration_batch import (
+    CURE,
+    CalibrationBatch,
+    FirstTrainingBatch,
+    batch_of_items,
+    own_batch,
+)
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
+from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 
 
+class CalibrationData:
+    """The data that a run needs for calibration, taken and tried before the first training step.
+
+    Args:
+        settings: say which data it is, and what the methods need of it.
+        trainer: in ``on_train_start``, where its loaders exist, or in a validate or a test.
+
+    Attributes:
+        batch: for the output change, inputs and gradients; None where no method needs one, or until training draws its
+            first batch, where only that will do.
+        labelled: a loader and the name of its data for the objective ``metric``; None where it is not needed.
+        waiting: whether :meth:`take_first` must be called once training has drawn its first batch.
+
+    Raises:
+        ValueError: if data is needed that there is not, or that the module's evaluation step does not take.
+    """
+
+    def __init__(self, settings: PruneSettings, trainer: pl.Trainer) -> None:
+        self._settings, self._trainer = settings, trainer
+        self.batch: CalibrationBatch | None = None
+        self.labelled: tuple[Any, str] | None = None
+        self._first: FirstTrainingBatch | None = None
+        if settings.fits and settings.objective == "metric":
+            self.labelled = labelled_loader(trainer, settings.calibration_dataloader)
+            _try_labelled(trainer, settings, *self.labelled)
+        compares_outputs = bool(settings.plot) or (settings.fits and settings.objective == "output_change")
+        if compares_outputs or settings.needs_inputs or settings.methods_with_gradients:
+            self._take_batch()
+
+    @property
+    def waiting(self) -> bool:
+        """See the class."""
+        return self._first is not None
+
+    @property
+    def source(self) -> str:
+        """Name of the data that q is searched on, for the results; empty where none is needed."""
+        if self.labelled is not None:
+            return self.labelled[1]
+        return "" if self.batch is None else self.batch.source
+
+    def take_first(self) -> None:
+        """Take and try the batch that training has drawn and not yet used.
+
+        Raises:
+            ValueError: if the module's evaluation step does not take it.
+        """
+        assert self._first is not None
+        batch, self._first = self._first.take(), None
+        self.batch = self._tried(batch)
+
+    def _take_batch(self) -> None:
+        trainer, samples = self._trainer, self._settings.calibration_samples
+        loaders, source = _calibration_loaders(trainer, self._settings.calibration_dataloader)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        trained = trainer.fit_loop._combined_loader if fitting else None
+        training = loaders is None or (trained is not None and any(loaders is leaf for leaf in trained.flattened))
+        if loaders is None:
+            loaders = trained if fitting else _training_loaders(trainer)
+            source = "train"
+        batch = batch_of_items(loaders, samples, source, spread=training)
+        if batch is None and training and fitting:
+            self._first = FirstTrainingBatch(trainer)
+            return
+        self.batch = self._tried(batch or own_batch(loaders, source))
+
+    def _tried(self, taken: CalibrationBatch) -> CalibrationBatch:
+        """The batch, the first rank's on all ranks, if the evaluation step takes it; of several loaders' batches else
+        the first one that it takes."""
+        if self._trainer.world_size > 1:
+            taken = _broadcast(self._trainer, taken)
+        fault = self._fault(taken.batch)
+        if fault is None:
+            return replace(taken, parts=())
+        for part in taken.parts:
+            if self._fault(part.batch) is None:
+                rank_zero_warn(
+                    f"the evaluation step does not take the batch of all training loaders ({_line(fault)}), so the "
+                    f"calibration data is {part.source}; choose it with DeltaPruneCallback(calibration_dataloader=...)"
+                )
+                return part
+        raise ValueError(
+            f"the calibration data ({taken.source}) cannot be used: {_line(fault)}. If it is not what the evaluation "
+            f"step takes, {CURE}"
+        ) from fault
+
+    def _fault(self, batch: Any) -> Exception | None:
+        """What goes wrong where the batch is used as after the fit; None if nothing does."""
+        settings, passes = self._settings, EvaluationPasses(self._trainer, self._settings.monitor)
+        module = self._trainer.lightning_module
+        try:
+            with _as_it_was(self._trainer), isolate_rng():
+                layer = settings.output_layer_of(module)
+                passes.outputs(batch, layer, settings.forward_fn, lambda _, output: output)
+                if settings.methods_with_gradients:
+                    passes.output_gradients(batch, settings.forward_fn)
+        except Exception as error:  # of the user's step, in any way
+            return error
+        return None
+
+
 class CalibrationPasses:
     """Passes over calibration data with the weights as they stand, for the methods that fit something on it.
 
     Args:
-        settings: say which data it is, and what the methods need of it.
+        settings: say what the methods need of the data.
         passes: of the trainer that holds the weights.
+        data: the data, taken before.
 
     Attributes:
         source: name of the data that q is searched on, for the results; empty where none is needed.
         inputs: statistics of the fine-tuned model's layer inputs by canonical name; empty where no method needs them.
         gradients: of the output's error; None where no method needs them.
-
-    Raises:
-        ValueError: if the settings need data that there is not.
     """
 
-    def __init__(self, settings: PruneSettings, passes: EvaluationPasses) -> None:
-        self._settings, self._passes = settings, passes
-        self._batch, self._labelled, self.source = None, None, ""
+    def __init__(self, settings: PruneSettings, passes: EvaluationPasses, data: CalibrationData) -> None:
+        self._settings, self._passes, self.source = settings, passes, data.source
+        self._batch = None if data.batch is None else data.batch.batch
+        self._labelled = None if data.labelled is None else data.labelled[0]
         self._output_change: OutputChange | None = None
         self.inputs: dict[str, InputStatistics] = {}
         self.gradients: BatchGradients | None = None
-        trainer, dataloader = passes.trainer, settings.calibration_dataloader
-        compares_outputs = bool(settings.plot) or (settings.fits and settings.objective == "output_change")
-        if compares_outputs or settings.needs_inputs or settings.methods_with_gradients:
-            self._batch, self.source = calibration_batch(trainer, dataloader, settings.calibration_samples)
-        if settings.fits and settings.objective == "metric":
-            self._labelled, self.source = labelled_loader(trainer, dataloader)
 
     def measure_finetuned(self) -> None:
         """Measure the fine-tuned model, whose weights the module holds now, as the pruned ones are compared with it."""
@@ -101,59 +206,85 @@ def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tu
         dataloader: the one that the user gave; default the DataModule's ``calibration_dataloader()``.
 
     Raises:
-        ValueError: if there is neither: q would have to be chosen on the split that is scored or on training data.
+        ValueError: if there is neither: q would have to be chosen on the split that is scored or on training data; or
+            if it can be iterated only once.
     """
-    if dataloader is not None:
-        return dataloader, "calibration_dataloader="
-    make_loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-    if make_loader is None:
+    loaders, source = _calibration_loaders(trainer, dataloader)
+    if loaders is None:
         raise ValueError(
             "objective='metric' needs labelled data that was neither trained on nor is scored: give the DataModule a "
             "calibration_dataloader(), or pass calibration_dataloader=; or take objective='output_change' (no labels)"
         )
-    return make_loader(), "calibration split"
+    if isinstance(loaders, Iterator):
+        raise ValueError(
+            f"{source} is an iterator ({type(loaders).__name__}), which is used up after one pass; objective='metric' "
+            "needs a pass for each q: give a DataLoader or a list of batches"
+        )
+    return loaders, source.removeprefix("the ")
 
 
-def calibration_batch(trainer: pl.Trainer, dataloader: Iterable[Any] | None, samples: int) -> tuple[Any, str]:
-    """One fixed batch for the output change, and the name of its data for the results.
+def _calibration_loaders(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
+    """The user's loader or the DataModule's, and its name; None and no name where there is neither."""
+    if dataloader is not None:
+        return dataloader, "calibration_dataloader="
+    make_loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+    return (None, "") if make_loader is None else (make_loader(), "the calibration split")
 
-    Its samples are taken by index from the dataset, not through a sharded or shuffled loader, so they are the same for
-    every number of ranks. Labels play no part.
 
-    Args:
-        trainer: with its loaders attached.
-        dataloader: the one that the user gave; default the DataModule's ``calibration_dataloader()``, else the training
-            data, of which samples at equal distances are taken.
-        samples: how many; fewer if the data has fewer.
+def _training_loaders(trainer: pl.Trainer) -> CombinedLoader:
+    """The training loaders of a trainer that does not train."""
+    source = trainer.fit_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise ValueError(f"methods that calibrate need a batch of data, and there is no training data: {CURE}")
+    loaders = source.dataloader()
+    return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+
+
+def _try_labelled(trainer: pl.Trainer, settings: PruneSettings, loaders: Any, source: str) -> None:
+    """Score one batch of labelled data.
 
     Raises:
-        ValueError: if there is neither calibration data nor a single training DataLoader.
+        ValueError: if there is no batch, or its evaluation does not log the monitor.
     """
-    if dataloader is not None:
-        return _collate_first(dataloader, samples, "calibration_dataloader=")
-    make_loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-    if make_loader is not None:
-        return _collate_first(make_loader(), samples, "the calibration split")
-    source = trainer.fit_loop._data_source
-    training = trainer.train_dataloader or (source.dataloader() if source.instance is not None else None)
-    if not isinstance(training, DataLoader):
+    taken = own_batch(loaders, source)
+    batch = taken.parts[0].batch if taken.parts else taken.batch
+    try:
+        with _as_it_was(trainer):
+            EvaluationPasses(trainer, settings.monitor).score(OneBatch(batch))
+    except Exception as error:
         raise ValueError(
-            "the output change needs one batch of data: pass calibration_dataloader=, give the DataModule a "
-            f"calibration_dataloader(), or use a single training DataLoader (found {type(training).__name__})"
-        )
-    return _collate_first(training, samples, "train", spread=True)
+            f"{source} cannot be scored for objective='metric': {_line(error)}. Its batches must be as the evaluation "
+            "step takes them"
+        ) from error
 
 
-def _collate_first(loader: Iterable[Any], samples: int, source: str, *, spread: bool = False) -> tuple[Any, str]:
-    """The first samples of the loader's dataset, or samples spread over it, as one batch; with a description of them.
+@contextmanager
+def _as_it_was(trainer: pl.Trainer) -> Iterator[None]:
+    """The module's modes, and what Lightning notes of the loop that it is in, are as before after a pass that failed or
+    that was made between two steps."""
+    module: Any = trainer.lightning_module
+    modes = [(child, child.training) for child in module.modules()]
+    connector: Any = trainer._logger_connector
+    noted = (module._current_fx_name, connector._first_loop_iter)
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+        module._current_fx_name, connector._first_loop_iter = noted
 
-    A loader without an indexable dataset gives its first batch, whatever its size.
-    """
-    dataset = getattr(loader, "dataset", None)
-    collate = getattr(loader, "collate_fn", None)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or collate is None:
-        return next(iter(loader)), f"the first batch of {source}"
-    length = len(dataset)  # type: ignore[arg-type]
-    count = min(samples, length)
-    step = length // count if spread and count else 1
-    return collate([dataset[i * step] for i in range(count)]), f"{count} items of {source}"  # type: ignore[index]
+
+def _broadcast(trainer: pl.Trainer, taken: CalibrationBatch) -> CalibrationBatch:
+    """The first rank's batch, on all ranks."""
+    on_cpu = replace(
+        taken,
+        batch=move_data_to_device(taken.batch, "cpu"),
+        parts=tuple(replace(part, batch=move_data_to_device(part.batch, "cpu")) for part in taken.parts),
+    )
+    received: CalibrationBatch = trainer.strategy.broadcast(on_cpu)
+    return received
+
+
+def _line(error: Exception) -> str:
+    """An error as part of one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("ValueError: ").rstrip(".: ")

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
-from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationPasses
+from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData, CalibrationPasses
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, read_monitor, warn_of_several_loaders
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
@@ -41,11 +41,12 @@ class PruneRun:
         trainer: in ``on_train_end``, ``on_validation_end`` or ``on_test_end``; its module holds the fine-tuned weights.
         base: theta_0.
         scope: the settings' scope with new heads carried.
+        calibration: what the settings need of it.
         folder: for the deltas, ``results.jsonl`` and the plot.
         reporter: is called with every row as it is made.
 
     Raises:
-        ValueError: if the settings need calibration data and there is none, or ``resume`` finds another run's rows.
+        ValueError: if ``resume`` finds another run's rows.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class PruneRun:
         trainer: pl.Trainer,
         base: BaseWeights,
         scope: Scope,
+        calibration: CalibrationData,
         folder: Path,
         reporter: Reporter,
     ) -> None:
@@ -61,7 +63,7 @@ class PruneRun:
         self.folder, self.reporter = folder, reporter
         self.module = trainer.lightning_module
         self.passes = EvaluationPasses(trainer, settings.monitor)
-        self.calibration = CalibrationPasses(settings, self.passes)
+        self.calibration = CalibrationPasses(settings, self.passes, calibration)
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
         identity = run_identity(settings, base, self.passes)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)

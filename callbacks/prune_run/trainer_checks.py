@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dpp_lightning.callbacks.prune_run.best_weights import best_checkpoints, warn_of_several
 from dpp_lightning.callbacks.prune_run.calibration_data import labelled_loader
 from dpp_lightning.callbacks.prune_run.evaluation import check_callable
 from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
@@ -59,8 +60,9 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
             "DeltaPruneCallback scores every pruned model on the validation loop, but this trainer has none: give "
             "validation data and a validation_step, with limit_val_batches above 0"
         )
-    if stage == "fit" and settings.ckpt == "best" and trainer.checkpoint_callback is None:
-        raise ValueError("ckpt='best' needs a ModelCheckpoint(monitor=...) among the callbacks; found none")
+    if stage == "fit" and settings.ckpt == "best":
+        best_checkpoints(trainer)
+        warn_of_several(trainer)
     if settings.forward_fn is None and settings.methods_with_gradients:
         check_callable(module)
     if settings.objective == "metric":
