@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dpp_lightning.tensors.finite import is_finite
+from dpp_lightning.tensors.shards import is_dtensor
 
 
 def earlier_checkpoint(trainer: Trainer) -> str | None:
@@ -47,14 +51,19 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
         path
         for callback in _model_checkpoints(trainer)
         for path in (callback.last_model_path, callback.best_model_path)
+        if path and os.path.exists(path)
     ]
-    path = next((path for path in written if path and os.path.exists(path)), None)
-    if path is None:
+    if not written:
         return None
+    diverged = _not_finite(module.parameters())
+    path = next((path for path in written if not (diverged and _holds_not_finite(path))), None)
+    if path is None:
+        return f"The checkpoint {_short(Path(written[0]))} is not finite (NaN or infinity): the training diverged"
     given = f"--config {shlex.quote(_short(config))} " if config.is_file() else ""
     given += f"--ckpt_path {shlex.quote(_short(Path(path)))}"
     tested = type(module).test_step is not LightningModule.test_step
-    lines = [f"The checkpoint is {_short(Path(path))}", f"To score it: dpp {'test' if tested else 'validate'} {given}"]
+    which = "last finite checkpoint" if diverged else "checkpoint"
+    lines = [f"The {which} is {_short(Path(path))}", f"To score it: dpp {'test' if tested else 'validate'} {given}"]
     if getattr(module, "pretrained", None) is not None:  # else a sweep would not know the base
         lines.append(f"To prune it: dpp sweep {given}{'' if tested else ' --split validation'} --output DIR")
     return "\n".join(lines)
@@ -62,6 +71,21 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
 
 def _model_checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:
     return (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+
+
+def _not_finite(tensors: Iterable[object]) -> bool:
+    """Whether a tensor that a rank has whole holds NaN or infinity."""
+    return any(
+        isinstance(t, torch.Tensor) and t.is_floating_point() and not is_dtensor(t) and not is_finite(t.detach())
+        for t in tensors
+    )
+
+
+def _holds_not_finite(path: str) -> bool:
+    """Whether a checkpoint in one file, which this fit wrote, holds weights with NaN or infinity."""
+    if os.path.isdir(path):
+        return False
+    return _not_finite(torch.load(path, map_location="cpu", weights_only=False)["state_dict"].values())
 
 
 def _short(path: Path) -> str:
