@@ -190,6 +190,15 @@ class DPPCLI(LightningCLI):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.trainer.callbacks.insert(0, SameCheckpoint(self.config[self.subcommand].get("ckpt_path")))  # type: ignore[attr-defined]
 
+    def before_test(self) -> None:
+        """Say that a test without a checkpoint or a delta scores the model as it was made."""
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") is None and config.get("delta") is None and self.trainer.is_global_zero:
+            say(
+                "dpp test: no checkpoint was given, so the scores are those of the base, with a fresh head if it has "
+                "none: --ckpt_path FILE scores a fine-tuned model, --delta DIR the base with a delta"
+            )
+
     def fit(self, **arguments: Any) -> None:
         """``Trainer.fit``, which says where its checkpoint is; stopped by a signal or a lost rank, how to go on."""
         started = time.time()

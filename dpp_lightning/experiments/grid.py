@@ -207,7 +207,13 @@ class Experiment:
 
 def delta_name(method: str, pruning_rate: float, seed: int) -> str:
     """Name of the folder that a delta of an experiment is saved in, such as ``dare-p0.9-seed0``."""
-    return f"{method}-p{pruning_rate:g}-seed{seed}"
+    return f"{method}-p{rate_text(pruning_rate)}-seed{seed}"
+
+
+def rate_text(rate: float) -> str:
+    """A rate in a name: six digits where they are the rate, else all of them, so that no two rates share a name."""
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(float(rate))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -13,11 +13,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dpp_lightning.experiments.earlier_run import move_aside
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.storage.atomic_write import atomic_file
 
-_CURE = "Choose another output folder, or delete the file to start anew"
+PLOT_FILE = "q_curve.png"
+
+_CURE = "Choose another output folder, or leave resume out: the earlier run is then kept in a folder earlier-1"
 
 Row = tuple[str, float, int]
 
@@ -63,7 +66,8 @@ class ResultsLog:
         return [_result(row) for row in rows]
 
     def append(self, result: Result) -> None:
-        """One more row, on the disk when this returns; the first one of a run that does not go on replaces the file.
+        """One more row, on the disk when this returns. Before the first one of a run that does not go on, what an
+        earlier run left in the folder is moved aside.
 
         Raises:
             OSError: it cannot be written.
@@ -75,6 +79,7 @@ class ResultsLog:
             row["run"] = self.run
         line = (json.dumps(row) + "\n").encode()
         if self._whole is None:
+            move_aside(self.path.parent, (self.path.name, PLOT_FILE))
             with atomic_file(self.path) as temporary:
                 temporary.write_bytes(line)
         else:
