@@ -15,7 +15,7 @@ from dpp_lightning.experiments.results import PLOT_FILE
 
 NOTHING_TRAINED = (
     "DeltaPruneCallback did not prune: this fit had no step to take (the checkpoint is of the end of training, or "
-    "max_epochs, max_steps or limit_train_batches leaves none). For the table: Trainer.validate(..., ckpt_path=...) "
+    "max_epochs, max_steps or limit_train_batches leaves none). The table: Trainer.validate(..., ckpt_path=...) "
     "with DeltaPruneCallback(pretrained=<base>), or dpp validate --ckpt_path FILE"
 )
 
@@ -53,7 +53,7 @@ def check_several(settings: Sequence[PruneSettings], folders: Sequence[Path]) ->
         )
     if len(settings) > 1 and any(s.apply for s in settings):
         raise ValueError(
-            "apply=True leaves pruned weights in the model, which another DeltaPruneCallback of this trainer would take "
+            "apply=True leaves pruned weights in the model, which another DeltaPruneCallback of the trainer would take "
             "for the fine-tuned ones: prune with one callback, or leave apply out"
         )
 
