@@ -21,7 +21,7 @@ NOTHING_TRAINED = (
 
 
 def trial_settings(settings: PruneSettings) -> PruneSettings:
-    """Settings of ``fast_dev_run``: each method at the first rate and seed, with nothing kept, continued or uploaded."""
+    """Settings of ``fast_dev_run``: each method at the first rate and seed, nothing is kept, continued or uploaded."""
     return replace(
         settings, rates=settings.rates[:1], seeds=settings.seeds[:1], ckpt="last", plot=False, resume=False,
         save_deltas=False, push_to_hub=None, hub_private=None,
