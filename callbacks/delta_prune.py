@@ -15,7 +15,12 @@ from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.best_weights import best_weights, check_loads, kept_none
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData
-from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn, callbacks_may_log, check_logged, read_monitor
+from dpp_lightning.callbacks.prune_run.evaluation import (
+    ForwardFn,
+    callbacks_act_in_validation,
+    check_logged,
+    read_monitor,
+)
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter
@@ -205,7 +210,7 @@ class DeltaPruneCallback(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a monitor that is never logged now, not after hours."""
-        if len(trainer.num_sanity_val_batches) > 1 or callbacks_may_log(trainer):
+        if len(trainer.num_sanity_val_batches) > 1 or callbacks_act_in_validation(trainer):
             return  # it keeps no metrics of several loaders, and those of callbacks are no score: on_train_start looks
         read_monitor(trainer.callback_metrics, self.settings.monitor)
         self._monitor_checked = True

@@ -226,10 +226,12 @@ def warn_of_several_loaders(passes: EvaluationPasses, asked: str) -> None:
     )
 
 
-def callbacks_may_log(trainer: pl.Trainer) -> bool:
-    """Whether a callback that is not Lightning's own has hooks in validation, in which it may log a metric."""
-    hooks = [f"on_validation_{end}" for end in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")]
-    others = [c for c in trainer.callbacks if not type(c).__module__.startswith(("lightning.", "dpp_lightning."))]  # type: ignore[attr-defined]
+def callbacks_act_in_validation(trainer: pl.Trainer) -> bool:
+    """Whether a callback that is not Lightning's own has hooks in validation or test, in which it may log a metric."""
+    ends = ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
+    hooks = [f"on_{stage}_{end}" for stage in ("validation", "test") for end in ends]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [c for c in callbacks if not type(c).__module__.startswith(("lightning.", "dpp_lightning."))]
     return any(is_overridden(hook, callback, parent=pl.Callback) for callback in others for hook in hooks)
 
 

@@ -16,7 +16,12 @@ from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData, CalibrationPasses
-from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, read_monitor, warn_of_several_loaders
+from dpp_lightning.callbacks.prune_run.evaluation import (
+    EvaluationPasses,
+    callbacks_act_in_validation,
+    read_monitor,
+    warn_of_several_loaders,
+)
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
@@ -162,7 +167,9 @@ class PruneRun:
         """Outside a fit the trainer has just scored the fine-tuned model: the score must be that of the earlier run."""
         before = self._resumed("fine-tuned")
         if before is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            now = read_monitor(self.trainer.callback_metrics, self.passes.monitor)
+            # a callback that acts in an evaluation may have had other weights scored
+            acted = callbacks_act_in_validation(self.trainer)
+            now = self.passes.score() if acted else read_monitor(self.trainer.callback_metrics, self.passes.monitor)
             check_score(before.score, now, self.passes.monitor, self.log.path)
 
     def _record_references(self, experiment: Experiment, finetuned: Result) -> None:

@@ -81,5 +81,5 @@ def warn_of_direction(settings: PruneSettings) -> None:
     if settings.mode != other:
         rank_zero_warn(
             f"mode={settings.mode!r} takes the {'highest' if lower else 'lowest'} {settings.monitor} for the best, "
-            f"though {(lower or higher).pop()!r} is better when it is {'low' if lower else 'high'}: pass mode={other!r}"
+            f"though {min(lower or higher)!r} is better when it is {'low' if lower else 'high'}: pass mode={other!r}"
         )

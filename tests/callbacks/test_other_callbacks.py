@@ -116,9 +116,12 @@ def test_a_table_without_a_fit_is_true_beside_a_callback_that_swaps_weights(tmp_
     hook = "on_validation" if stage == "validate" else "on_test"
     swap = Swap(f"{hook}_start", f"{hook}_end")
     getattr(trainer(swap, pruned), stage)(module, val_loader(), verbose=False)
-    assert [row.score for row in pruned.results[:2]] == [
-        pytest.approx(accuracy(state), abs=1e-6) for state in (base, weights(module))
-    ]
+    expected = [pytest.approx(accuracy(state), abs=1e-6) for state in (base, weights(module))]
+    assert [row.score for row in pruned.results[:2]] == expected
+    more = callback(tmp_path / "out", pretrained=str(tmp_path / "base.bin"), method=["dare", "magnitude"], resume=True)
+    getattr(trainer(swap, more), stage)(module, val_loader(), verbose=False)
+    assert [row.score for row in more.results[:2]] == expected
+    assert [row.method for row in more.results[2:]] == ["dare", "magnitude"]
 
 
 class Hooks(pl.Callback):

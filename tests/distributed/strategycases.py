@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from tiny import Foreign, blobs
@@ -210,6 +210,17 @@ def launching_fit(strategy, folder):
     tested = trainer.test(module, datamodule=Data(), verbose=False)[0]["test_acc"]
     again = results.stat().st_mtime_ns != before
     return {"metrics": metrics, "weights": weights, "tested": tested, "again": again, "results": len(delta.results)}
+
+
+def averaged_fit(strategy, folder):
+    """A fit with a moving average of the weights; scores of the rows, and the score of the weights that are left."""
+    module, delta = Shared(), prune(f"{folder}/deltas", method="dare")
+    trainer = make_trainer(
+        strategy, [EMAWeightAveraging(decay=0.9), delta], enable_checkpointing=False, max_epochs=4
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data())
+    tested = trainer.test(module, datamodule=Data(), verbose=False)[0]["test_acc"]
+    return {"scores": [row.score for row in delta.results], "tested": tested}
 
 
 def best_fit(strategy, folder):

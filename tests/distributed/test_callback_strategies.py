@@ -154,6 +154,17 @@ def test_a_fit_in_ranks_of_a_fork_server_is_refused_before_training(tmp_path):
         distjobs.run(strategycases.launching_fit, 1, "forkserver", str(tmp_path), lightning=True)
 
 
+@pytest.mark.distributed
+def test_beside_a_moving_average_every_rank_has_the_true_scores(tmp_path):
+    expected = strategycases.averaged_fit("single", str(tmp_path / "single"))
+    fits = distjobs.run(strategycases.averaged_fit, 2, "ddp", str(tmp_path / "ddp"), lightning=True)
+    for fit in [expected, *fits.values()]:
+        base, finetuned, _ = fit["scores"]
+        assert base < 0.5 < finetuned == pytest.approx(fit["tested"], abs=1e-6)
+        assert fit["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+    assert len(fits) == 2
+
+
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
     folder = tmp_path_factory.mktemp("best")
