@@ -71,9 +71,11 @@ def _callbacks_resting(trainer: pl.Trainer) -> Iterator[None]:
     """
     call_hooks = call._call_callback_hooks
 
-    def call_hooks_of_others(of: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+    def call_hooks_of_others(
+        of: pl.Trainer, hook_name: str, *args: Any, monitoring_callbacks: bool | None = None, **kwargs: Any
+    ) -> None:
         if of is not trainer:
-            call_hooks(of, *args, **kwargs)
+            call_hooks(of, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
 
     call._call_callback_hooks = call_hooks_of_others
     try:
