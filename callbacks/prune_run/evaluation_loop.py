@@ -64,7 +64,7 @@ def run_evaluation_loop(
 
 
 @contextmanager
-def _callbacks_resting(trainer: pl.Trainer) -> Iterator[None]:
+def _callbacks_resting(resting: pl.Trainer) -> Iterator[None]:
     """Call no hook of any callback of a trainer.
 
     ``trainer.callbacks`` stays as it is, since a module may look for a callback of its trainer in its own hooks.
@@ -72,10 +72,10 @@ def _callbacks_resting(trainer: pl.Trainer) -> Iterator[None]:
     call_hooks = call._call_callback_hooks
 
     def call_hooks_of_others(
-        of: pl.Trainer, hook_name: str, *args: Any, monitoring_callbacks: bool | None = None, **kwargs: Any
+        trainer: pl.Trainer, hook_name: str, *args: Any, monitoring_callbacks: bool | None = None, **kwargs: Any
     ) -> None:
-        if of is not trainer:
-            call_hooks(of, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
+        if trainer is not resting:
+            call_hooks(trainer, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
 
     call._call_callback_hooks = call_hooks_of_others
     try:
