@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
@@ -21,20 +22,30 @@ from dpp_lightning.callbacks.prune_run.evaluation import (
     check_logged,
     read_monitor,
 )
+from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
+from dpp_lightning.callbacks.prune_run.fit_notices import (
+    NOTHING_TRAINED,
+    check_several,
+    folder_of,
+    settings_of_all,
+    tell_earlier_run,
+    trial_settings,
+)
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter
+from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, LogReporter, Reporter
 from dpp_lightning.callbacks.prune_run.run import PruneRun
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
-from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
 from dpp_lightning.tensors.names import buffer_names, canonical_tensors
 from dpp_lightning.tensors.shards import reshard
+
+_CHECKPOINT_KEY = "dpp_base_fingerprints"  # in a checkpoint: the carried names to the fingerprint of the base
 
 
 class DeltaPruneCallback(pl.Callback):
@@ -55,6 +66,11 @@ class DeltaPruneCallback(pl.Callback):
       ``dpp apply`` and ``dpp inspect`` read: the delta in ``delta_model.safetensors`` and ``delta_config.json``, a
       model card, a transformers model's ``config.json``, and a pruned LoRA adapter in ``adapter``.
     - ``q_curve.png``, with ``plot``.
+    - folders ``earlier-1``, ``earlier-2``, …, each with all that one earlier run left in ``output_dir``; it is moved
+      there when the first row of the next run is made.
+
+    With ``fast_dev_run`` every method is tried at the first rate and seed and nothing is written. Several callbacks in
+    one trainer need an ``output_dir`` each; their metrics are ``dpp/{folder}/{method}/…``.
 
     The mean score over the seeds is logged as ``dpp/{method}/{pruning_rate}/{monitor}``, its standard deviation as the
     same with ``_std``; ``trainer.callback_metrics`` has both.
@@ -164,8 +180,13 @@ class DeltaPruneCallback(pl.Callback):
         )  # fmt: skip
         self.reporter: Reporter = LogReporter()
         self.results: list[Result] = []
+        self._asked = self.settings
+        self._fitted: weakref.ref[pl.LightningModule] | None = None  # the module of the last fit
         self._fit_done = False  # later calls of validate and test have nothing to prune
         self._forget_run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fitted": None}  # a weak reference cannot be sent to ranks
 
     def _forget_run(self) -> None:
         self._base: BaseWeights | None = None
@@ -174,7 +195,7 @@ class DeltaPruneCallback(pl.Callback):
         self._checkpoint_fingerprint: str | None = None  # of the base that a restored checkpoint's training began from
         self._monitor_checked = False
         self._calibration: CalibrationData | None = None
-        self._pruning_began = False
+        self._pruning_began = self._training_ended = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check all that can be checked, and take the base's weights if they exist by now."""
@@ -183,15 +204,21 @@ class DeltaPruneCallback(pl.Callback):
         self._fit_done = self._fit_done or fit_in_ranks
         if stage == "predict" or (stage != "fit" and self._fit_done):
             return
+        self.settings = trial_settings(self._asked) if trainer.fast_dev_run else self._asked  # type: ignore[attr-defined]
+        several = settings_of_all(trainer)
+        check_several(several, [folder_of(settings, trainer) for settings in several])
         check_trainer(self.settings, trainer, pl_module, stage)
         self._forget_run()
         # behind all others, so that ModelCheckpoint, WeightAveraging and SWA have done theirs at the end of fit
         trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
         if stage == "fit":
             self.results, self._fit_done = [], True
-        self._folder = Path(self.settings.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
-        if trainer.is_global_zero:
+            self._tell_base(trainer, pl_module)
+        self._folder = folder_of(self.settings, trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_writable(self._folder)
+            if not self.settings.resume:
+                tell_earlier_run(self._folder, RESULTS_FILE)
         if has_weights(pl_module):
             find_adapter(pl_module, self.settings.lora)
             self._base = self._take_base(pl_module)
@@ -243,18 +270,33 @@ class DeltaPruneCallback(pl.Callback):
             with self._adapter_view(pl_module):
                 self._calibration.take_first()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one."""
-        return {"base_fingerprint": self._base_fingerprint}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The base's fingerprint, so that a resumed fit can tell whether its base is still the original one.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
-        self._checkpoint_fingerprint = state_dict.get("base_fingerprint")
+        It goes by the tensors it is over and not by a key of this callback, so that another order of several callbacks,
+        or other settings, find it.
+        """
+        checkpoint.setdefault(_CHECKPOINT_KEY, {})[repr(self.settings.scope.carry)] = self._base_fingerprint
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        saved = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._checkpoint_fingerprint = saved.get(repr(self.settings.scope.carry), next(iter(saved.values()), None))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
+        self._training_ended = True
         reshard(pl_module)
         self._run(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where there was no training, and with it no end of it."""
+        if not self._training_ended:
+            rank_zero_warn(NOTHING_TRAINED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """``Trainer.validate`` or ``Trainer.test`` on a fine-tuned checkpoint: the same table without training."""
@@ -307,13 +349,23 @@ class DeltaPruneCallback(pl.Callback):
         weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
         with weights, self._adapter_view(pl_module, keep=keep) as base:
             scope = self._scope(trainer, pl_module)
-            if not _can_be_pruned(base, pl_module, scope):
+            if not can_be_pruned(base, pl_module, scope):
                 return
             self.results = PruneRun(
                 settings, trainer, base, scope, self._calibration, self._folder, self.reporter
             ).run()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and settings.push_to_hub is not None:
             push_deltas(self._folder, settings.repositories, private=settings.hub_private)
+
+    def _tell_base(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Say which base a second fit of the same module has."""
+        again = self._fitted is not None and self._fitted() is module
+        if again and self.settings.pretrained is None and trainer.ckpt_path is None:
+            rank_zero_info(
+                "the base of this fit is what the earlier fit left in the module, not the base of that one; "
+                f"{ASK_FOR_PRETRAINED} keeps one base for both"
+            )
+        self._fitted = weakref.ref(module)
 
     def _take_base(self, module: pl.LightningModule) -> BaseWeights:
         settings = self.settings
@@ -341,15 +393,3 @@ class DeltaPruneCallback(pl.Callback):
     def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
         """The scope with buffers, and heads that were new in this training, carried."""
         return self.settings.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
-
-
-def _can_be_pruned(base: BaseWeights, module: pl.LightningModule, scope: Scope) -> bool:
-    """Whether all weights are finite, so that there are deltas; a warning says what stands against them or makes them
-    empty, since a fit ends well however its training went."""
-    checks = PruningPlan.matched(base.tensors, canonical_tensors(module), scope).checks
-    if fault := checks.not_finite():
-        rank_zero_warn(f"DeltaPruneCallback did not prune: {fault}")
-        return False
-    if reason := checks.nothing_changed():
-        rank_zero_warn(f"{reason}: every delta is empty. Did the training take a step, and train what is in scope?")
-    return True

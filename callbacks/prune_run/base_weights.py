@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -32,7 +31,7 @@ ASK_FOR_PRETRAINED = "DeltaPruneCallback(pretrained=<folder or hub id of the bas
 
 
 class BaseWeights:
-    """theta_0 of one LightningModule, by canonical name.
+    """theta_0 of one module, by canonical name.
 
     It comes from the checkpoint that the user named (``pretrained``), else from the values that the module has before
     training. Where an optimizer holds theta_0 in the parameter's dtype, as AdamR does in ``state[p]["pretrained"]``,
@@ -50,9 +49,7 @@ class BaseWeights:
         self.saved = dict(saved or {})
 
     @classmethod
-    def take(
-        cls, module: pl.LightningModule, pretrained: str | None, revision: str | None, scope: Scope
-    ) -> BaseWeights:
+    def take(cls, module: nn.Module, pretrained: str | None, revision: str | None, scope: Scope) -> BaseWeights:
         """The base from the checkpoint that the user named, else the module's present values.
 
         Raises:
@@ -66,9 +63,7 @@ class BaseWeights:
         return cls.from_checkpoint(module, pretrained, revision, scope)
 
     @classmethod
-    def from_checkpoint(
-        cls, module: pl.LightningModule, pretrained: str, revision: str | None, scope: Scope
-    ) -> BaseWeights:
+    def from_checkpoint(cls, module: nn.Module, pretrained: str, revision: str | None, scope: Scope) -> BaseWeights:
         """Load a local folder, file or hub id and match its tensors with the module's.
 
         Raises:
@@ -92,12 +87,12 @@ class BaseWeights:
         return cls(tensors, explicit=True, saved={name: n.saved for name, n in matched.items()})
 
     @classmethod
-    def from_module(cls, module: pl.LightningModule) -> BaseWeights:
+    def from_module(cls, module: nn.Module) -> BaseWeights:
         """Copy the module's present values."""
         return cls({n: t.detach().clone() for n, t in canonical_tensors(module).items()}, explicit=False)
 
     def adopt_optimizer_copies(
-        self, module: pl.LightningModule, optimizers: Iterable[Optimizer], *, verified: bool = False
+        self, module: nn.Module, optimizers: Iterable[Optimizer], *, verified: bool = False
     ) -> None:
         """Take theta_0 from the optimizers' state where they hold it, and let go of the copies made here.
 
@@ -128,12 +123,12 @@ class BaseWeights:
             if exact or (verified and named.name not in self.tensors):
                 self.tensors[named.name] = named.of(copies)
 
-    def convert_like(self, module: pl.LightningModule) -> None:
+    def convert_like(self, module: nn.Module) -> None:
         """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken."""
         like = canonical_tensors(module)
         self.tensors = {n: shard_like(t.to(like[n].dtype), like[n]) for n, t in self.tensors.items() if n in like}
 
-    def check_complete(self, module: pl.LightningModule, new: set[str]) -> None:
+    def check_complete(self, module: nn.Module, new: set[str]) -> None:
         """Refuse a base that lacks tensors which are trained and not new.
 
         A checkpoint that the user named may lack tensors: they are the new ones then.
@@ -153,7 +148,7 @@ class BaseWeights:
                 f"weights were restored before they could be seen. Pass {ASK_FOR_PRETRAINED}"
             )
 
-    def fingerprint(self, module: pl.LightningModule, new: set[str], carry: Iterable[str]) -> str:
+    def fingerprint(self, module: nn.Module, new: set[str], carry: Iterable[str]) -> str:
         """xxh3-128 over theta_0 of the module's parameters.
 
         Heads are left out, since their first values mean nothing: the parameters in ``new``, and those that a glob
@@ -164,9 +159,7 @@ class BaseWeights:
         heads = {n for n in names if n in new or any(fnmatchcase(n, p) for p in patterns)}
         return hash_tensors({name: self.tensors[name] for name in sorted(names - heads)})  # in one order on all ranks
 
-    def verified_fingerprint(
-        self, module: pl.LightningModule, new: set[str], carry: Iterable[str], expected: str | None
-    ) -> str:
+    def verified_fingerprint(self, module: nn.Module, new: set[str], carry: Iterable[str], expected: str | None) -> str:
         """The fingerprint, if it is that of the base which a restored checkpoint's training started from.
 
         Args:
@@ -185,7 +178,7 @@ class BaseWeights:
         return fingerprint
 
     @contextmanager
-    def exchanged(self, module: pl.LightningModule, names: Iterable[str]) -> Iterator[None]:
+    def exchanged(self, module: nn.Module, names: Iterable[str]) -> Iterator[None]:
         """Inside the block the module holds theta_0 and this object the fine-tuned values.
 
         They change places tensor by tensor, so no third copy of the model is made. After the block, and after an
@@ -202,7 +195,7 @@ class BaseWeights:
                 _swap(named[name], self.tensors[name])
 
 
-def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> set[str]:
+def new_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> set[str]:
     """Canonical names of the parameters that were new in this training, such as a fresh head.
 
     The module names them in ``new_parameter_names``, an optimizer by a group with ``new=True``. Nothing is guessed.
@@ -215,7 +208,7 @@ def new_names(module: pl.LightningModule, optimizers: Iterable[Optimizer]) -> se
     return {name for name, owner in owners(module).items() if id(owner) in new}
 
 
-def has_weights(module: pl.LightningModule) -> bool:
+def has_weights(module: nn.Module) -> bool:
     """Whether the module holds materialised parameters by now (one with ``configure_model`` may not)."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.is_meta or isinstance(p, torch.nn.UninitializedParameter) for p in parameters)

@@ -64,7 +64,7 @@ def adapter_view(
     After the block the module is as before, bit for bit.
 
     Args:
-        module: the LightningModule.
+        module: that is trained.
         base: theta_0 of its tensors.
         kind: ``adapter`` or ``merged``; None means ``adapter``.
         keep: with ``merged``, the weights that the block leaves stay in the module, and B becomes zero.

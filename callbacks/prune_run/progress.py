@@ -10,13 +10,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from dpp_lightning.callbacks.prune_run.fit_notices import metric_prefix
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
-from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation
+from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation, rate_text
 from dpp_lightning.experiments.plots import plot_over_q
-from dpp_lightning.experiments.results import Row
+from dpp_lightning.experiments.results import PLOT_FILE, Row
 from dpp_lightning.experiments.tables import console_table, seconds_text
 
-RESULTS_FILE, PLOT_FILE = "results.jsonl", "q_curve.png"
+RESULTS_FILE = "results.jsonl"
 
 
 class Reporter(Protocol):
@@ -73,6 +74,26 @@ def report_carried(tensors: dict[str, torch.Tensor]) -> None:
         rank_zero_info(f"stored dense in every delta, {size:,} bytes: {shown}")
 
 
+def mean_scores(
+    results: Sequence[Result], settings: PruneSettings, monitor: str, prefix: str = "dpp"
+) -> dict[str, float]:
+    """Mean and sample deviation over seeds for every method and rate, under the names that loggers get.
+
+    Args:
+        results: the rows.
+        settings: of the callback.
+        monitor: name of the score.
+        prefix: of the names.
+    """
+    metrics: dict[str, float] = {}
+    for method in settings.methods:
+        for rate in settings.rates:
+            scores = [r.score for r in results if r.method == method and r.pruning_rate == rate]
+            key = f"{prefix}/{method}/{rate_text(rate)}/{monitor}"
+            metrics[key], metrics[f"{key}_std"] = mean_and_deviation(scores)
+    return metrics
+
+
 def report_results(
     results: Sequence[Result],
     curves: Sequence[QCurve],
@@ -91,12 +112,7 @@ def report_results(
         trainer: whose loggers are written to. All ranks call, rank 0 writes.
         monitor: name of the score.
     """
-    metrics: dict[str, float] = {}
-    for method in settings.methods:
-        for rate in settings.rates:
-            scores = [r.score for r in results if r.method == method and r.pruning_rate == rate]
-            key = f"dpp/{method}/{rate:g}/{monitor}"
-            metrics[key], metrics[f"{key}_std"] = mean_and_deviation(scores)
+    metrics = mean_scores(results, settings, monitor, metric_prefix(settings, trainer))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
@@ -104,6 +120,9 @@ def report_results(
     if not trainer.is_global_zero:
         return
     console_table(results, monitor)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_info("fast_dev_run: each method was tried at one rate and seed, and nothing was saved")
+        return
     if curves:
         base, finetuned = (row.score for row in results[:2])
         plot_over_q(curves, folder / PLOT_FILE, monitor=monitor, finetuned=finetuned, base=base)

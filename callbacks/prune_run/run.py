@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
-from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
+from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, new_names
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData, CalibrationPasses
 from dpp_lightning.callbacks.prune_run.evaluation import (
     EvaluationPasses,
@@ -22,6 +17,7 @@ from dpp_lightning.callbacks.prune_run.evaluation import (
     read_monitor,
     warn_of_several_loaders,
 )
+from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
@@ -32,8 +28,7 @@ from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
-from dpp_lightning.tensors.name_matching import saved_names
-from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors
+from dpp_lightning.tensors.names import canonical_tensors
 
 PLOT_POINTS = 12  # of a curve over q
 
@@ -70,7 +65,8 @@ class PruneRun:
         self.passes = EvaluationPasses(trainer, settings.monitor)
         self.calibration = CalibrationPasses(settings, self.passes, calibration)
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
-        identity = run_identity(settings, base, self.passes)
+        new = new_names(self.module, trainer.optimizers)
+        identity = run_identity(settings, base, self.module, new, self.passes.monitor, self.passes.split)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
         self.results: list[Result] = self.log.resume() if settings.resume else []
         self.passes.monitor = self.log.monitor  # a resumed run has its full name
@@ -113,20 +109,19 @@ class PruneRun:
                 self._record(result)
             curves = self._curves(experiment) if settings.plot else []
         if settings.apply:
-            self._leave_pruned(experiment, replaced)
+            assert experiment.last is not None  # apply is not combined with resume, so a row was made
+            leave_pruned(self.module, self.base, replaced, experiment.last)
         return curves
 
     def _plan(self, replaced: list[str]) -> PruningPlan:
         """Both models, while the module holds theta_0 of the replaced tensors and ``self.base`` the fine-tuned ones."""
-        named, in_base = named_tensors(self.module), self.base.tensors
-        in_module = {n.name: n.tensor for n in named}
-        plan = PruningPlan.matched(
-            {**in_base, **{name: in_module[name] for name in replaced}},
-            {**in_module, **{name: in_base[name] for name in replaced}},
+        plan = exchanged_plan(
+            self.module,
+            self.base,
+            replaced,
             self.scope,
-            base_name=self.settings.pretrained or getattr(self.module, "pretrained", None),
-            base_revision=self.settings.revision or getattr(self.module, "revision", None),
-            saved=saved_names(named, self.base.saved, exact=has_file_names(self.module)),
+            self.settings.pretrained or getattr(self.module, "pretrained", None),
+            self.settings.revision or getattr(self.module, "revision", None),
         )
         return self.calibration.with_inputs(plan)
 
@@ -146,7 +141,7 @@ class PruneRun:
             method_settings=settings.method_settings,
             split=self.passes.split,
             q_split=self.calibration.source,
-            side_files=_transformers_config(self.module),
+            side_files=transformers_config(self.module),
             monitor=self.passes.monitor,
             done=self.done,
         )
@@ -197,7 +192,7 @@ class PruneRun:
             result = replace(result, folder=None)
         self.results.append(result)
         self.log.monitor = self.passes.monitor
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.log.append(result)
         self.reporter.row(result, self.passes.monitor)
 
@@ -211,32 +206,3 @@ class PruneRun:
             chosen = next((r.q for r in rows if (fit := get_method(r.method).fit) is not None and fit.one_q), None)
             curves.append(experiment.curve(rows[0].method, rate, settings.seeds[0], PLOT_POINTS, chosen))
         return curves
-
-    def _leave_pruned(self, experiment: Experiment, replaced: list[str]) -> None:
-        """Put the last pruned model into the module, which holds the fine-tuned weights, for ``apply``."""
-        assert experiment.last is not None  # apply is not combined with resume, so a row was made
-        named = {n.name: n for n in named_tensors(self.module)}
-        with torch.no_grad():
-            for name in replaced:
-                tensor = named[name].tensor.detach()
-                tensor.copy_(self.base.tensors[name])
-                named[name].store(tensor)
-        experiment.last.apply_(self.module, force=True)
-
-
-def _transformers_config(module: nn.Module) -> dict[str, bytes]:
-    """``config.json`` of the outermost transformers model in a module, for the delta's folder; empty without one.
-
-    With it ``dpp apply`` writes a dense folder that ``from_pretrained`` loads. It names the dtype that the model has
-    now, and not where the model was loaded from, which may be a path of this machine.
-    """
-    for child in module.modules():
-        config = getattr(child, "config", None)
-        # a PeftModel passes its model's attributes on, so its class is asked whether it is a transformers model
-        if hasattr(type(child), "base_model_prefix") and hasattr(config, "to_json_string"):
-            copied: Any = deepcopy(config)
-            copied.architectures, copied.dtype = [type(child).__name__], child.dtype
-            values = json.loads(copied.to_json_string(use_diff=False))
-            values.pop("_name_or_path", None)
-            return {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
-    return {}

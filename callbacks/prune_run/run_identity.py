@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, new_names
-from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
+from torch import nn
+
+from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.names import canonical_tensors
@@ -15,7 +16,9 @@ from dpp_lightning.tensors.names import canonical_tensors
 ROUNDING = 0.005
 
 
-def run_identity(settings: PruneSettings, base: BaseWeights, passes: EvaluationPasses) -> dict[str, Any]:
+def run_identity(
+    settings: PruneSettings, base: BaseWeights, module: nn.Module, new: set[str], monitor: str, split: str
+) -> dict[str, Any]:
     """What all rows of a run have in common, as plain values for its file.
 
     Methods, rates and seeds after the first are no part of it, so that a run may be continued with more of them.
@@ -23,15 +26,15 @@ def run_identity(settings: PruneSettings, base: BaseWeights, passes: EvaluationP
     Args:
         settings: of the callback.
         base: theta_0.
-        passes: of the trainer, whose module holds the fine-tuned weights.
+        module: holds the fine-tuned weights.
+        new: canonical names of the parameters that were new in this training.
+        monitor, split: name of the score, and of the data that it is of.
     """
-    trainer = passes.trainer
-    module = trainer.lightning_module
     return {
-        "base": base.fingerprint(module, new_names(module, trainer.optimizers), settings.scope.carry),
+        "base": base.fingerprint(module, new, settings.scope.carry),
         "fine-tuned": hash_tensors(canonical_tensors(module)),
-        "monitor": passes.monitor,
-        "split": passes.split,
+        "monitor": monitor,
+        "split": split,
         "objective": settings.objective,
         "calibration_samples": settings.calibration_samples,
         "output_layer": settings.output_layer_of(module),

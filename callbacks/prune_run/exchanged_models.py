@@ -1,0 +1,105 @@
+"""Both models of a run while they have changed places: the module holds the base's weights, the base the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.tensors.name_matching import saved_names
+from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors
+
+
+def exchanged_plan(
+    module: nn.Module,
+    base: BaseWeights,
+    replaced: Sequence[str],
+    scope: Scope,
+    base_name: str | None = None,
+    base_revision: str | None = None,
+) -> PruningPlan:
+    """The plan inside ``base.exchanged(module, replaced)``.
+
+    Args:
+        module: holds theta_0 of the replaced tensors.
+        base: holds the fine-tuned values of these.
+        replaced: canonical names.
+        scope: what is pruned.
+        base_name, base_revision: for the file.
+
+    Raises:
+        ValueError: see :meth:`dpp_lightning.pruning.plan.PruningPlan.matched`.
+    """
+    named, in_base = named_tensors(module), base.tensors
+    in_module = {n.name: n.tensor for n in named}
+    return PruningPlan.matched(
+        {**in_base, **{name: in_module[name] for name in replaced}},
+        {**in_module, **{name: in_base[name] for name in replaced}},
+        scope,
+        base_name=base_name,
+        base_revision=base_revision,
+        saved=saved_names(named, base.saved, exact=has_file_names(module)),
+    )
+
+
+@torch.no_grad()
+def leave_pruned(module: nn.Module, base: BaseWeights, replaced: Sequence[str], delta: SparseDelta) -> None:
+    """Put base plus delta into a module that holds the fine-tuned weights, after the exchange.
+
+    Args:
+        module: to be written.
+        base: holds theta_0 again.
+        replaced: canonical names of the tensors that the delta does not carry.
+        delta: drawn from both.
+    """
+    named = {n.name: n for n in named_tensors(module)}
+    for name in replaced:
+        tensor = named[name].tensor.detach()
+        tensor.copy_(base.tensors[name])
+        named[name].store(tensor)
+    delta.apply_(module, force=True)
+
+
+def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope) -> bool:
+    """Whether all weights are finite, so that there are deltas; a warning says what stands against them or makes them
+    empty, since a fit ends well however its training went.
+
+    Args:
+        base: theta_0.
+        module: holds the fine-tuned weights.
+        scope: what is pruned.
+    """
+    checks = PruningPlan.matched(base.tensors, canonical_tensors(module), scope).checks
+    if fault := checks.not_finite():
+        rank_zero_warn(f"DeltaPruneCallback did not prune: {fault}")
+        return False
+    if reason := checks.nothing_changed():
+        rank_zero_warn(f"{reason}: every delta is empty. Did the training take a step, and train what is in scope?")
+    return True
+
+
+def transformers_config(module: nn.Module) -> dict[str, bytes]:
+    """``config.json`` of the outermost transformers model in a module, for the delta's folder; empty without one.
+
+    With it ``dpp apply`` writes a dense folder that ``from_pretrained`` loads. It names the dtype that the model has
+    now, and not where the model was loaded from, which may be a path of this machine.
+    """
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        # a PeftModel passes its model's attributes on, so its class is asked whether it is a transformers model
+        if hasattr(type(child), "base_model_prefix") and hasattr(config, "to_json_string"):
+            copied: Any = deepcopy(config)
+            copied.architectures, copied.dtype = [type(child).__name__], child.dtype
+            values = json.loads(copied.to_json_string(use_diff=False))
+            values.pop("_name_or_path", None)
+            return {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
+    return {}
