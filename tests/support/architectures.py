@@ -63,9 +63,10 @@ class Architecture:
         model = self.model_class(config).eval().to(config.dtype or torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():  # some are zeros at first, or written by nothing
-                parameter.copy_(
-                    _on_grid(torch.randn(parameter.shape) * 0.05 + (parameter.dim() == 1) * 0.5, model.dtype)
-                )
+                values = torch.randn(parameter.shape) * 0.05 + (parameter.dim() == 1) * 0.5
+                parameter.copy_(_on_grid(values, model.dtype))
+            for buffer in self._saved_buffers(model):
+                buffer.copy_(_on_grid(buffer, model.dtype))
         return model
 
     def finetune(self, model: Any) -> None:
