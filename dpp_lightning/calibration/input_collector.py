@@ -282,7 +282,7 @@ def _place(part: NamedTensor, owner: Tensor, weight: Tensor, axis: int) -> _Plac
     """What ``weight``, whose dimension ``axis`` are the features, is of a part of ``owner``; None where it is less than
     one linear map of it."""
     place = part.place
-    size, stride = (owner.shape, owner.stride()) if part.whole else (place.size, place.stride)
+    size, stride = (owner.shape, owner.stride()) if place.size is None else (place.size, place.stride)
     if size is None or stride is None or len(size) not in (2, 3):
         return None
     first: int = place.offset
@@ -297,7 +297,8 @@ def _place(part: NamedTensor, owner: Tensor, weight: Tensor, axis: int) -> _Plac
     if not within or (len(size) == 3 and weight.shape.numel() != size[-2] * size[-1]):
         return None
     for i in (len(size) - 1, len(size) - 2):
-        if size[i] == weight.shape[axis] and stride[i] == weight.stride(axis):
+        joined = bool(part.more) and i == 0  # features must be those of all that the files hold as one
+        if not joined and size[i] == weight.shape[axis] and stride[i] == weight.stride(axis):
             return _Place(i, expert, size[0] if expert is not None else 0)
     return None
 

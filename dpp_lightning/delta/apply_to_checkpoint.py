@@ -17,6 +17,7 @@ from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.dense_files import write_dense_files
 from dpp_lightning.storage.model_folder import dense_side_files
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.name_matching import dense_names
 from dpp_lightning.tensors.names import named_tensors
@@ -60,6 +61,7 @@ def apply_checkpoint(
         FileExistsError: the output folder is not empty.
         OSError: it cannot be written.
     """
+    check_model(base, "base", base_revision)
     with atomic_folder(Path(output), empty=True) as folder:
         reader = DeltaReader.open(delta, delta_revision)
         contents, info = warning_if_empty(reader.contents.for_task(task), str(delta)), reader.info

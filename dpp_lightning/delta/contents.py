@@ -26,7 +26,7 @@ class SparseTensor:
     Attributes:
         shape: shape of the tensor, of its rows in common with the base where the vocabulary grew.
         indices: sorted distinct flat positions (C order), int32 or int64, shape (kept,).
-        values: theta - theta_0 at these positions, not yet divided by q, float32, bfloat16 or float16, shape (kept,).
+        values: theta - theta_0 at these positions, not yet divided by q, of a float dtype, shape (kept,).
     """
 
     shape: tuple[int, ...]

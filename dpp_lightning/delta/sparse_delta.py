@@ -145,9 +145,9 @@ class SparseDelta:
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
         """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
 
-        The sum is taken in float32 (float64 for a float64 target) and cast to the target's dtype. The target's values
-        at the kept positions are held until ``revert_``; nothing is written if any check fails. A delta that changes
-        nothing is warned of, unless it is forced.
+        The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
+        The target's values at the kept positions are held until ``revert_``; nothing is written if any check fails. A
+        delta that changes nothing is warned of, unless it is forced.
 
         Args:
             target: module or state dict with the base's weights.
@@ -260,7 +260,7 @@ class SparseDelta:
 
         Args:
             folder: made if absent; an existing delta folder is replaced, a folder with anything else refused.
-            dtype: how the kept values are held (float32, bfloat16, float16, int8, int4); default as drawn.
+            dtype: how the kept values are held (float32, bfloat16, float16, float64, int8, int4); default as drawn.
             positions: ``seed`` (no bytes; only a seeded selection) or ``index`` (coded near their entropy); default
                 the smaller that is possible.
             scores: figures of base plus delta for the card and its ``model-index``, name to value, such as

@@ -19,9 +19,9 @@ class PruningSpec:
         method: a name of ``METHODS``.
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: of the random selections, an integer >= 0.
-        dtype: how the kept values are held: float32, bfloat16, float16, int8 or int4; None for the fine-tuned dtype, at
-            most 32 bits, and for float32 where nothing is dropped, so that base plus delta is a model of 16 bits to
-            the last one.
+        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8 or int4; None for the fine-tuned
+            dtype, at most 32 bits, and where nothing is dropped for one that is wide enough for base plus delta to be
+            the fine-tuned model bit for bit: float32 for models of 16 bits, float64 for others.
         q: what kept values are divided by, given by hand; None for the method's own.
         method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.
 
@@ -42,8 +42,6 @@ class PruningSpec:
         row.check(self.pruning_rate, self.method_settings)
         row.check_dtype(self.method, self.dtype)
         stream_key("", self.seed)
-        if self.dtype is None and self.pruning_rate == 0:
-            object.__setattr__(self, "dtype", "float32")
         if self.q is not None:
             check_q(self.q, self.pruning_rate)
             if row.fit is not None and not row.fit.one_q:
@@ -67,9 +65,14 @@ class PruningSpec:
         return self.row.needs_inputs(self.method_settings)
 
     @property
+    def exact(self) -> bool:
+        """Whether base plus delta is to be the fine-tuned model bit for bit."""
+        return self.pruning_rate == 0 and self.dtype is None and self.q in (None, 1)
+
+    @property
     def drawn_dtype(self) -> str | None:
         """The dtype to draw in: that of the file, or float32 where the method's fit gives the values weights."""
-        return self.dtype if self.row.fit is None or self.row.fit.one_q else "float32"
+        return self.dtype if self.exact or self.row.fit is None or self.row.fit.one_q else "float32"
 
     def check_calibration(self, *, objective: bool, inputs: bool) -> None:
         """Refuse a method that cannot do without calibration data.

@@ -67,7 +67,7 @@ def read_finetuned(
         ValueError: no tensor under the prefix, or adapters that are not merged.
         FileNotFoundError: as :func:`dpp_lightning.storage.checkpoints.load_tensors`.
     """
-    check_model(source, revision=revision)
+    check_model(source, "finetuned", revision)
     tensors = load_tensors(source, revision)
     if prefix:
         tensors = _under(tensors, prefix, str(source))

@@ -8,6 +8,7 @@ from typing import Any
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.tensors.blocks import is_table
 
 _MOST = 0.5  # of the entries
 _SHOWN = 4  # names in a message
@@ -16,8 +17,8 @@ _SHOWN = 4  # names in a message
 def unknown_inputs(pairs: Sequence[TensorPair], method: str, settings: Mapping[str, Any]) -> str | None:
     """Refuse a method where the inputs of most of what it weighs by them are not known.
 
-    Looked at are the linear maps inside the model's blocks; of a model without any, all tensors of two or more
-    dimensions that are no tables of embeddings.
+    Looked at are the linear maps, of which those inside the model's blocks decide whether they are most; of a model
+    without any there, all tensors of two or more dimensions that are no tables of embeddings.
 
     Args:
         pairs: what is pruned, with the inputs where they are known.
@@ -35,22 +36,28 @@ def unknown_inputs(pairs: Sequence[TensorPair], method: str, settings: Mapping[s
     if not row.needs_inputs(settings):
         return None
     fitted = row.fit is not None and row.fit.needs_inputs
-    looked_at = [pair for pair in pairs if pair.linear] or [pair for pair in pairs if _matrix(pair)]
+    inside = [pair for pair in pairs if pair.linear]
+    looked_at = [*inside, *filter(_map_outside, pairs)] if inside else [pair for pair in pairs if _matrix(pair)]
     unknown = [pair for pair in looked_at if not _known(pair.inputs, fitted=fitted)]
     if not unknown:
         return None
-    share = sum(pair.numel for pair in unknown) / max(sum(pair.numel for pair in looked_at), 1)
     names = ", ".join(pair.name for pair in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
-    what = "linear maps" if looked_at[0].linear else "weights"
-    count = f"{len(unknown)} of {len(looked_at)} {what} ({100 * share:.3g} % of their entries)"
+    what = "linear maps" if inside else "weights"
+    count = f"{len(unknown)} of {len(looked_at)} {what} ({100 * _share(unknown, looked_at):.3g} % of their entries)"
     reason, cure = _reason(unknown)
-    if share > _MOST:
+    if _share(unknown, inside or looked_at) > _MOST:
         raise ValueError(
             f"{method} goes by the inputs of linear maps, and {count} {reason}: {names}. {cure} "
             f"{_without_inputs(row.inputs, fitted=fitted)}"
         )
     treated = "have the mean q of the others" if fitted else "are ranked by their delta alone"
     return f"{method} goes by the inputs of linear maps, and {count} {reason}, so they {treated}: {names}"
+
+
+def _share(some: Sequence[TensorPair], pairs: Sequence[TensorPair]) -> float:
+    """Of the entries of pairs, the share that lies in some of them."""
+    names = {pair.name for pair in some}
+    return sum(pair.numel for pair in pairs if pair.name in names) / max(sum(pair.numel for pair in pairs), 1)
 
 
 def _reason(unknown: Sequence[TensorPair]) -> tuple[str, str]:
@@ -64,6 +71,12 @@ def _reason(unknown: Sequence[TensorPair]) -> tuple[str, str]:
         "Give data that reaches them, such as a .safetensors batch with all inputs of the model by name (pixel_values "
         "beside input_ids), or take",
     )
+
+
+def _map_outside(pair: TensorPair) -> bool:
+    """Whether a tensor is a linear map outside the blocks, such as a projector, by all that its name tells."""
+    weight = len(pair.shape) == 2 and pair.block is None and pair.name.endswith(".weight")
+    return weight and not is_table(pair.name) and not (pair.inputs is not None and pair.inputs.embedding)
 
 
 def _matrix(pair: TensorPair) -> bool:

@@ -23,7 +23,7 @@ from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.pruning.value_checks import ValueChecks
 from dpp_lightning.storage.checkpoints import total_bytes
-from dpp_lightning.tensors.dtypes import to_dtype
+from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.name_matching import match_models, match_names, saved_names
@@ -269,11 +269,15 @@ class PruningPlan:
         selected = spec.row.select(self.pairs, spec.pruning_rate, spec.seed, **settings)
         for pair, kept in zip(self.pairs, selected, strict=True):
             base = gather_entries(pair.base, kept.positions)
-            values = kept.values
+            values, dtype, wide = kept.values, spec.drawn_dtype, torch.float32
+            if spec.exact:  # whatever the method, all entries are kept as they are
+                values, dtype = None, exact_dtype(pair.finetuned.dtype)
+                wide = FLOATS[dtype]
             if values is None:
-                values = gather_entries(pair.finetuned, kept.positions).float() - base.to(pair.finetuned.device).float()
+                values = gather_entries(pair.finetuned, kept.positions).to(wide)
+                values -= base.to(values.device, wide)
             indices = kept.positions.to(torch.int32) if pair.numel < 2**31 else kept.positions
-            values = to_dtype(values, spec.drawn_dtype, pair.finetuned, pair.name)
+            values = to_dtype(values, dtype, pair.finetuned, pair.name)
             yield pair.name, SparseTensor(pair.shape, indices, values), base
 
     def draw(self, spec: PruningSpec) -> SparseDelta:

@@ -22,6 +22,7 @@ from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors, total_bytes
 from dpp_lightning.storage.mapped_file import will_need
 from dpp_lightning.storage.model_folder import changed_side_files, is_module_weights
+from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.flat_entries import EntriesHash
 
 
@@ -64,6 +65,7 @@ def prune_checkpoint(
         OSError: it cannot be written.
     """
     spec.check_calibration(objective=calibration is not None, inputs=calibration is not None)
+    check_model(base, "base", base_revision)
     with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
         tuned = read_finetuned(finetuned, finetuned_revision, base=base, base_revision=base_revision, prefix=prefix)
         plan = PruningPlan.of(

@@ -97,8 +97,12 @@ def is_linear_map(name: str, shape: Sequence[int], patterns: Sequence[str] = ())
         return False
     if _EXPERTS.search(name) or _PLAIN_WEIGHT.search(name):
         return True
-    owner, _, kind = name.rpartition(".")
-    return len(shape) == 2 and kind == "weight" and not _TABLE.search(owner.rpartition(".")[2])
+    return len(shape) == 2 and name.endswith(".weight") and not is_table(name)
+
+
+def is_table(name: str) -> bool:
+    """Whether a weight is, by its name, a table that rows are looked up in, or a norm's: it has no input features."""
+    return _TABLE.search(name.rpartition(".")[0].rpartition(".")[2]) is not None
 
 
 def weights_of_bias(name: str) -> tuple[str, ...]:

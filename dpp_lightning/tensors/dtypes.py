@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 INTEGERS = {"int8": (127, 128), "int4": (7, 32)}  # largest magnitude, entries that share a scale
-DTYPES = (*FLOATS, *INTEGERS)  # a delta file stores a dtype by its index in this tuple: append, never reorder
+# a delta file stores a dtype by its index in this tuple: append, never reorder
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64")
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -38,13 +44,22 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
     if dtype in INTEGERS:
         cast = fake_quantize(values, dtype)
     else:
-        default = like.dtype if like.dtype in FLOATS.values() else torch.float32
+        default = like.dtype if like.dtype in FLOATS.values() and like.dtype.itemsize <= 4 else torch.float32
         cast = values.to(FLOATS[dtype] if dtype else default)
     if not bool(torch.isfinite(cast).all()):
         raise ValueError(
             f"{name}: kept values are not finite in {dtype or cast.dtype}; check the weights or choose a wider dtype"
         )
     return cast
+
+
+def exact_dtype(dtype: torch.dtype) -> str:
+    """The dtype in which the difference of two values is exact, unless the one is 2^29 times the other or more.
+
+    Args:
+        dtype: of the values.
+    """
+    return "float32" if dtype.itemsize <= 2 else "float64"
 
 
 def fake_quantize(values: Tensor, dtype: str) -> Tensor:

@@ -73,7 +73,7 @@ class EntriesHash:
 
 
 def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
-    """θ0 + value / q, the rescaled delta added to the base, computed in float32 (float64 for a float64 base).
+    """θ0 + value / q, the rescaled delta added to the base, computed in float32, or float64 where one of them is that.
 
     Args:
         base: θ0 at the kept positions, shape (kept,), any float dtype.
@@ -83,8 +83,10 @@ def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
     Returns:
         The sums, shape (kept,), cast to the base's dtype.
     """
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    return (base.to(wide) + values.to(base.device, wide) / q).to(base.dtype)
+    wide = torch.float64 if torch.float64 in (base.dtype, values.dtype) else torch.float32
+    device = torch.device("cpu") if wide == torch.float64 and base.device.type == "mps" else base.device
+    sums = base.to(device, wide) + values.to(device, wide) / q  # the mps device has no float64
+    return sums.to(base.dtype).to(base.device)
 
 
 def group_by_device_and_dtype(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:

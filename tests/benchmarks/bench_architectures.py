@@ -10,6 +10,7 @@ where anything failed.
 import argparse
 import datetime
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -73,7 +74,8 @@ def run(row: Architecture, checks: tuple[str, ...], number: str) -> dict[str, Ce
 
 
 def table(rows: list[Architecture], results: Results, seconds: float) -> str:
-    """The Markdown: what was run and where, a row for each architecture, and every note once below."""
+    """The Markdown: what was run and where, a row for each architecture, and every note once below, without the names
+    of tensors (those are on the screen)."""
     states = [cell.state for cells in results.values() for cell in cells.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "FAIL"))
     lines = [
@@ -101,8 +103,16 @@ def _column(cells: dict[str, Cell], checks: tuple[str, ...], notes: dict[str, in
     if not present:
         return ""
     worst = max((cell.state for cell in present.values()), key=["ok", "refused", "FAIL"].index)
-    told = [f"{name}: {cell.state}: {cell.note}" for name, cell in present.items() if cell.note]
+    told = [f"{name}: {cell.state}: {_without_names(cell)}" for name, cell in present.items() if cell.note]
     return " ".join([worst, *(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in told)])
+
+
+def _without_names(cell: Cell) -> str:
+    """A note as it is the same of every model; of a failure all of it."""
+    if cell.state == "FAIL":
+        return cell.note
+    plain = re.sub(r" \([^)]*\)|: [\w.]+\.\w[\w., ]*?(?=\. [A-Z]|$)", "", cell.note)
+    return re.sub(r"\d+ of \d+", "n of m", plain)
 
 
 if __name__ == "__main__":

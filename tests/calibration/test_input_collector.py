@@ -234,3 +234,20 @@ def test_experts_in_one_tensor_have_inputs_of_their_own():
         rows = states[0][(routed[0] == expert).any(-1)]
         assert torch.allclose(stats.squares[expert], rows.square().sum(0), rtol=1e-5)
     assert model.config._experts_implementation == before
+
+
+def test_query_key_and_value_that_the_files_hold_as_one_have_their_common_input():
+    from transformers import NomicBertConfig, NomicBertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = NomicBertModel(NomicBertConfig(**sizes, vocab_size=30)).eval()
+    seen = []
+    query = next(child for name, child in model.named_modules() if name.endswith("q_proj"))
+    query.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 16)))
+    with collected_inputs(model) as collector, torch.no_grad():
+        model(input_ids=torch.arange(10).reshape(2, 5))
+    name = next(name for name in collector.statistics if "Wqkv" in name)
+    statistics = collector.statistics[name]
+    assert statistics.axis == 1
+    assert torch.allclose(statistics.total, torch.cat(seen).sum(0).double(), atol=1e-5)

@@ -161,7 +161,7 @@ def test_layers_that_the_data_does_not_reach_are_named_and_where_they_are_most_t
         )
         trainer(callback).fit(TwoTowers(spare), train_loader(), val_loader())
 
-    with pytest.warns(UserWarning, match=r"wanda .*1 of 3 linear maps .*spare.0.0.weight$"):
+    with pytest.warns(UserWarning, match=r"wanda .*1 of 6 linear maps .*spare.0.0.weight$"):
         run(1)
-    with pytest.raises(ValueError, match=r"wanda goes by the inputs of linear maps, and 9 of 11 .*spare.0.0.weight"):
+    with pytest.raises(ValueError, match=r"wanda goes by the inputs of linear maps, and 9 of 14 .*spare.0.0.weight"):
         run(9)

@@ -8,6 +8,7 @@ import format_reader
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from dpp_lightning import SparseDelta, prune
 from dpp_lightning.tensors.names import canonical_tensors
@@ -23,7 +24,9 @@ def same(delta: SparseDelta, read: format_reader.Delta) -> None:
     for name, (shape, positions, values) in read.tensors.items():
         assert tuple(shape) == delta.tensors[name].shape
         assert positions == delta.tensors[name].indices.tolist()
-        assert values.tobytes() == delta.tensors[name].values.float().numpy().tobytes()
+        held = delta.tensors[name].values
+        wide = held if held.dtype == torch.float64 else held.float()
+        assert values.tobytes() == wide.numpy().tobytes()
     for dense, other in ((delta.carried, read.carried), (delta.new_rows, read.new_rows)):
         assert {n: t.float().numpy().tobytes() for n, t in dense.items()} == {
             n: np.ascontiguousarray(t, "<f4").tobytes() for n, t in other.items()
@@ -44,7 +47,7 @@ def test_the_golden_files_are_read_from_the_page_alone(folder):
     assert len(GOLDEN) == 3
 
 
-ALL_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", None)
+ALL_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int4", None)
 CODINGS = [
     ("dare", 0.9, "seed", ALL_DTYPES),
     ("dare", 0.3, "seed", ("float32",)),  # the sampler draws what is dropped

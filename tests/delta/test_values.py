@@ -13,7 +13,7 @@ from dpp_lightning.delta.coding.values import PLANES, SIGNS, decode_values, enco
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, fake_quantize
 
 FLOAT_NAMES = list(FLOATS)
-EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float64": 0x7FF0000000000000}
 TINY = float(torch.finfo(torch.bfloat16).smallest_normal)
 
 
@@ -89,7 +89,7 @@ def test_one_magnitude_a_tensor_costs_a_bit_a_value(dtype, exceptions):
     assert bits_of(read) == bits_of(torch.cat(values))
     others = sum(int((v.float().abs() >= 2).sum()) for v in values) / 60_000
     flags = 0.0 if not exceptions else min(1.0, 10 * exceptions)
-    assert bits <= 1.02 + flags + 8 * FLOATS[dtype].itemsize * others
+    assert bits <= 1.03 + flags + 8 * FLOATS[dtype].itemsize * others
 
 
 def test_values_of_many_magnitudes_stay_planes():

@@ -488,7 +488,7 @@ def test_sources_and_options_are_checked_first(tmp_path, sharded, glue, capsys):
     folder = sharded[0]
     full, out = glue[0] / "full.ckpt", ["--output", tmp_path / "out"]
     assert "no such checkpoint" in refused(capsys, tmp_path / "nowhere", *out)
-    assert "expected a .ckpt file or a sharded folder" in refused(capsys, glue[0], *out)
+    assert "checkpoints in it are" in refused(capsys, glue[0], *out)
     assert "give its folder or hub id with --config_from" in refused(capsys, folder, *out)
     assert "has no config.json" in refused(capsys, folder, "--config_from", tmp_path, *out)
     assert "--config_from" in refused(capsys, folder, "--config_from", tmp_path / "nowhere", *out)

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpp_lightning import prune
+from dpp_lightning import SparseDelta, prune
 from dpp_lightning.cli import main
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
@@ -143,12 +143,15 @@ def test_a_model_saved_with_fused_experts_is_told_from_one_saved_one_by_one(tmp_
     assert prune(tmp_path / "base", path, "dare", 0.5).to_bytes()[0] == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_nothing_is_rounded_at_rate_0(tmp_path, dtype):
+@pytest.mark.parametrize("method", ["dare", "magnitude", "importance", "struct-dare"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nothing_is_rounded_at_rate_0(tmp_path, dtype, method):
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)).to(dtype)
     tuned = perturbed(base, scale=0.05)
     target = copy.deepcopy(base)
-    prune(base, tuned, "dare", 0.0).apply_(target)
+    delta = prune(base, tuned, method, 0.0)
+    delta.save_pretrained(tmp_path / "delta")
+    SparseDelta.from_pretrained(tmp_path / "delta").apply_(target)
     for a, b in zip(target.parameters(), tuned.parameters(), strict=True):
         assert torch.equal(a, b)

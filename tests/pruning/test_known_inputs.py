@@ -50,6 +50,13 @@ def test_a_few_unknown_inputs_are_warned_of_and_most_are_refused(method, setting
     assert "\n" not in str(error.value)
 
 
+def test_a_projector_outside_the_blocks_is_warned_of_and_does_not_decide():
+    base = {**BASE, "projector.weight": torch.zeros(40, 8), "norm.weight": torch.zeros(8)}
+    tuned = {**TUNED, "projector.weight": torch.ones(40, 8), "norm.weight": torch.ones(8)}
+    with pytest.warns(UserWarning, match=r"1 of 9 linear maps .*: projector.weight$"):
+        prune(base, tuned, "wanda", 0.5, calibration=Calibration(inputs=ALL))
+
+
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_said_where_all_are_known_or_nobody_asks():
     prune(BASE, TUNED, "wanda", 0.5, calibration=Calibration(inputs=ALL))

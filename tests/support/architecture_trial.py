@@ -108,7 +108,7 @@ class Trial:
         ]
         if code:
             assert len(lines) == 1, f"exit code {code} with {len(lines)} lines: {' / '.join(lines)[:400]}"
-            raise Refused(lines[0])
+            raise Refused(lines[0].removeprefix(f"dpp {words[0]}: error: "))
         self.warnings += [line for line in said if "warning" in line.lower()]
         self.warnings += [str(w.message) for w in caught if "dpp_lightning" in w.filename or "callbacks" in w.filename]
         return printed.getvalue() + errors.getvalue()

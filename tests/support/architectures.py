@@ -1,8 +1,7 @@
 """Tiny random models of many architectures of transformers, with an input for each: a table, deterministic, no network.
 
 Every row is a class of transformers, the settings of its configuration and the inputs of a forward pass. A model is
-built in well under a second. Its values lie on a grid on which base + (fine-tuned - base) is exact, so that a delta of
-rate 0 must give the fine-tuned model to the bit.
+built in well under a second. Its values are as training leaves them: base + (fine-tuned - base) rounds in float32.
 """
 
 from __future__ import annotations
@@ -63,9 +62,8 @@ class Architecture:
         model = self.model_class(config).eval().to(config.dtype or torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():  # some are zeros at first, or written by nothing
-                parameter.copy_(
-                    _on_grid(torch.randn(parameter.shape) * 0.05 + (parameter.dim() == 1) * 0.5, model.dtype)
-                )
+                values = torch.randn(parameter.shape) * 0.05 + (parameter.dim() == 1) * 0.5
+                parameter.copy_(values.to(model.dtype))
         return model
 
     def finetune(self, model: Any) -> None:
@@ -79,9 +77,9 @@ class Architecture:
                 delta = torch.randn(parameter.shape, generator=generator)
                 power = 1 + 2 * float(torch.rand((), generator=generator))
                 delta = (0.02 * delta.sign() * delta.abs() ** power).clamp(-0.3, 0.3)
-                parameter.add_(_on_grid(delta, model.dtype))
+                parameter.add_(delta.to(model.dtype))
             for buffer in self._saved_buffers(model):
-                buffer.copy_(_on_grid(buffer + 0.02 * torch.rand(buffer.shape, generator=generator), model.dtype))
+                buffer.add_((0.02 * torch.rand(buffer.shape, generator=generator)).to(buffer.dtype))
 
     def _saved_buffers(self, model: Any) -> list[Tensor]:
         saved = model.state_dict().keys()
@@ -96,12 +94,6 @@ class Architecture:
                 name = re.sub(re.escape(new) + "$", old, name)
             renamed[name] = tensor
         save_file(renamed, file, {"format": "pt"})
-
-
-def _on_grid(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded so far that the difference of any two such values, and its sum with either, is exact in the dtype."""
-    steps = 2**8 if dtype == torch.bfloat16 else 2**12
-    return ((values * steps).round() / steps).to(dtype)
 
 
 def _ids(length: int = 8, vocabulary: int = 99, seed: int = 3) -> Tensor:

@@ -18,8 +18,8 @@ import zstandard
 
 MASK = 0xFFFFFFFF
 BLOCK = 65536
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64")
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 GROUP = {"int8": 128, "int4": 32}
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "<u1", "I64": "<i8"}
 
@@ -231,6 +231,8 @@ def decode_values(dtype: str, form: int, groups: list[int], streams: Streams) ->
 def floats(bits: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return bfloat16(bits)
+    if dtype == "float64":
+        return bits.view("<f8")
     return bits.view("<f4" if dtype == "float32" else "<f2").astype("<f4")
 
 

@@ -173,7 +173,7 @@ def test_the_merged_delta_is_that_of_the_adapter_and_fits_the_plain_base(base, t
     layer = module.get_submodule(f"model.base_model.model.bert.{QUERY}")
     product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     dense = torch.zeros(product.numel())
-    dense[delta.tensors[f"{QUERY}.weight"].indices.long()] = delta.tensors[f"{QUERY}.weight"].values
+    dense[delta.tensors[f"{QUERY}.weight"].indices.long()] = delta.tensors[f"{QUERY}.weight"].values.float()
     assert torch.allclose(dense.reshape(product.shape), product, atol=1e-6, rtol=0)
     assert not (folder / "adapter").exists()
 

@@ -130,7 +130,10 @@ def _joined(planes: list[ByteArray], dtype: str) -> UnsignedArray:
     Raises:
         ValueError: floats that are not finite: their exponent, which begins the first plane, is all ones.
     """
-    if len(planes[0]) and planes[0].max() >= (0xF8 if dtype == "float16" else 0xFF):
+    largest = planes[0] >= (0xF8 if dtype == "float16" else 0xFF)
+    if dtype == "float64":  # its exponent goes on in the second plane
+        largest &= planes[1] >= 0xE0
+    if largest.any():
         raise ValueError("kept values that are not finite")
     size = len(planes)
     rotated = planes[-1].astype(f"<u{size}")
