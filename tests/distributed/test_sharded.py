@@ -151,7 +151,7 @@ def test_shards_of_fsdp1_are_refused():
 
 def test_deepspeed_is_refused_with_the_alternative():
     class Trainer:
-        strategy = object.__new__(DeepSpeedStrategy)
+        strategy, callbacks, fast_dev_run = object.__new__(DeepSpeedStrategy), [], False
 
     with pytest.raises(ValueError, match=r"AdamR needs the parameters.*DeepSpeedStrategy.*fsdp\.yaml"):
         with_schedule(AdamR([torch.nn.Parameter(torch.zeros(1))]), "constant", "step", Trainer(), 0.0)
