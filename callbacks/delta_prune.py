@@ -349,7 +349,7 @@ class DeltaPruneCallback(pl.Callback):
         weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
         with weights, self._adapter_view(pl_module, keep=keep) as base:
             scope = self._scope(trainer, pl_module)
-            if not can_be_pruned(base, pl_module, scope):
+            if not can_be_pruned(base, pl_module, scope, settings.callback):
                 return
             self.results = PruneRun(
                 settings, trainer, base, scope, self._calibration, self._folder, self.reporter

@@ -120,6 +120,7 @@ class HFDeltaPruneCallback(TrainerCallback):
             scope=Scope.of(scope, include, exclude, outside, carry, blocks), dtype=dtype,
             method_settings=method_settings or {}, apply=apply, ckpt="last", plot=False, resume=False,
             save_deltas=save_deltas, lora=lora, push_to_hub=None, hub_private=None,
+            callback="HFDeltaPruneCallback",
         )  # fmt: skip
         self.calibration_dataset = calibration_dataset
         if objective == "metric" and calibration_dataset is None and self.settings.fits:
@@ -183,7 +184,7 @@ class HFDeltaPruneCallback(TrainerCallback):
         with self._adapter_view(keep=settings.apply) as base:
             new = new_names(self._model, self._optimizers())
             scope = self._scope()
-            if not can_be_pruned(base, self._model, scope):
+            if not can_be_pruned(base, self._model, scope, settings.callback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
             run = HFPruneRun(

@@ -27,7 +27,7 @@ from dpp_lightning.tensors.names import (
 )
 from dpp_lightning.tensors.shards import shard_like
 
-ASK_FOR_PRETRAINED = "DeltaPruneCallback(pretrained=<folder or hub id of the base>)"
+ASK_FOR_PRETRAINED = "pretrained=<folder or hub id of the base>"
 
 
 class BaseWeights:
@@ -70,7 +70,7 @@ class BaseWeights:
             ValueError: if no tensor matches by name and shape, or the shapes are those of another model.
             FileNotFoundError: if there is no such checkpoint.
         """
-        check_model(pretrained, "DeltaPruneCallback.pretrained", revision)
+        check_model(pretrained, "pretrained", revision)
         loaded = {n.name: n for n in named_tensors(load_tensors(pretrained, revision), like=module)}
         module_tensors = canonical_tensors(module)
         plain_names = {name: without_adapters(name) for name in module_tensors}

@@ -69,7 +69,7 @@ def leave_pruned(module: nn.Module, base: BaseWeights, replaced: Sequence[str], 
     delta.apply_(module, force=True)
 
 
-def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope) -> bool:
+def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope, callback: str) -> bool:
     """Whether all weights are finite, so that there are deltas; a warning says what stands against them or makes them
     empty, since a fit ends well however its training went.
 
@@ -77,10 +77,11 @@ def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope) -> bool:
         base: theta_0.
         module: holds the fine-tuned weights.
         scope: what is pruned.
+        callback: name of the callback's class, for the warning.
     """
     checks = PruningPlan.matched(base.tensors, canonical_tensors(module), scope).checks
     if fault := checks.not_finite():
-        rank_zero_warn(f"DeltaPruneCallback did not prune: {fault}")
+        rank_zero_warn(f"{callback} did not prune: {fault}")
         return False
     if reason := checks.nothing_changed():
         rank_zero_warn(f"{reason}: every delta is empty. Did the training take a step, and train what is in scope?")

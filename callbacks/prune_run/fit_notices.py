@@ -48,22 +48,30 @@ def check_several(settings: Sequence[PruneSettings], folders: Sequence[Path]) ->
     resolved = [folder.resolve() for folder in folders]
     if twice := next((folder for folder in folders if resolved.count(folder.resolve()) > 1), None):
         raise ValueError(
-            f"{len(settings)} DeltaPruneCallbacks of this trainer would write into {twice}: give each an output_dir of "
-            "its own"
+            f"{len(settings)} {settings[0].callback}s of this trainer would write into {twice}: give each an "
+            "output_dir of its own"
         )
     if len(settings) > 1 and any(s.apply for s in settings):
         raise ValueError(
-            "apply=True leaves pruned weights in the model, which another DeltaPruneCallback of the trainer would take "
-            "for the fine-tuned ones: prune with one callback, or leave apply out"
+            f"apply=True leaves pruned weights in the model, which another {settings[0].callback} of the trainer would "
+            "take for the fine-tuned ones: prune with one callback, or leave apply out"
         )
 
 
 def metric_prefix(settings: PruneSettings, trainer: pl.Trainer) -> str:
-    """What the names of a callback's metrics start with: ``dpp``, and with several callbacks its folder as well."""
-    folders = [folder_of(other, trainer) for other in settings_of_all(trainer)]
+    """See :func:`prefix_of`."""
+    return prefix_of(folder_of(settings, trainer), [folder_of(other, trainer) for other in settings_of_all(trainer)])
+
+
+def prefix_of(folder: Path, folders: Sequence[Path]) -> str:
+    """What the names of a callback's metrics start with: ``dpp``, and with several callbacks its folder as well.
+
+    Args:
+        folder: the callback's.
+        folders: those of all callbacks of the trainer.
+    """
     if len(folders) < 2:
         return "dpp"
-    folder = folder_of(settings, trainer)
     unique = [other.name for other in folders].count(folder.name) == 1
     return f"dpp/{folder.name if unique else folder.as_posix().strip('/')}"
 

@@ -43,7 +43,7 @@ def find_adapter(module: nn.Module, kind: AdapterView | None = None) -> PeftMode
         peft_models = [child for child in module.modules() if isinstance(child, PeftModel)]
     if not peft_models and kind is not None:
         raise ValueError(
-            f"DeltaPruneCallback(lora={kind!r}), but {type(module).__name__} holds no PeftModel; leave lora= out, or "
+            f"lora={kind!r}, but {type(module).__name__} holds no PeftModel; leave lora= out, or "
             "train adapters: GLUEModule(lora=LoRA(r=8)), or peft.get_peft_model"
         )
     if len(peft_models) > 1:

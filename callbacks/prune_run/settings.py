@@ -1,4 +1,4 @@
-"""PruneSettings: what DeltaPruneCallback is asked to do, checked before anything is loaded or trained."""
+"""PruneSettings: what a pruning callback is asked to do, checked before anything is loaded or trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ LAST_HIDDEN = "last_hidden"
 class PruneSettings:
     """The settings of one :class:`~dpp_lightning.callbacks.DeltaPruneCallback`, whose docstring explains them.
 
-    ``methods``, ``rates``, ``seeds`` and ``scope`` hold what the callback's arguments of similar names say.
+    ``methods``, ``rates``, ``seeds`` and ``scope`` hold what the callback's arguments of similar names say, and
+    ``callback`` is the name of the callback's class, for messages.
 
     Raises:
         ValueError: if anything is wrong with them. The message names every fault.
@@ -58,6 +59,7 @@ class PruneSettings:
     lora: AdapterView | None
     push_to_hub: str | None
     hub_private: bool | None
+    callback: str = "DeltaPruneCallback"
 
     def __post_init__(self) -> None:
         faults = [
@@ -75,7 +77,7 @@ class PruneSettings:
         if not faults:  # what is uploaded where follows from settings that are right
             faults += self._hub_faults()
         if faults:
-            raise ValueError("DeltaPruneCallback: " + "; ".join(faults))
+            raise ValueError(f"{self.callback}: " + "; ".join(faults))
 
     @property
     def rows(self) -> list[Row]:
