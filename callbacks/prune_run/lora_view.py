@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
-from dpp_lightning.storage.atomic_write import atomic_folder
+from dpp_lightning.storage.output_folder import FolderKind, output_folder
 from dpp_lightning.tensors.names import canonical_tensors, named_tensors
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 AdapterView = Literal["adapter", "merged"]
 ADAPTER_FOLDER, ADAPTER_FILE, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
+_ADAPTER = FolderKind("an adapter", (ADAPTER_FILE, ADAPTER_CONFIG))
 _LORA_PREFIX = "lora_"  # peft: lora_A, lora_B, lora_embedding_A, ...
 
 
@@ -109,7 +110,7 @@ def save_adapter(adapter: PeftModel, folder: Path) -> None:
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
     config = copy(adapter.peft_config[name])
     config.inference_mode = True
-    with atomic_folder(folder, replaces=ADAPTER_CONFIG) as temporary:
+    with output_folder(folder, _ADAPTER, overwrite=True) as temporary:
         save_file(tensors, temporary / ADAPTER_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
 

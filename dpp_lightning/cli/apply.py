@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.storage.output_folder import DENSE, check_output
 from dpp_lightning.storage.source_kind import check_delta, check_model
 
 _ORDER = "dpp apply BASE DELTA"
@@ -14,6 +15,7 @@ def write_dense(
     delta: str,
     *,
     output: str,
+    overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     task: str | None = None,
     force: bool = False,
@@ -25,13 +27,18 @@ def write_dense(
     Args:
         base: a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id
         delta: a delta folder or hub id
-        output: a folder that is new or empty
+        output: the model's folder, new or empty, or see --overwrite; it is none of the inputs and lies neither inside
+            nor around one
+        overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
+            that holds any other file is refused all the same
         max_shard_bytes: largest file of weights
         task: of a merged delta with a head for each task, the one to write
         force: apply the delta although the base is another one than it was drawn from
         base_revision: branch, tag or commit where the base is a hub id
         delta_revision: likewise of the delta
     """
+    inputs = ("BASE", base), ("DELTA", delta)
+    check_output(output, DENSE, overwrite=overwrite, inputs=inputs, argument="--output")
     check_model(base, "BASE", base_revision, order=_ORDER)
     check_delta(delta, "DELTA", delta_revision, order=_ORDER)
     with progress_bar("writing") as progress:
@@ -44,6 +51,7 @@ def write_dense(
             base_revision=base_revision,
             delta_revision=delta_revision,
             task=task,
+            overwrite=overwrite,
             progress=progress,
         )
     say(f"{folder}: load it with from_pretrained")

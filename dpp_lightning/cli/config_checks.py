@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pydoc import locate
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
 from dpp_lightning.storage.locate import hub_id, local_folder, local_path
+from dpp_lightning.storage.same_place import same_place
 from dpp_lightning.storage.source_kind import check_checkpoint, check_delta, check_model
 from dpp_lightning.tasks.causal_lm.source import FILES
 from dpp_lightning.tasks.common.dataset_source import check_data_source
@@ -145,11 +147,16 @@ def _check_callbacks(callbacks: Sequence[Any]) -> None:
             raise UsageError(f"trainer.callbacks lists {name} twice with the same settings: remove one")
     pruning = [c for c in callbacks if isinstance(c, Namespace) and is_callback(c, DeltaPruneCallback)]
     folders = [(c.get("init_args") or Namespace()).get("output_dir") for c in pruning]
-    if len(set(folders)) < len(folders):
+    if any(_same_folder(a, b) for a, b in combinations(folders, 2)):
         raise UsageError(
             f"trainer.callbacks lists {len(pruning)} DeltaPruneCallbacks that write into one folder: give each an "
             "output_dir of its own, or remove all but one"
         )
+
+
+def _same_folder(a: str | None, b: str | None) -> bool:
+    """Whether two settings name one folder; without one each callback takes the default, which is the same."""
+    return a is b if a is None or b is None else same_place(a, b)
 
 
 def _resolve_strategy(trainer: Namespace) -> None:

@@ -38,6 +38,7 @@ def evaluate_model(
     *,
     tasks: Sequence[str],
     output: str,
+    overwrite: bool = False,
     log_samples: bool = False,
     delta: str | None = None,
     task: str | None = None,
@@ -57,7 +58,9 @@ def evaluate_model(
     Args:
         model: a folder in Hugging Face's layout or a hub id
         tasks: the harness's tasks, groups, tags or patterns, such as gsm8k
-        output: JSON file for the whole result; an older file is replaced
+        output: JSON file for the whole result; a new one, or see --overwrite
+        overwrite: replace an earlier result in that file once the new one is complete; any other file is refused all
+            the same
         log_samples: also write every prompt and answer into the file
         delta: a delta folder or hub id whose base is MODEL
         task: of a merged delta, the task whose head is used
@@ -72,7 +75,8 @@ def evaluate_model(
     """
     at_least = {"num_fewshot": (num_fewshot, 0), "limit": (limit, 1), "batch_size": (batch_size, 1)}
     _check_numbers({**at_least, "max_length": (max_length, 2)})
-    _check_paths(delta, task, include_path, output)
+    _check_paths(delta, task, include_path)
+    _check_output(Path(output), overwrite=overwrite)
     device = _usable_device(device)
     _check_harness()
     check_model(model, "MODEL", order=_ORDER, config=True)
@@ -124,15 +128,39 @@ def _check_numbers(numbers: Mapping[str, tuple[int | None, int]]) -> None:
             raise ValueError(f"--{name} is {value}, expected {least} or more")
 
 
-def _check_paths(delta: str | None, task: str | None, include_path: str | None, output: str) -> None:
+def _check_paths(delta: str | None, task: str | None, include_path: str | None) -> None:
     """Refuse what can be known to be wrong of paths, before anything is read."""
     if task and not delta:
         raise ValueError(f"--task {task} chooses a task of a merged delta: give --delta DELTA too, or leave it")
     if include_path and not Path(include_path).is_dir():
         raise not_found(include_path, "folder", "--include_path")
-    if Path(output).is_dir():
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a file that cannot be written or is not to be replaced, before anything is read.
+
+    Raises:
+        ValueError: it is a folder, or cannot be written.
+        FileExistsError: there is such a file, which is no result, or is not asked to be replaced.
+    """
+    if output.is_dir():
         raise ValueError(f"--output {output} is a folder, expected a file such as {output}/eval.json")
-    check_writable(Path(output).parent)
+    if output.exists() and not _is_result(output):
+        raise FileExistsError(f"--output {output} is no result of dpp eval and is not overwritten: name another file")
+    if output.exists() and not overwrite:
+        raise FileExistsError(
+            f"--output {output} holds a result already: give --overwrite to replace it, or name another file"
+        )
+    check_writable(output.parent)
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file is one that :func:`evaluate_model` wrote."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"results", "dpp"} <= set(content)
 
 
 def _usable_device(device: str | None) -> str:

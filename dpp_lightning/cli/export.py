@@ -10,6 +10,7 @@ from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.output_folder import DELTA, DENSE, check_output
 from dpp_lightning.storage.source_kind import check_checkpoint, check_configuration, check_model
 from dpp_lightning.tensors.dtypes import FLOATS
 
@@ -18,6 +19,7 @@ def export_to_folder(
     checkpoint: str,
     *,
     output: str,
+    overwrite: bool = False,
     dtype: DtypeName | None = None,
     max_shard_bytes: int = 5_000_000_000,
     config_from: str | None = None,
@@ -40,7 +42,10 @@ def export_to_folder(
 
     Args:
         checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files
-        output: a folder that is new or empty
+        output: the model's or the delta's folder, new or empty, or see --overwrite; it is none of the inputs and lies
+            neither inside nor around one
+        overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
+            that holds any other file is refused all the same
         dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's
         max_shard_bytes: largest file of weights
         config_from: folder or hub id of configuration and tokenizer; by default --base, else the checkpoint's
@@ -71,6 +76,8 @@ def export_to_folder(
         spec = PruningSpec(**{**of_a_delta, "method_settings": method_settings or {}}, dtype=dtype)
         _check_delta(spec, base, base_revision, output)
     check_checkpoint(checkpoint, "CHECKPOINT")
+    inputs = ("CHECKPOINT", checkpoint), ("--base", base), ("--config_from", config_from)
+    check_output(output, DELTA if base else DENSE, overwrite=overwrite, inputs=inputs, argument="--output")
     check_configuration(config_from, "--config_from", config_revision)
     from dpp_lightning.export.plan import plan_export
     from dpp_lightning.export.write import export_checkpoint, export_delta
@@ -85,11 +92,15 @@ def export_to_folder(
     )
     with progress_bar("exporting") as progress:
         if base is None or spec is None:
-            folder = export_checkpoint(plan, output, max_shard_bytes=max_shard_bytes, progress=progress)
+            folder = export_checkpoint(
+                plan, output, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
+            )
             size = sum(entry.nbytes for entry in plan.entries)
             written = f"{plan.architecture.name}, {len(plan.tensors)} tensors, {size:,} bytes; files of {plan.source}"
         else:
-            folder = export_delta(plan, base, output, spec, base_revision=base_revision, progress=progress)
+            folder = export_delta(
+                plan, base, output, spec, base_revision=base_revision, overwrite=overwrite, progress=progress
+            )
             written = f"{delta_bytes(folder):,} bytes, the delta to {base}"
     for line in (*plan.notes, f"{folder}: {written}"):
         say(line)

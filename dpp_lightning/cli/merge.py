@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpp_lightning.cli.choices import DtypeName
@@ -14,7 +13,7 @@ from dpp_lightning.delta.folder import DeltaReader, delta_bytes
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
-from dpp_lightning.storage.atomic_write import check_replaceable
+from dpp_lightning.storage.output_folder import DELTA, DENSE_OF_TASKS, check_output, output_folder
 from dpp_lightning.storage.source_kind import check_delta, check_model
 
 _ORDER = "dpp merge BASE DELTA DELTA ..."
@@ -30,6 +29,7 @@ def merge_to_folder(
     deltas: Sequence[str],
     *,
     output: str,
+    overwrite: bool = False,
     dense: str | None = None,
     dtype: DtypeName | None = None,
     method: MergeName = "task-arithmetic",
@@ -47,9 +47,12 @@ def merge_to_folder(
     Args:
         base: a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id
         deltas: delta folders or hub ids
-        output: the delta folder; it is made, or an older delta in it is replaced
+        output: the delta folder, new or empty, or see --overwrite; it is none of the inputs and lies neither inside nor
+            around one
+        overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
+            that holds any other file is refused all the same
         dense: also write dense folders that from_pretrained loads here: one folder inside for each task with a head of
-            its own, else this folder itself
+            its own, else this folder itself; the same holds for it as for the output
         dtype: how kept values are held; null for float32
         method: the rule that merges
         weights: one number for all deltas, one for each, or a JSON file with one for each, or for each tensor of each,
@@ -60,9 +63,11 @@ def merge_to_folder(
         base_revision: branch, tag or commit where the base is a hub id
     """
     weight_of_each = read_weights([str(weight) for weight in weights])
-    dense_folder = Path(dense) if dense else None
-    if dense_folder is not None:
-        check_replaceable(dense_folder, empty=True)
+    inputs = [("BASE", base), *(("DELTAS", delta) for delta in deltas)]
+    check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
+    if dense is not None:
+        inputs.append(("--output", output))
+        check_output(dense, DENSE_OF_TASKS, overwrite=overwrite, inputs=inputs, argument="--dense")
     check_model(base, "BASE", base_revision, order=_ORDER)
     for delta in deltas:
         check_delta(delta, "DELTAS", order=_ORDER)
@@ -78,16 +83,17 @@ def merge_to_folder(
             trim_rate=trim_rate,
             dtype=dtype,
             base_revision=base_revision,
+            overwrite=overwrite,
             progress=progress,
         )
     reader = DeltaReader.open(folder)
     names, size = reader.info.tasks, delta_bytes(folder)
     say(f"{folder}: {size:,} bytes, {', '.join(names)} merged by {reader.info.method} ({CONFIG_FILE} has the settings)")
-    if dense_folder is not None:
-        choose = reader.contents.needs_task
-        for task, target in [(name, dense_folder / name) for name in names] if choose else [(None, dense_folder)]:
-            apply_checkpoint(base, folder, target, base_revision=base_revision, task=task)
-            say(f"{target}: load it with from_pretrained")
+    if dense is not None:
+        parts = [f"{dense}/{task}" for task in names] if reader.contents.needs_task else [dense]
+        _write_dense(base, base_revision, reader, dense, overwrite=overwrite)
+        for part in parts:
+            say(f"{part}: load it with from_pretrained")
 
 
 COMMAND = FunctionCommand(
@@ -95,3 +101,13 @@ COMMAND = FunctionCommand(
     example="dpp merge BASE SST2 MRPC --method ties --weights 1 0.5 --output MERGED",
     groups={"what is written": "output", "how deltas are merged": "method", "hub": "base_revision"},
 )
+
+
+def _write_dense(base: str, revision: str | None, merged: DeltaReader, dense: str, *, overwrite: bool) -> None:
+    """Write base plus merged delta, with heads of their own one folder inside for each task; all of them or none."""
+    with output_folder(dense, DENSE_OF_TASKS, overwrite=overwrite, argument="--dense") as folder:
+        if not merged.contents.needs_task:
+            apply_checkpoint(base, merged.folder, folder, base_revision=revision)
+            return
+        for task in merged.info.tasks:
+            apply_checkpoint(base, merged.folder, folder / task, base_revision=revision, task=task)

@@ -15,6 +15,7 @@ from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.model_folder import module_weights
+from dpp_lightning.storage.output_folder import DELTA, check_output
 from dpp_lightning.storage.source_kind import check_data_file, check_model
 
 _ORDER = "dpp prune BASE FINETUNED"
@@ -25,6 +26,7 @@ def prune_to_folder(
     finetuned: str,
     *,
     output: str,
+    overwrite: bool = False,
     dtype: DtypeName | None = None,
     weights_only: bool = False,
     method: MethodName = "dare",
@@ -49,7 +51,10 @@ def prune_to_folder(
     Args:
         base: a folder in Hugging Face's layout, a .safetensors or .ckpt file, a sharded checkpoint, or a hub id
         finetuned: the model that was fine-tuned from it, in any of these forms
-        output: the delta folder; it is made, or an older delta in it is replaced
+        output: the delta folder, new or empty, or see --overwrite; it is none of the inputs and lies neither inside nor
+            around one
+        overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
+            that holds any other file is refused all the same
         dtype: how kept values are held; null for the fine-tuned dtype, at most 32 bits
         weights_only: put no configuration and tokenizer files beside the delta, only weights of further modules
         method: the pruning method
@@ -71,6 +76,8 @@ def prune_to_folder(
             trainer's checkpoint with several
     """
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
+    inputs = ("BASE", base), ("FINETUNED", finetuned)
+    check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     check_model(base, "BASE", base_revision, order=_ORDER)
     check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
     data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision)
@@ -86,6 +93,7 @@ def prune_to_folder(
             finetuned_revision=finetuned_revision,
             prefix=prefix,
             weights_only=weights_only,
+            overwrite=overwrite,
             progress=progress,
         )
     _report(folder)

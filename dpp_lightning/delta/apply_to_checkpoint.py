@@ -12,10 +12,11 @@ from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
-from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.dense_files import write_dense_files
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.model_folder import dense_side_files
+from dpp_lightning.storage.output_folder import DENSE, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
@@ -36,6 +37,7 @@ def apply_checkpoint(
     base_revision: str | None = None,
     delta_revision: str | None = None,
     task: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write base plus delta as a dense folder that ``from_pretrained`` loads; whole or not at all.
@@ -48,21 +50,24 @@ def apply_checkpoint(
     Args:
         base: as in :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
         delta: delta folder or hub id.
-        output: a folder that is new or empty.
+        output: a folder that is new, empty, or with ``overwrite`` that of an older dense model; none of the inputs, nor
+            inside or around one (:mod:`dpp_lightning.storage.output_folder`).
         force: apply the delta although the base is another one.
         max_shard_bytes: largest file of weights.
         base_revision, delta_revision: of hub ids.
         task: of a merged delta with a head for each task, the one to write.
+        overwrite: replace an older dense model in the output folder, at once when the new one is complete.
         progress: called with the bytes that are written, and all of them.
 
     Raises:
         ValueError: another base, tensors that are missing or of another shape (all in one message), a damaged delta,
-            or values that are not finite in the base's dtype.
-        FileExistsError: the output folder is not empty.
+            values that are not finite in the base's dtype, or an output that is, holds or lies in an input.
+        FileExistsError: the output folder holds something that is not to be replaced.
         OSError: it cannot be written.
     """
-    check_model(base, "base", base_revision)
-    with atomic_folder(Path(output), empty=True) as folder:
+    inputs = ("base", base), ("delta", delta)
+    with output_folder(output, DENSE, overwrite=overwrite, inputs=inputs) as folder:
+        check_model(base, "base", base_revision)
         reader = DeltaReader.open(delta, delta_revision)
         contents, info = warning_if_empty(reader.contents.for_task(task), str(delta)), reader.info
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
@@ -89,7 +94,7 @@ def apply_checkpoint(
             absent=info.absent_files,
         )
         write_dense_files(side_files, folder, entries)
-    return Path(output)
+    return local_path(output)
 
 
 def _base_names(contents: DeltaContents) -> tuple[str, ...]:

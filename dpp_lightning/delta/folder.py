@@ -26,10 +26,10 @@ from dpp_lightning.delta.config_file import CONFIG_FILE, check_name, read_config
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor, Table
 from dpp_lightning.delta.model_card import card_text
 from dpp_lightning.methods.registry import METHODS
-from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.locate import local_folder
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
+from dpp_lightning.storage.output_folder import DELTA, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
@@ -55,7 +55,7 @@ def save_folder(
     Args and errors: as :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
     """
     saved, seeded = _as_saved(contents, dtype, positions)
-    with atomic_folder(folder, replaces=CONFIG_FILE) as temporary:
+    with output_folder(folder, DELTA, overwrite=True, argument="folder", also=side_files or ()) as temporary:
         write_files(
             temporary,
             saved,

@@ -259,7 +259,8 @@ class SparseDelta:
         """Write ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card; whole or not at all.
 
         Args:
-            folder: made if absent; an existing delta folder is replaced, a folder with anything else refused.
+            folder: made if absent; an older delta in it is replaced. One that holds other files, beside an older delta
+                too, is refused; ``side_files`` may have been among the older delta's.
             dtype: how the kept values are held (float32, bfloat16, float16, float64, int8, int4); default as drawn.
             positions: ``seed`` (no bytes; only a seeded selection) or ``index`` (coded near their entropy); default
                 the smaller that is possible.
@@ -271,7 +272,7 @@ class SparseDelta:
 
         Raises:
             ValueError: unknown dtype or coding, or values that overflow the dtype.
-            FileExistsError: the folder holds something other than a delta.
+            FileExistsError: the folder holds something other than a delta, which the message names.
             OSError: the folder cannot be written.
         """
         return save_folder(

@@ -102,7 +102,7 @@ def plan_export(
     state = matched.model.state_dict()
     layout = file_layout(matched.model, {name: state[name] for name in tensors})
     notes += _notes(matched, config, plain, source, len(merged))
-    return Export(matched, tensors, layout, merged, cast, source, files, tuple(notes))
+    return Export(matched, tensors, layout, merged, cast, Path(checkpoint), source, files, tuple(notes))
 
 
 def _source(given: str | None, revision: str | None, settings: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
-from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.model_folder import copy_files
+from dpp_lightning.storage.output_folder import DELTA, DENSE, Inputs, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
+from dpp_lightning.storage.same_place import real_path
 from dpp_lightning.storage.stored_tensor import StoredTensor
 from dpp_lightning.tensors.hf_architecture import Architecture
 from dpp_lightning.tensors.hf_layout import FilePlace, Layout
@@ -32,6 +34,7 @@ class Export:
         layout: name in the files to where that tensor lies in the model.
         adapters: the model's name to the adapter to merge.
         dtype: the floating-point tensors are cast to it; None leaves them as they are.
+        checkpoint: where it lies.
         source: folder or hub id of configuration and tokenizer.
         files: what is copied from there.
         notes: what was left out or changed, for the user.
@@ -42,9 +45,15 @@ class Export:
     layout: Layout
     adapters: dict[str, Adapter]
     dtype: torch.dtype | None
+    checkpoint: Path
     source: str
     files: dict[str, Path]
     notes: tuple[str, ...]
+
+    @property
+    def inputs(self) -> Inputs:
+        """What is read while the export is written."""
+        return ("checkpoint", self.checkpoint), ("the configuration's source", self.source)
 
     @property
     def entries(self) -> list[Entry]:
@@ -113,23 +122,31 @@ class Export:
 
 
 def export_checkpoint(
-    export: Export, output: str | Path, *, max_shard_bytes: int = 5_000_000_000, progress: Progress | None = None
+    export: Export,
+    output: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the dense folder, whole or not at all.
 
     Args:
         export: of :func:`dpp_lightning.export.plan.plan_export`.
-        output: a folder that is new or empty.
+        output: a folder that is new, empty, or with ``overwrite`` that of an older dense model; none of the inputs, nor
+            inside or around one (:mod:`dpp_lightning.storage.output_folder`).
         max_shard_bytes: largest file of weights.
+        overwrite: replace an older dense model in the output folder, at once when the new one is complete.
         progress: called with the bytes written, and with all of them.
 
     Raises:
-        FileExistsError: the output folder is not empty.
-        ValueError, OSError: as :meth:`Export.write`.
+        FileExistsError: the output folder holds something that is not to be replaced.
+        ValueError: the output is, holds or lies in an input; or as :meth:`Export.write`.
+        OSError: as :meth:`Export.write`.
     """
-    with atomic_folder(Path(output), empty=True) as folder:
+    with output_folder(output, DENSE, overwrite=overwrite, inputs=export.inputs) as folder:
         export.write(folder, max_shard_bytes, progress)
-    return Path(output)
+    return local_path(output)
 
 
 def export_delta(
@@ -139,6 +156,7 @@ def export_delta(
     spec: PruningSpec,
     *,
     base_revision: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Prune against a base and write the delta folder, whole or not at all.
@@ -147,17 +165,23 @@ def export_delta(
 
     Args:
         export: of :func:`dpp_lightning.export.plan.plan_export`.
-        output: a folder that is new or empty.
+        output: folder of the delta: new, empty, or with ``overwrite`` an older delta's; none of the inputs, nor inside
+            or around one (:mod:`dpp_lightning.storage.output_folder`).
         base, spec, base_revision: as :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
+        overwrite: replace an older delta in the output folder, at once when the new one is complete.
         progress: called with the bytes of both models that are pruned, and all of them.
 
     Raises:
-        FileExistsError: the output folder is not empty.
+        FileExistsError: the output folder holds something that is not to be replaced.
         ValueError, OSError: as :meth:`Export.write` and
         :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
     """
-    output = Path(output)
-    with atomic_folder(output, empty=True) as folder, TemporaryDirectory(prefix=".dense.", dir=output.parent) as dense:
+    inputs = [*export.inputs, ("base", base)]
+    beside = real_path(output).parent
+    with (
+        output_folder(output, DELTA, overwrite=overwrite, inputs=inputs) as folder,
+        TemporaryDirectory(prefix=".dense.", dir=beside) as dense,
+    ):
         export.write(Path(dense), 1 << 62)
         prune_checkpoint(base, dense, folder, spec, base_revision=base_revision, progress=progress)
-    return output
+    return local_path(output)

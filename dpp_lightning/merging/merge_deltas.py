@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.contents import TASK_SEPARATOR, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader, write_files
@@ -23,10 +22,11 @@ from dpp_lightning.merging.weights import Weights, delta_weights
 from dpp_lightning.methods.kept_entries import GrowingBuffer
 from dpp_lightning.methods.merge_rules import WeightedEntries, get_merge, trimmed
 from dpp_lightning.sampling.sampler import exact_rate
-from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.checkpoints import Weights as BaseWeights
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.model_folder import merged_side_files
+from dpp_lightning.storage.output_folder import DELTA, output_folder
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.dtypes import check_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import hash_tensors
@@ -93,6 +93,7 @@ def merge_checkpoints(
     trim_rate: float | None = None,
     dtype: str | None = None,
     base_revision: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Merge delta folders into one, a tensor at a time; whole or not at all.
@@ -103,20 +104,23 @@ def merge_checkpoints(
     Args:
         base: as in :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
         deltas: folders or hub ids.
-        output: folder of the merged delta; made, or an older delta replaced.
+        output: folder of the merged delta: new, empty, or with ``overwrite`` an older delta's; none of the inputs, nor
+            inside or around one (:mod:`dpp_lightning.storage.output_folder`).
         method, weights, tasks, scale, trim_rate, dtype: as in :func:`merge`.
         base_revision: of a hub id.
+        overwrite: replace an older delta in the output folder, at once when the new one is complete.
         progress: called with the bytes of the merged tensors that are done, and all of them.
 
     Raises:
-        ValueError: as :func:`merge`.
+        ValueError: as :func:`merge`; or the output is, holds or lies in an input.
         FileNotFoundError: no such delta or base.
-        FileExistsError: the output folder holds something other than a delta.
+        FileExistsError: the output folder holds something that is not to be replaced.
         OSError: it cannot be written.
     """
     settings = _MergeSettings(method, weights, scale, trim_rate, dtype)
-    check_model(base, "base", base_revision)
-    with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
+    inputs = [("base", base), *(("delta", delta) for delta in deltas)]
+    with output_folder(output, DELTA, overwrite=overwrite, inputs=inputs) as folder:
+        check_model(base, "base", base_revision)
         sources = MergeSource.all([DeltaReader.open(delta) for delta in deltas], tasks)
         tensors = canonical_tensors(load_tensors(base, base_revision))
         merger = _Merger(tensors, sources, settings, str(base), base_revision)
@@ -124,7 +128,7 @@ def merge_checkpoints(
         side_files = merged_side_files(folders, {s.task: s.info.absent_files for s in sources})
         contents = merger.contents(progress)
         write_files(folder, contents, seeded=merger.seeded, dtype=dtype, side_files=side_files)
-    return Path(output)
+    return local_path(output)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource
-from dpp_lightning.delta.config_file import CONFIG_FILE
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import set_q, write_files
@@ -18,10 +17,11 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.finetuned_source import read_finetuned
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.storage.atomic_write import atomic_folder
 from dpp_lightning.storage.checkpoints import Progress, load_tensors, total_bytes
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.mapped_file import will_need
 from dpp_lightning.storage.model_folder import changed_side_files, is_module_weights
+from dpp_lightning.storage.output_folder import DELTA, output_folder
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.flat_entries import EntriesHash
 
@@ -38,6 +38,7 @@ def prune_checkpoint(
     finetuned_revision: str | None = None,
     prefix: str | None = None,
     weights_only: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
@@ -49,7 +50,8 @@ def prune_checkpoint(
     Args:
         base, finetuned: folders in Hugging Face's layout, files, or hub ids, see
             :func:`dpp_lightning.storage.checkpoints.load_tensors`.
-        output: folder of the delta; made, or an older delta replaced.
+        output: folder of the delta: new, empty, or with ``overwrite`` an older delta's; none of the inputs, nor inside
+            or around one (:mod:`dpp_lightning.storage.output_folder`).
         spec: what is drawn.
         scope: which tensors are pruned; default all.
         calibration: data for methods that weigh by the layers' inputs, or that find q or further weights.
@@ -57,16 +59,18 @@ def prune_checkpoint(
         prefix: what stands before the names of the model that is meant, where the fine-tuned checkpoint holds several.
         weights_only: put no configuration, tokenizer and generation files beside the delta, only weights of further
             modules (sentence-transformers).
+        overwrite: replace an older delta in the output folder, at once when the new one is complete.
         progress: called with the bytes of both models that are done, and all of them.
 
     Raises:
-        ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`.
-        FileExistsError: the output folder holds something other than a delta.
+        ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`; or the output is, holds or lies in an input.
+        FileExistsError: the output folder holds something that is not to be replaced.
         OSError: it cannot be written.
     """
     spec.check_calibration(objective=calibration is not None, inputs=calibration is not None)
-    check_model(base, "base", base_revision)
-    with atomic_folder(Path(output), replaces=CONFIG_FILE) as folder:
+    inputs = ("base", base), ("finetuned", finetuned)
+    with output_folder(output, DELTA, overwrite=overwrite, inputs=inputs) as folder:
+        check_model(base, "base", base_revision)
         tuned = read_finetuned(finetuned, finetuned_revision, base=base, base_revision=base_revision, prefix=prefix)
         plan = PruningPlan.of(
             load_tensors(base, base_revision),
@@ -93,7 +97,7 @@ def prune_checkpoint(
                 set_q(folder, q)
         else:  # the kept values get weights, which are known only when all entries are
             plan.draw_and_fit(spec, calibration)[0].save_pretrained(folder, side_files=beside)
-    return Path(output)
+    return local_path(output)
 
 
 def _stream(

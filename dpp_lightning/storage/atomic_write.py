@@ -11,25 +11,23 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def atomic_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the block ends without an exception.
 
     Args:
-        folder: the final name; parents are made.
-        replaces: an existing folder is replaced only if it is empty or holds a file of this name.
-        empty: an existing folder is replaced only if it is empty.
+        folder: the final name, absolute and no link; parents are made. What it holds is replaced, whatever it is.
+        check: raises if that may not be; called at the start, and once more before the name is taken.
 
     Raises:
-        FileExistsError: the folder exists and holds something else.
         OSError: it cannot be written, or on Windows replaced while a file in it is open.
     """
-    check_replaceable(folder, replaces=replaces, empty=empty)
+    check()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -37,6 +35,7 @@ def atomic_folder(folder: Path, *, replaces: str = "", empty: bool = False) -> I
         temporary.chmod(0o755)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
+        check()
         _take_name(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,20 +82,6 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"cannot write into {folder}: {error.strerror or error}; choose another output folder"
         ) from error
-
-
-def check_replaceable(folder: Path, *, replaces: str = "", empty: bool = False) -> None:
-    """Refuse a folder that :func:`atomic_folder` would not replace; arguments as there.
-
-    Raises:
-        FileExistsError: the folder exists and holds something else.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if empty or not folder.is_dir():
-        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, it is not overwritten")
-    if not (folder / replaces).is_file():
-        raise FileExistsError(f"{folder} exists and holds no {replaces}; choose another folder, it is not overwritten")
 
 
 def _take_name(temporary: Path, folder: Path) -> None:

@@ -82,7 +82,7 @@ def side_files(source: str | Path, revision: str | None = None) -> dict[str, Pat
     Raises:
         FileNotFoundError: neither file nor folder nor of the form of a hub id.
     """
-    return {name: path for name, path in _files(source, revision).items() if _is_side_file(name)}
+    return {name: path for name, path in _files(source, revision).items() if is_side_file(name)}
 
 
 def changed_side_files(
@@ -178,14 +178,25 @@ def names_of_task(files: Mapping[str, _T], tasks: Sequence[str], task: str | Non
         task: one of them; None for what all share.
     """
     start, starts = f"{task}.", tuple(f"{name}." for name in tasks)
-    shared = {name: item for name, item in files.items() if _is_side_file(name) and not name.startswith(starts)}
+    shared = {name: item for name, item in files.items() if is_side_file(name) and not name.startswith(starts)}
     own = {name[len(start) :]: item for name, item in files.items() if task and name.startswith(start)}
-    return {**shared, **{name: item for name, item in own.items() if _is_side_file(name)}}
+    return {**shared, **{name: item for name, item in own.items() if is_side_file(name)}}
 
 
 def module_weights(folder: Path) -> dict[str, Path]:
     """The weights of further modules in a delta's folder, those of all tasks: file name to path."""
     return {name: path for name, path in _files(folder, None).items() if is_module_weights(name)}
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a name in a model's folder, with ``/`` after a folder inside, is that of a side file."""
+    folder, slash, file = name.partition("/")
+    known_suffix = PurePosixPath(name).suffix in _SIDE_SUFFIXES
+    if slash and _MODULE_FOLDER.fullmatch(folder):
+        return name.count("/") < _MOST_PARTS and (known_suffix or is_module_weights(name))
+    if slash:
+        return "/" not in file and _matches(name, _TEMPLATES)
+    return known_suffix and _matches(name, (*_MODEL, *_PROCESSOR, *_TEMPLATES, *_TOKENIZER, *_MODULES))
 
 
 def is_module_weights(name: str) -> bool:
@@ -256,16 +267,6 @@ def _may_hold_side_files(folder: str) -> bool:
     """By its name, which in a merged delta may begin with a task's."""
     name = folder.rpartition(".")[2]
     return _MODULE_FOLDER.fullmatch(name) is not None or name == "additional_chat_templates"
-
-
-def _is_side_file(name: str) -> bool:
-    folder, slash, file = name.partition("/")
-    known_suffix = PurePosixPath(name).suffix in _SIDE_SUFFIXES
-    if slash and _MODULE_FOLDER.fullmatch(folder):
-        return name.count("/") < _MOST_PARTS and (known_suffix or is_module_weights(name))
-    if slash:
-        return "/" not in file and _matches(name, _TEMPLATES)
-    return known_suffix and _matches(name, (*_MODEL, *_PROCESSOR, *_TEMPLATES, *_TOKENIZER, *_MODULES))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

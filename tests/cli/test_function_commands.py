@@ -23,19 +23,19 @@ FUNCTIONS = {
 }
 # Of every command: its arguments, and every option with another value than its default.
 LINES = {
-    "prune": "b f --output o --dtype int8 --weights_only --method magnitude --pruning_rate 0.5 --seed 3 --q 0.25 "
+    "prune": "b f --output o --overwrite --dtype int8 --weights_only --method magnitude --pruning_rate 0.5 --seed 3 --q 0.25 "
     "--method_settings.budget model --scope linear --include a.* b --exclude c --carry d e --outside revert --blocks g "
     "--calibration t.txt --calibration_samples 7 --base_revision v1 --finetuned_revision 2 --prefix m.",
-    "apply": "b d --output o --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
-    "export": "c --output o --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v --architecture A "
-    "--prefix p. --base b --base_revision v1 --method magnitude --pruning_rate 0.5 --seed 3 --q 0.5 "
+    "apply": "b d --output o --overwrite --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
+    "export": "c --output o --overwrite --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v "
+    "--architecture A --prefix p. --base b --base_revision v1 --method magnitude --pruning_rate 0.5 --seed 3 --q 0.5 "
     "--method_settings.budget model",
-    "merge": "b d1 d2 --output o --dense e --dtype bfloat16 --method ties --weights 0.5 w.json --tasks x y --scale 1.5 "
-    "--trim_rate 0.25 --base_revision v1",
+    "merge": "b d1 d2 --output o --overwrite --dense e --dtype bfloat16 --method ties --weights 0.5 w.json --tasks x y "
+    "--scale 1.5 --trim_rate 0.25 --base_revision v1",
     "inspect": "b f --json --revision v --calibration t.txt --calibration_samples 7 --pruning_rate 0.5 --labels "
     "--can_retrain --base_revision v1 --finetuned_revision v2",
-    "eval": "m --tasks t u --output o.json --log_samples --delta d --task t --dtype float32 --device cpu --batch_size 2 "
-    "--max_length 9 --include_path i --num_fewshot 1 --limit 3 --apply_chat_template",
+    "eval": "m --tasks t u --output o.json --overwrite --log_samples --delta d --task t --dtype float32 --device cpu "
+    "--batch_size 2 --max_length 9 --include_path i --num_fewshot 1 --limit 3 --apply_chat_template",
     "push": "d me/delta --revision v --private --commit_message hello",
     "plan": "m --revision v --parameters 7e9 --blocks 2 --outside 3 --devices 1 2 --device_gib 80 --weights bfloat16 "
     "--compute float32 --pruning_rate 0.5",

@@ -490,7 +490,8 @@ def test_sources_and_options_are_checked_first(tmp_path, sharded, glue, capsys):
     assert "no such checkpoint" in refused(capsys, tmp_path / "nowhere", *out)
     assert "checkpoints in it are" in refused(capsys, glue[0], *out)
     assert "give its folder or hub id with --config_from" in refused(capsys, folder, *out)
-    assert "has no config.json" in refused(capsys, folder, "--config_from", tmp_path, *out)
+    (tmp_path / "full").mkdir()
+    assert "has no config.json" in refused(capsys, folder, "--config_from", tmp_path / "full", *out)
     assert "--config_from" in refused(capsys, folder, "--config_from", tmp_path / "nowhere", *out)
     assert "--seed: only of a delta folder" in refused(capsys, full, "--seed", "1", *out)
     assert "no such model class" in refused(capsys, full, "--architecture", "BertForNothing", *out)
@@ -498,9 +499,8 @@ def test_sources_and_options_are_checked_first(tmp_path, sharded, glue, capsys):
     assert "1.5" in refused(capsys, full, "--pruning_rate", "1.5", *delta)
     assert "needs calibration data" in refused(capsys, full, "--method", "wanda", *delta)
     assert "nowhere" in refused(capsys, full, "--base", tmp_path / "nowhere", *out)
-    (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    assert "is not empty" in refused(capsys, full, "--output", tmp_path / "full")
+    assert "holds mine.txt, not a model" in refused(capsys, full, "--output", tmp_path / "full")
     assert os.listdir(tmp_path) == ["full"]
 
 

@@ -231,7 +231,11 @@ def test_outputs_are_never_overwritten(bert, capsys):
     assert main(["prune", base, tuned, "--output", str(place / "mine")]) == 2
     assert "not overwritten" in capsys.readouterr().err
     assert main(["prune", base, tuned, "--output", str(place / "delta")]) == 0
-    assert main(["prune", base, tuned, "--pruning_rate", "0.5", "--output", str(place / "delta")]) == 0
+    again = ["prune", base, tuned, "--pruning_rate", "0.5", "--output", str(place / "delta")]
+    assert main(again) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert SparseDelta.from_pretrained(place / "delta").pruning_rate == 0.9
+    assert main([*again, "--overwrite"]) == 0
     assert main(["apply", base, str(place / "delta"), "--output", base]) == 2
     assert main(["apply", base, str(place / "delta"), "--output", str(place / "delta")]) == 2
     assert SparseDelta.from_pretrained(place / "delta").pruning_rate == 0.5

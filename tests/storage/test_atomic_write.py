@@ -42,8 +42,12 @@ def system(request, monkeypatch):
     return request.param
 
 
-def write(folder, text, **settings):
-    with atomic_folder(folder, replaces="mark", **settings) as temporary:
+def anything():
+    """No check: whatever is there may be replaced."""
+
+
+def write(folder, text, check=anything):
+    with atomic_folder(folder, check) as temporary:
         (temporary / "mark").write_text(text)
         (temporary / "inner").mkdir()
         (temporary / "inner" / "file").write_text(text)
@@ -62,14 +66,14 @@ def test_a_folder_appears_and_is_replaced_whole(system, tmp_path):
 
 def test_an_empty_folder_is_taken(system, tmp_path):
     (tmp_path / "out").mkdir()
-    write(tmp_path / "out", "text", empty=True)
+    write(tmp_path / "out", "text")
     assert (tmp_path / "out" / "mark").read_text() == "text"
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_block_that_fails_leaves_what_was_there(system, tmp_path):
     write(tmp_path / "out", "old")
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", replaces="mark") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", anything) as temporary:
         (temporary / "mark").write_text(str(1 / 0))
     assert (tmp_path / "out" / "mark").read_text() == "old"
     with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "file.txt") as path:
@@ -77,19 +81,24 @@ def test_a_block_that_fails_leaves_what_was_there(system, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_is_no_older_output_is_never_replaced(system, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "text").write_text("x")
-    (tmp_path / "file").write_text("x")
-    for name, settings, message in (
-        ("thesis", {}, "holds no mark"),
-        ("thesis", {"empty": True}, "is not empty"),
-        ("file", {}, "is not empty"),
-    ):
-        with pytest.raises(FileExistsError, match=message):
-            write(tmp_path / name, "new", **settings)
-    assert sorted(os.listdir(tmp_path)) == ["file", "thesis"]
-    assert (tmp_path / "thesis" / "text").read_text() == (tmp_path / "file").read_text() == "x"
+def test_what_came_meanwhile_is_checked_before_it_would_be_replaced(system, tmp_path):
+    calls = []
+
+    def check():
+        calls.append((tmp_path / "out").exists())
+        if calls[-1]:
+            raise FileExistsError("in the way")
+
+    def write_while_another_does():
+        with atomic_folder(tmp_path / "out", check) as temporary:
+            (temporary / "mark").write_text("new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "notes").write_text("x")
+
+    with pytest.raises(FileExistsError, match="in the way"):
+        write_while_another_does()
+    assert calls == [False, True]
+    assert (os.listdir(tmp_path), os.listdir(tmp_path / "out")) == (["out"], ["notes"])
 
 
 def test_a_folder_whose_name_cannot_be_taken_keeps_its_old_contents(system, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.output_folder import DELTA, check_output
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tasks.common.module import ScoredModule
 from dpp_lightning.tasks.common.pretrained import check_pretrained, loading
@@ -185,6 +186,9 @@ class AdaMergingModule(ScoredModule):
         """Check now, not after hours, that the output folder can be written."""
         if self.trainer.is_global_zero:
             check_writable(self._folder())
+            deltas = [(f"model.deltas.{task}", delta) for task, delta in self.deltas.items()]
+            inputs = [("model.pretrained", self.pretrained), *deltas]
+            check_output(self._folder() / DELTA_FOLDER, DELTA, overwrite=True, inputs=inputs)
 
     def on_train_end(self) -> None:
         """Write the coefficients and the merged delta."""
@@ -194,7 +198,7 @@ class AdaMergingModule(ScoredModule):
         with atomic_file(folder / COEFFICIENTS_FILE) as path:
             path.write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
         deltas = list(self.deltas.values())
-        settings: dict[str, Any] = {"tasks": self.tasks, "base_revision": self.revision}
+        settings: dict[str, Any] = {"tasks": self.tasks, "base_revision": self.revision, "overwrite": True}
         merge_checkpoints(self.pretrained, deltas, folder / DELTA_FOLDER, "adamerging", weights, **settings)
         rank_zero_info(f"coefficients and merged delta are in {folder}")
 
