@@ -76,8 +76,6 @@ def export_to_folder(
         spec = PruningSpec(**{**of_a_delta, "method_settings": method_settings or {}}, dtype=dtype)
         _check_delta(spec, base, base_revision, output)
     check_checkpoint(checkpoint, "CHECKPOINT")
-    inputs = ("CHECKPOINT", checkpoint), ("--base", base), ("--config_from", config_from)
-    check_output(output, DELTA if base else DENSE, overwrite=overwrite, inputs=inputs, argument="--output")
     check_configuration(config_from, "--config_from", config_revision)
     from dpp_lightning.export.plan import plan_export
     from dpp_lightning.export.write import export_checkpoint, export_delta
@@ -90,6 +88,8 @@ def export_to_folder(
         prefix=prefix,
         dtype=None if base else dtype,
     )
+    inputs = ("CHECKPOINT", checkpoint), ("--base", base), ("the configuration's source", plan.source)
+    check_output(output, DELTA if base else DENSE, overwrite=overwrite, inputs=inputs, argument="--output")
     with progress_bar("exporting") as progress:
         if base is None or spec is None:
             folder = export_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpp_lightning.cli.choices import DtypeName
@@ -66,8 +67,8 @@ def merge_to_folder(
     inputs = [("BASE", base), *(("DELTAS", delta) for delta in deltas)]
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     if dense is not None:
-        inputs.append(("--output", output))
-        check_output(dense, DENSE_OF_TASKS, overwrite=overwrite, inputs=inputs, argument="--dense")
+        others = [*inputs, ("--output", Path(output))]
+        check_output(dense, DENSE_OF_TASKS, overwrite=overwrite, inputs=others, argument="--dense")
     check_model(base, "BASE", base_revision, order=_ORDER)
     for delta in deltas:
         check_delta(delta, "DELTAS", order=_ORDER)

@@ -101,7 +101,8 @@ def check_output(
         output: folder that is to be written.
         kind: what is to be in it.
         overwrite: replace an older one of this kind.
-        inputs: what is read, by the user's name for it and as a path or hub id; None for what is not given.
+        inputs: what is read, by the user's name for it and as a path or hub id (a ``Path`` is of this machine); None
+            for what is not given.
         argument: what the user calls the output, such as ``--output``.
         also: names of further files that the new folder has and an older one may have.
 
@@ -148,7 +149,7 @@ def output_folder(
 
 def _check_apart(folder: Path, output: str | Path, source: str | Path, name: str, other: str) -> None:
     """Refuse an output that is, holds or lies in an input, or would hide a repository of the hub."""
-    if (repository := hub_id(source)) is not None:
+    if isinstance(source, str) and (repository := hub_id(source)) is not None:
         first, here = Path(repository).parts[0], real_path(".")
         if folder.is_relative_to(here) and folder.relative_to(here).parts[:1] == (first,):
             raise ValueError(f"{name} makes a folder {first}, which hides the hub's {other}: name another folder")
