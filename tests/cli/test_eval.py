@@ -184,6 +184,25 @@ def test_another_base_a_classifier_and_answers_without_room_are_refused(models, 
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_result_is_replaced_on_request_and_no_other_file_ever(models, tmp_path, harness, capsys):
+    base, _ = models
+    output, model = tmp_path / "x.json", Path(base, "config.json")
+    assert run_eval(base, output) == 0
+    output.write_text(output.read_text().replace(base, "an earlier model"))
+    first, config = output.read_text(), model.read_bytes()
+    capsys.readouterr()
+    assert run_eval(base, output, "--limit", "2") == 2
+    assert "x.json holds a result already: give --overwrite to replace it" in capsys.readouterr().err
+    assert output.read_text() == first
+    assert run_eval(base, output, "--limit", "2", "--overwrite") == 0
+    assert json.loads(output.read_text())["dpp"]["model"] == base
+    for other in (model, Path(base, "model.safetensors")):
+        assert run_eval(base, other, "--overwrite") == 2
+        assert f"--output {other} is no result of dpp eval and is not overwritten" in capsys.readouterr().err
+    assert model.read_bytes() == config
+    assert len(harness) == 2
+
+
 # --- what is scored -------------------------------------------------------------------------------------------------
 
 

@@ -265,6 +265,17 @@ def test_what_cannot_work_is_one_line_before_a_model_is_built(arguments, said, h
     assert said in line
 
 
+@pytest.mark.parametrize(("one", "other"), [("x", "./x"), ("x/", "y/../x"), ("link", "x"), ("~/x", "x")])
+def test_one_folder_in_two_spellings_is_one(one, other, here, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    (here / "x").mkdir()
+    (here / "y").mkdir()
+    (here / "link").symlink_to("x")
+    callbacks = f"[{PRUNING % ('dp', one)}, {PRUNING % ('dare', other)}, {PRUNING % ('dppa', 'z')}]"
+    assert main(["fit", *TOY, f"--trainer.callbacks={callbacks}"]) == 2
+    assert "lists 3 DeltaPruneCallbacks that write into one folder" in capsys.readouterr().err
+
+
 def test_two_prunings_into_two_folders_are_taken(here, capsys):
     callbacks = f"[{PRUNING % ('dp', 'x')}, {PRUNING % ('dare', 'y')}]"
     assert len(composed(capsys, "fit", *TOY, f"--trainer.callbacks={callbacks}")["trainer"]["callbacks"]) == 2

@@ -176,6 +176,23 @@ def test_bad_input_to_adamerging(tasks, tmp_path):
         make_trainer(tmp_path, max_steps=1).fit(module, GLUEMixDataModule(path=data))
 
 
+@pytest.mark.parametrize("case", ["an input", "a file of the user's"])
+def test_adamerging_refuses_an_output_that_it_could_not_replace_before_the_fit(tasks, tmp_path, case):
+    base, data, folders = tasks
+    SparseDelta.from_pretrained(folders["sst2"]).save_pretrained(tmp_path / "m" / "delta")
+    if case == "an input":
+        module = AdaMergingModule({"sst2": str(tmp_path / "m" / "delta")}, base, output_dir=str(tmp_path / "m"))
+        said = "is the same folder as model.deltas.sst2"
+    else:
+        (tmp_path / "m" / "delta" / "notes.txt").write_text("x")
+        module = AdaMergingModule({"sst2": folders["sst2"]}, base, output_dir=str(tmp_path / "m"))
+        said = "other files beside a delta, notes.txt, and is not overwritten"
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with pytest.raises((ValueError, FileExistsError), match=said):
+        trainer.fit(module, GLUEMixDataModule(path=data))
+    assert trainer.global_step == 0
+
+
 def run_test(base, data, task, *arguments):
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     model = ["--model", "GLUEModule", f"--model.task={task}", f"--model.pretrained={base}"]
