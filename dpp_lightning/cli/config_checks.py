@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from pydoc import locate
 from typing import Any
 
@@ -17,12 +19,14 @@ from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
 from dpp_lightning.storage.locate import hub_id, local_folder, local_path
+from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.same_place import same_place
 from dpp_lightning.storage.source_kind import check_checkpoint, check_delta, check_model
 from dpp_lightning.tasks.causal_lm.source import FILES
 from dpp_lightning.tasks.common.dataset_source import check_data_source
 
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader"}
+_LONGEST_LINE = 1 << 24  # bytes of a prediction that are looked at
 _RESOLVED_LATER = re.compile("last$|hpc$|registry|.*://")  # words and addresses that Lightning finds a checkpoint by
 
 
@@ -35,10 +39,13 @@ def check_config(command: str, config: Namespace) -> None:
 
     Raises:
         UsageError: no data, a checkpoint that does not exist, a callback listed twice, a strategy of an unknown name.
+        ValueError, FileExistsError: an output of predictions that is not to be written.
     """
     if config.trainer.get("num_nodes", 1) == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _check_checkpoint(config.get("ckpt_path"))  # several nodes ask one another first, see SameCheckpoint
     _check_data(command, config)
+    if command == "predict" and config.get("output") is not None:
+        _check_predictions(config)
     _check_callbacks(listed(config.trainer.get("callbacks")))
     _resolve_strategy(config.trainer)
 
@@ -125,6 +132,26 @@ def _check_data(command: str, config: Namespace) -> None:
             f"--data is missing: {model.__name__} loads no data itself. Name a data module (--data CLASS), or give a "
             "config that does (dpp configs lists them)"
         )
+
+
+def _check_predictions(config: Namespace) -> None:
+    """Refuse a file of predictions that is read in the same run, or that is there and not to be replaced."""
+    data = config.get("data")
+    of_data = _settings(data) if isinstance(data, Namespace) else {}
+    read = [(f"data.{name}", value) for name, value in of_data.items() if isinstance(value, str)]
+    inputs = [("--ckpt_path", config.get("ckpt_path")), *read]
+    check_output_file(config.output, "predictions", _holds_predictions, overwrite=config.overwrite, inputs=inputs)
+
+
+def _holds_predictions(file: Path) -> bool:
+    """Whether a file's first line is one that :class:`WritePredictions` writes; nothing is one too."""
+    with file.open("rb") as lines:
+        first = lines.readline(_LONGEST_LINE)
+    try:
+        line = json.loads(first) if first else {"index": 0}
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(line, dict) and type(line.get("index")) is int and next(iter(line)) in ("index", "dataloader")
 
 
 def _settings(chosen: Namespace) -> dict[str, Any]:

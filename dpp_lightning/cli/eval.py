@@ -24,6 +24,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
+from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.source_kind import check_delta, check_model
 from dpp_lightning.storage.tokenizer_files import check_vocabulary
 from dpp_lightning.tensors.names import canonical_names
@@ -76,7 +77,8 @@ def evaluate_model(
     at_least = {"num_fewshot": (num_fewshot, 0), "limit": (limit, 1), "batch_size": (batch_size, 1)}
     _check_numbers({**at_least, "max_length": (max_length, 2)})
     _check_paths(delta, task, include_path)
-    _check_output(Path(output), overwrite=overwrite)
+    check_output_file(output, "results of dpp eval", _is_result, overwrite=overwrite)
+    check_writable(Path(output).parent)
     device = _usable_device(device)
     _check_harness()
     check_model(model, "MODEL", order=_ORDER, config=True)
@@ -134,24 +136,6 @@ def _check_paths(delta: str | None, task: str | None, include_path: str | None) 
         raise ValueError(f"--task {task} chooses a task of a merged delta: give --delta DELTA too, or leave it")
     if include_path and not Path(include_path).is_dir():
         raise not_found(include_path, "folder", "--include_path")
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a file that cannot be written or is not to be replaced, before anything is read.
-
-    Raises:
-        ValueError: it is a folder, or cannot be written.
-        FileExistsError: there is such a file, which is no result, or is not asked to be replaced.
-    """
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder, expected a file such as {output}/eval.json")
-    if output.exists() and not _is_result(output):
-        raise FileExistsError(f"--output {output} is no result of dpp eval and is not overwritten: name another file")
-    if output.exists() and not overwrite:
-        raise FileExistsError(
-            f"--output {output} holds a result already: give --overwrite to replace it, or name another file"
-        )
-    check_writable(output.parent)
 
 
 def _is_result(file: Path) -> bool:

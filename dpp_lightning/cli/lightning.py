@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentError
 from typing import Any, cast
 
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -167,12 +167,19 @@ class DPPCLI(LightningCLI):
         return parser
 
     def add_options(self, parser: LightningArgumentParser, command: str) -> None:
-        """``--delta`` and ``--task`` where weights are used and not trained, ``--output`` of predictions."""
+        """``--delta`` and ``--task`` where weights are used and not trained, ``--output`` and
+        ``--overwrite`` of predictions."""
         if command != "fit":
             parser.add_argument("--delta", type=str | None, help="delta folder or hub id that is put onto the base")
             parser.add_argument("--task", type=str | None, help="of a merged delta, the one whose head is taken")
         if command == "predict":
-            parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines")
+            parser.add_argument("--output", type=str | None, help="file of the predictions, JSON lines; a new one")
+            parser.add_argument(
+                "--overwrite",
+                action=ActionYesNo,
+                default=False,
+                help="replace earlier predictions in that file; any other file is refused all the same",
+            )
 
     def before_instantiate_classes(self) -> None:
         """Add the callbacks of options, check sources of data and weights, and keep the config of an earlier fit."""

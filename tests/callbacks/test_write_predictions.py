@@ -96,3 +96,31 @@ def test_dpp_predict_writes_them_by_itself(tmp_path, monkeypatch, capsys):
     assert [line["question"] for line in lines] == [row["question"] for row in rows]
     assert set(lines[0]) == {"index", "question", "generated", "answer", "expected", "correct"}
     assert [line["expected"] for line in lines] == [row["answer"].split("#### ")[1] for row in rows]
+
+
+def test_dpp_predict_replaces_predictions_on_request_and_no_other_file_ever(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base, rows = save_decoder(tmp_path / "base"), make_rows(4)
+    train, test = (write_rows(tmp_path / f"{split}.jsonl", rows) for split in ("train", "test"))
+    (tmp_path / "run.yaml").write_text(
+        "trainer: {accelerator: cpu, logger: false}\n"
+        f"model: {{class_path: CausalLMModule, init_args: {{pretrained: {base}, max_new_tokens: 2}}}}\n"
+        f"data: {{class_path: InstructionDataModule, init_args: {{path: {train}, test_path: {test}, prompt: plain, "
+        "max_length: 64}}\n"
+    )
+    (tmp_path / "out.jsonl").write_text('{"index": 0, "question": "of an earlier model"}\n')
+    (tmp_path / "link.jsonl").symlink_to("test.jsonl")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    predict = ["predict", "--config", "run.yaml", "--output"]
+    for words, said in (
+        (["out.jsonl"], "--output out.jsonl holds predictions already: give --overwrite to replace it"),
+        (["./test.jsonl", "--overwrite"], "--output ./test.jsonl is the same file as data.test_path"),
+        (["link.jsonl", "--overwrite"], "--output link.jsonl is the same file as data.test_path"),
+        (["run.yaml", "--overwrite"], "--output run.yaml is there and holds no predictions, so that it is not"),
+        (["base", "--overwrite"], "--output base is a folder, expected a file in it"),
+    ):
+        assert main([*predict, *words]) == 2
+        assert said in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert main([*predict, "out.jsonl", "--overwrite"]) == 0
+    assert [line["question"] for line in lines_of(tmp_path / "out.jsonl")] == [row["question"] for row in rows]

@@ -116,7 +116,7 @@ def run_eval(model, output, *options):
         (["--task", "sst2"], "--task sst2 chooses a task of a merged delta: give --delta DELTA"),
         (["--include_path", "nowhere"], "--include_path nowhere: no such folder"),
         (["--output", "/proc/nowhere/x.json"], "cannot write into /proc/nowhere"),
-        (["--output", "."], "--output . is a folder, expected a file"),
+        (["--output", "."], "--output . is a folder, expected a file in it"),
         (["--device", "cuba"], "--device cuba cannot be used here"),
     ],
 )
@@ -192,13 +192,16 @@ def test_a_result_is_replaced_on_request_and_no_other_file_ever(models, tmp_path
     first, config = output.read_text(), model.read_bytes()
     capsys.readouterr()
     assert run_eval(base, output, "--limit", "2") == 2
-    assert "x.json holds a result already: give --overwrite to replace it" in capsys.readouterr().err
+    assert "x.json holds results of dpp eval already: give --overwrite to replace it" in capsys.readouterr().err
     assert output.read_text() == first
     assert run_eval(base, output, "--limit", "2", "--overwrite") == 0
     assert json.loads(output.read_text())["dpp"]["model"] == base
     for other in (model, Path(base, "model.safetensors")):
         assert run_eval(base, other, "--overwrite") == 2
-        assert f"--output {other} is no result of dpp eval and is not overwritten" in capsys.readouterr().err
+        assert (
+            f"--output {other} is there and holds no results of dpp eval, so that it is not overwritten"
+            in capsys.readouterr().err
+        )
     assert model.read_bytes() == config
     assert len(harness) == 2
 
