@@ -14,7 +14,7 @@ from dpp_lightning.delta.folder import DeltaReader, delta_bytes
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
-from dpp_lightning.storage.output_folder import DELTA, DENSE_OF_TASKS, check_output, output_folder
+from dpp_lightning.storage.output_folder import DELTA, DENSE_OF_TASKS, Inputs, check_output, output_folder
 from dpp_lightning.storage.source_kind import check_delta, check_model
 
 _ORDER = "dpp merge BASE DELTA DELTA ..."
@@ -64,11 +64,11 @@ def merge_to_folder(
         base_revision: branch, tag or commit where the base is a hub id
     """
     weight_of_each = read_weights([str(weight) for weight in weights])
-    inputs = [("BASE", base), *(("DELTAS", delta) for delta in deltas)]
+    inputs: Inputs = [("BASE", base), *(("DELTAS", delta) for delta in deltas)]
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     if dense is not None:
-        others = [*inputs, ("--output", Path(output))]
-        check_output(dense, DENSE_OF_TASKS, overwrite=overwrite, inputs=others, argument="--dense")
+        inputs = [*inputs, ("--output", Path(output))]
+        check_output(dense, DENSE_OF_TASKS, overwrite=overwrite, inputs=inputs, argument="--dense")
     check_model(base, "BASE", base_revision, order=_ORDER)
     for delta in deltas:
         check_delta(delta, "DELTAS", order=_ORDER)

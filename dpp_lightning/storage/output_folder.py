@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,8 +196,12 @@ def _check_parent(folder: Path, name: str) -> None:
     above = next(parent for parent in folder.parents if parent.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{name} cannot be made: {above} is a file; name another folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"{name} cannot be made: this user may not write into {above}; name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        cause = error.strerror or error
+        raise PermissionError(f"{name} cannot be made: cannot write into {above}: {cause}; name another folder") from error
 
 
 def _contents(folder: Path) -> Iterator[str]:

@@ -208,10 +208,14 @@ def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_may_not_be_written_is_known_at_once(tmp_path, monkeypatch):
+    def refuse(dir):  # the superuser may write anywhere
+        raise PermissionError(13, "Permission denied", str(dir))
+
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "mine")  # the superuser may write anywhere
-    with pytest.raises(PermissionError, match="may not write into"):
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match=r"^output \S+ cannot be made: cannot write into \S+mine: Permission denied;"):
         check_output(tmp_path / "mine" / "new", DELTA)
+    assert os.listdir(tmp_path / "mine") == []
 
 
 def test_what_came_meanwhile_is_kept(tmp_path):
