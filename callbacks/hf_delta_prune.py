@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal, cast
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
-from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
-from dpp_lightning.callbacks.prune_run.fit_notices import tell_earlier_run
+from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
+from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
 from dpp_lightning.callbacks.prune_run.hf_passes import HFForwardFn, HFPasses, calibration_batch
 from dpp_lightning.callbacks.prune_run.hf_run import HFPruneRun
+from dpp_lightning.callbacks.prune_run.hf_trainer_checks import (
+    check_hf_trainer,
+    go_last,
+    hf_folder,
+    pruning_callbacks,
+)
+from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, LogReporter, Reporter
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
@@ -44,7 +53,12 @@ class HFDeltaPruneCallback(TrainerCallback):
 
     The passes leave the trainer's state (best metric, log history, step) as it is, and no other callback acts in them.
     At the end the trainer's loggers get ``dpp/{method}/{rate}/{monitor}`` (mean over seeds) and ``…_std``. What lies in
-    ``output_dir`` is as with :class:`~dpp_lightning.callbacks.DeltaPruneCallback`.
+    ``output_dir`` is as with :class:`~dpp_lightning.callbacks.DeltaPruneCallback`. Several callbacks in one trainer
+    need an ``output_dir`` each. Under DDP (``torchrun``, ``accelerate launch``) all processes prune and score together,
+    and the first one writes.
+
+    Training that resumes from a checkpoint finds its base again if this callback is attached in both trainings while
+    the model holds the base: the checkpoint's ``trainer_state.json`` has the base's fingerprint, which is compared.
 
     Args:
         method: one or several names of ``METHODS``.
@@ -54,8 +68,8 @@ class HFDeltaPruneCallback(TrainerCallback):
         mode: whether ``max`` or ``min`` is best.
         output_dir: default: ``deltas`` in the trainer's ``output_dir``. An earlier run in it is moved into a folder
             ``earlier-1`` there, and so on.
-        pretrained: folder or hub id of the base; default the values that the model has when training begins. Training
-            that resumes from a checkpoint needs it. What that checkpoint lacks, such as a new head, is carried.
+        pretrained: folder or hub id of the base; default the values that the model has when training begins, or when
+            the callback was attached if training resumes. What it lacks, such as a new head, is carried.
         revision: branch, tag or commit of a hub id.
         objective: what q is searched by: ``output_change`` (no labels) or ``metric`` on ``calibration_dataset``.
         calibration_samples: how many items the output change is measured on.
@@ -70,8 +84,13 @@ class HFDeltaPruneCallback(TrainerCallback):
         dtype: of the kept values in the files; default the model's.
         method_settings: a method's own settings under its name.
         apply: leave the pruned model (one method, rate and seed) in the trainer.
+        plot: also plot score and output change over q for each rate, ``q_curve.png``: True for the first method, or a
+            method's name.
+        resume: keep the rows that ``results.jsonl`` has of the same weights and settings, and make the others. The file
+            of another run is refused.
         save_deltas: write delta folders; ``results.jsonl`` is written anyhow.
         lora: how a PEFT model is pruned: ``adapter`` or ``merged``, see ``DeltaPruneCallback``.
+        push_to_hub, hub_private: upload the delta folders to the hub at the end, see ``DeltaPruneCallback``.
 
     Attributes:
         settings: the arguments, checked.
@@ -80,8 +99,9 @@ class HFDeltaPruneCallback(TrainerCallback):
 
     Raises:
         ValueError: at construction or before the first step, if the settings contradict each other, the trainer was not
-            attached, the metric is not evaluated, calibration data cannot be had, training resumes without
-            ``pretrained``, there are several processes, or weights cannot be pruned.
+            attached, the metric is not evaluated, calibration data cannot be had, training resumes from a base that
+            nothing tells, weights are in shards (FSDP, DeepSpeed) or cannot be pruned, two callbacks share a folder, or
+            an upload is bound to fail.
     """
 
     def __init__(
@@ -109,8 +129,12 @@ class HFDeltaPruneCallback(TrainerCallback):
         dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
         method_settings: dict[str, dict[str, str | float]] | None = None,
         apply: bool = False,
+        plot: bool | str = False,
+        resume: bool = False,
         save_deltas: bool = True,
         lora: AdapterView | None = None,
+        push_to_hub: str | None = None,
+        hub_private: bool | None = None,
     ) -> None:
         self.settings = PruneSettings(
             methods=as_tuple(method), rates=tuple(map(float, as_tuple(pruning_rate))), seeds=as_tuple(seeds),
@@ -118,8 +142,8 @@ class HFDeltaPruneCallback(TrainerCallback):
             objective=objective, calibration_samples=calibration_samples, calibration_dataloader=None,
             output_layer=output_layer, output_measure=output_measure, forward_fn=forward_fn,
             scope=Scope.of(scope, include, exclude, outside, carry, blocks), dtype=dtype,
-            method_settings=method_settings or {}, apply=apply, ckpt="last", plot=False, resume=False,
-            save_deltas=save_deltas, lora=lora, push_to_hub=None, hub_private=None,
+            method_settings=method_settings or {}, apply=apply, ckpt="last", plot=plot, resume=resume,
+            save_deltas=save_deltas, lora=lora, push_to_hub=push_to_hub, hub_private=hub_private,
             callback="HFDeltaPruneCallback",
         )  # fmt: skip
         self.calibration_dataset = calibration_dataset
@@ -131,7 +155,9 @@ class HFDeltaPruneCallback(TrainerCallback):
         self.reporter: Reporter = LogReporter()
         self.results: list[Result] = []
         self._trainer: Trainer | None = None
-        self._base: BaseWeights | None = None
+        self._base: BaseWeights | None = None  # of the training that goes on; before, what the model was attached with
+        self._trained: weakref.ref[nn.Module] | None = None  # the model of the last training that began
+        self._goes_on = False
         self._batch: Any = None
         self._source = ""
 
@@ -144,9 +170,11 @@ class HFDeltaPruneCallback(TrainerCallback):
         Returns:
             This callback.
         """
-        self._trainer = trainer
+        self._trainer, self._base, self._goes_on = trainer, None, False
+        if self.settings.pretrained is None and has_weights(self._model):
+            self._base = BaseWeights.from_module(self._model)
         if not any(callback is self for callback in trainer.callback_handler.callbacks):
-            trainer.add_callback(self)
+            trainer.callback_handler.callbacks.append(self)  # add_callback warns of a second one of a class
         return self
 
     def on_train_begin(
@@ -156,31 +184,47 @@ class HFDeltaPruneCallback(TrainerCallback):
         if self._trainer is None:
             raise ValueError(f"HFDeltaPruneCallback does not know its trainer; write {_ATTACH}")
         trainer, settings = self._trainer, self.settings
-        _check_trainer(trainer, settings, state)
+        if trainer.args.world_size > 1:  # a launcher may have started this process after Lightning looked for its rank
+            rank_zero_only.rank = trainer.args.process_index  # type: ignore[attr-defined]
+        check_hf_trainer(trainer, settings, state)
         warn_of_direction(settings)
-        self._check_folder()
-        _go_last(trainer, self)
+        self._check_output(trainer)
+        go_last(trainer, self)
         model, optimizers = self._model, self._optimizers()
         find_adapter(model, settings.lora)
-        self._base = BaseWeights.take(model, settings.pretrained, settings.revision, settings.scope)
-        self._base.adopt_optimizer_copies(model, optimizers)
+        self._take_base(model, state)
         with self._adapter_view() as base:
-            base.check_complete(model, new_names(model, optimizers))
+            check_base(base, model, new_names(model, optimizers), settings, state)
             self._check_scope(base)
-        passes = self._passes()
-        passes.check_monitor()
-        self._take_calibration_data(passes)
+            passes = self._passes()
+            passes.check_monitor()
+            self._take_calibration_data(passes)
+        self._goes_on = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
         assert self._base is not None
-        settings = self.settings
+        assert self._trainer is not None
         for optimizer in self._optimizers():
             if callable(getattr(optimizer, "eval", None)):  # a schedule-free one, whose weights for evaluation differ
                 optimizer.eval()
         self._base.convert_like(self._model)
+        try:
+            self._prune()
+        except KeyboardInterrupt:
+            rank_zero_warn(
+                "pruning was stopped; the deltas finished so far are in "
+                f"{hf_folder(self.settings, self._trainer)}, and the model holds the fine-tuned weights"
+            )
+            raise
+        finally:
+            self._base, self._goes_on = None, False
+
+    def _prune(self) -> None:
+        assert self._trainer is not None
+        settings = self.settings
         with self._adapter_view(keep=settings.apply) as base:
             new = new_names(self._model, self._optimizers())
             scope = self._scope()
@@ -188,11 +232,10 @@ class HFDeltaPruneCallback(TrainerCallback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
             run = HFPruneRun(
-                settings, self._passes(), base, scope, new, self._batch, labelled, self._source, self._folder,
-                self.reporter,
+                settings, self._passes(), base, scope, new, self._batch, labelled, self._source,
+                hf_folder(settings, self._trainer), self.reporter,
             )  # fmt: skip
             self.results = run.run()
-        self._base = None
 
     @property
     def _model(self) -> nn.Module:
@@ -200,10 +243,21 @@ class HFDeltaPruneCallback(TrainerCallback):
         model: Any = self._trainer.model
         return cast(nn.Module, model)
 
-    @property
-    def _folder(self) -> Path:
-        assert self._trainer is not None
-        return Path(self.settings.output_dir or Path(str(self._trainer.args.output_dir)) / "deltas")
+    def _take_base(self, model: nn.Module, state: TrainerState) -> None:
+        """Settle the base, and say where it is what an earlier training left in the model."""
+        settings, optimizers = self.settings, self._optimizers()
+        again = self._trained is not None and self._trained() is model
+        goes_on = self._goes_on and again
+        kept = self._base if goes_on or state.global_step else None
+        self._base, self._trained, self._goes_on = None, weakref.ref(model), False
+        if again and not state.global_step and settings.pretrained is None:
+            rank_zero_info(
+                "the earlier training did not end: its base is that of this one too"
+                if goes_on
+                else "the base of this training is what the earlier one left in the model, not the base of that one; "
+                f"{ASK_FOR_PRETRAINED} keeps one base for both"
+            )
+        self._base = settle_base(model, settings, state, optimizers, kept, goes_on=goes_on)
 
     def _optimizers(self) -> list[Any]:
         """The trainer's optimizer, without accelerate's wrapper."""
@@ -235,9 +289,18 @@ class HFDeltaPruneCallback(TrainerCallback):
             if METHODS[method].by_blocks:
                 check_method(f"{method} goes", scope.placed(pruned))
 
-    def _check_folder(self) -> None:
-        check_writable(self._folder)
-        tell_earlier_run(self._folder, RESULTS_FILE)
+    def _check_output(self, trainer: Trainer) -> None:
+        """Refuse a folder that cannot be written or that another callback writes into, and an upload that must fail."""
+        settings, several = self.settings, pruning_callbacks(trainer)
+        check_several(several, [hf_folder(other, trainer) for other in several])
+        if not trainer.is_world_process_zero():
+            return
+        folder = hf_folder(settings, trainer)
+        check_writable(folder)
+        if not settings.resume:
+            tell_earlier_run(folder, RESULTS_FILE)
+        if settings.push_to_hub is not None:
+            check_can_upload()
 
     def _take_calibration_data(self, passes: HFPasses) -> None:
         """Take and try the data that the methods need, so that what is wrong with it is known now."""
@@ -246,7 +309,7 @@ class HFDeltaPruneCallback(TrainerCallback):
         if settings.fits and settings.objective == "metric":
             self._source = "calibration_dataset"
         by_change = settings.fits and settings.objective == "output_change"
-        if not (by_change or settings.needs_inputs or settings.methods_with_gradients):
+        if not (by_change or settings.plot or settings.needs_inputs or settings.methods_with_gradients):
             return
         self._batch, source = calibration_batch(passes.trainer, self.calibration_dataset, settings.calibration_samples)
         self._source = self._source or source
@@ -258,39 +321,11 @@ class HFDeltaPruneCallback(TrainerCallback):
                 passes.output_gradients(self._batch)
         except Exception as error:  # of the user's model, in any way
             fault = " ".join(str(error).split())
+            cure = (
+                ""
+                if "forward_fn" in fault
+                else "; if the model is not called with a batch's items, pass forward_fn=(model, batch) -> logits"
+            )
             raise ValueError(
-                f"the calibration batch ({source}) cannot be used: {type(error).__name__}: {fault}"
+                f"the calibration batch ({source}) cannot be used: {type(error).__name__}: {fault}{cure}"
             ) from error
-
-
-def _check_trainer(trainer: Trainer, settings: PruneSettings, state: TrainerState) -> None:
-    """Refuse a trainer that cannot do what the settings ask for.
-
-    Raises:
-        ValueError: several processes, weights that are hidden or not the base's, or nothing to evaluate.
-    """
-    if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "HFDeltaPruneCallback runs in one process that holds whole weights, without DeepSpeed or FSDP: leave it "
-            "out, save the model, and take `dpp prune BASE FINETUNED`"
-        )
-    if trainer.hp_search_backend is not None:
-        raise ValueError("leave HFDeltaPruneCallback out of hyperparameter_search; attach it for the final training")
-    if trainer.eval_dataset is None and type(trainer).get_eval_dataloader is Trainer.get_eval_dataloader:
-        raise ValueError("HFDeltaPruneCallback scores by Trainer.evaluate: give the Trainer an eval_dataset")
-    model: Any = trainer.model
-    if not has_weights(model):
-        raise ValueError(f"{type(model).__name__} holds no weights yet, so there is no base to take")
-    if state.global_step > 0 and settings.pretrained is None:
-        raise ValueError(
-            f"training resumes at step {state.global_step}, so the model no longer holds the base: pass "
-            "HFDeltaPruneCallback(pretrained=<folder or hub id of the base>)"
-        )
-
-
-def _go_last(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Put a callback behind those that may still change weights, and before those that close their logs at the end."""
-    others = [c for c in trainer.callback_handler.callbacks if c is not callback]
-    loggers = [c for c in others if type(c).__module__.startswith("transformers.integrations")]
-    rest = [c for c in others if c not in loggers]
-    trainer.callback_handler.callbacks = [*rest, callback, *loggers]  # a new list: the old one is being gone through

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 PREFIX = "eval_"  # of every metric of Trainer.evaluate
+_IGNORED = -100  # label of a token that the loss leaves out, as padding is
 _OF_SPEED = ("_runtime", "_per_second", "_time")  # ends of the names of those that are no score
 HFForwardFn = Callable[[nn.Module, Any], Tensor]
 
@@ -30,7 +32,7 @@ class HFPasses:
     """Passes of ``Trainer.evaluate`` and forwards of its model.
 
     No callback acts in them, so nothing is logged, saved or stopped; state, control, random generators and the modes of
-    the modules are as before.
+    the modules are as before. In several processes all of them must make a pass together, on equal weights.
 
     Args:
         trainer: its model holds the weights.
@@ -52,11 +54,19 @@ class HFPasses:
         model: Any = self.trainer.model
         return cast(nn.Module, model)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.trainer.is_world_process_zero())
+
     def score(self, dataset: Any = None) -> float:
         """The monitored metric of ``Trainer.evaluate``; of several evaluation sets only the monitored one is gone over.
 
         Args:
             dataset: evaluated in place of the trainer's ``eval_dataset``.
+
+        Returns:
+            The first process's value on all of them, so that what follows from it does not part.
 
         Raises:
             ValueError: if the metric is not among those returned.
@@ -71,11 +81,14 @@ class HFPasses:
             metrics = self.trainer.evaluate() if own else self.trainer.evaluate(eval_dataset=data)
         if self.monitor not in metrics:
             scores = sorted(key for key in metrics if key.startswith(PREFIX) and not key.endswith(_OF_SPEED))
+            found = f": {', '.join(scores)}" if scores else ", which are none"
+            has_metrics = self.trainer.compute_metrics is not None
+            cure = "return it from compute_metrics" if has_metrics else "give the Trainer compute_metrics"
+            also = ", or set monitor= to one of these" if scores else ""
             raise ValueError(
-                f"monitor={self.monitor!r} is not among the metrics of Trainer.evaluate: {', '.join(scores)}; "
-                "let compute_metrics return it, or set monitor= to one of these"
+                f"monitor={self.monitor!r} is not among the metrics of Trainer.evaluate{found}; {cure}{also}"
             )
-        return float(metrics[self.monitor])
+        return float(from_first(self.trainer, metrics[self.monitor]))
 
     def check_monitor(self) -> None:
         """Evaluate one batch of data to see that the metric is there; all of the data where one batch does not do.
@@ -113,7 +126,7 @@ class HFPasses:
                     self._forward(batch)
             if not found:
                 raise ValueError(f"the output layer {self.output_layer!r} was not called; set output_layer=")
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = self._token_mask(batch)
             return [reduce(i, _without_padding(t.detach().clone(), mask)) for i, t in enumerate(found)]
 
     def layer_inputs(self, batch: Any) -> dict[str, InputStatistics]:
@@ -158,10 +171,30 @@ class HFPasses:
                 return self.forward_fn(self.module, batch)
             if not isinstance(batch, Mapping):
                 return self.module(batch)
-            known = inspect.signature(self.module.forward).parameters
-            takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
-            unknown = () if takes_all else set(self.trainer.label_names) - set(known)
-            return self.module(**{key: value for key, value in batch.items() if key not in unknown})
+            labels = self._labels_to_leave_out(batch)
+            return self.module(**{key: value for key, value in batch.items() if key not in labels})
+
+    def _labels_to_leave_out(self, batch: Mapping[str, Any]) -> set[str]:
+        """Names of labels that no logits come from; the loss may refuse those of unlabelled data."""
+        if self._makes_decoder_inputs and "decoder_input_ids" not in batch:
+            return set()
+        parameters = inspect.signature(self.module.forward).parameters
+        needed = {name for name, p in parameters.items() if p.default is p.empty}
+        return set(self.trainer.label_names) - needed
+
+    @property
+    def _makes_decoder_inputs(self) -> bool:
+        """Whether the model has an encoder and a decoder, so that labels become the decoder's input."""
+        return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False))
+
+    def _token_mask(self, batch: Any) -> Tensor | None:
+        """(samples, tokens), true where the output's token is no padding; None where that is not known."""
+        if not isinstance(batch, Mapping):
+            return None
+        if not self._makes_decoder_inputs:
+            return batch.get("attention_mask")
+        labels = batch.get("labels")
+        return labels != _IGNORED if isinstance(labels, Tensor) else batch.get("decoder_attention_mask")
 
     def _logits(self, batch: Any) -> list[Tensor]:
         output = self._forward(batch)
@@ -177,6 +210,15 @@ class HFPasses:
         return logits
 
 
+def from_first(trainer: Trainer, value: Any) -> Any:
+    """The first process's value, on all of them; every process must call."""
+    if trainer.args.world_size == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 @contextmanager
 def undisturbed(trainer: Trainer, *, other_data: bool = False) -> Iterator[None]:
     """Inside the block no callback of a trainer acts; after it the trainer is as before, whatever was evaluated.
@@ -186,25 +228,30 @@ def undisturbed(trainer: Trainer, *, other_data: bool = False) -> Iterator[None]
         other_data: a data set that is not the trainer's own is evaluated: loaders with persistent workers, which the
             trainer keeps and would take for it, are left aside.
     """
-    handler, args = trainer.callback_handler, trainer.args
+    handler, args, logger = trainer.callback_handler, trainer.args, logging.getLogger("transformers.trainer")
+    level = logger.level
     before = handler.callbacks, handler.eval_dataloader, trainer.state, trainer.control
     persistent = args.dataloader_persistent_workers
     model: Any = trainer.model
     modes = [(child, child.training) for child in model.modules()]
     handler.callbacks, trainer.state, trainer.control = [], deepcopy(trainer.state), copy(trainer.control)
     args.dataloader_persistent_workers = persistent and not other_data
+    logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))  # it would announce every pass in four lines
     try:
         with isolate_rng():
             yield
     finally:
         handler.callbacks, handler.eval_dataloader, trainer.state, trainer.control = before
         args.dataloader_persistent_workers = persistent
+        logger.setLevel(level)
         for child, training in modes:
             child.training = training
 
 
 def calibration_batch(trainer: Trainer, dataset: Any, samples: int) -> tuple[Any, str]:
     """One batch, as the trainer's collator makes it, of items at equal distances, and the name of its data.
+
+    In several processes all have the first one's.
 
     Args:
         trainer: collates, with the columns that its model takes.
@@ -226,7 +273,8 @@ def calibration_batch(trainer: Trainer, dataset: Any, samples: int) -> tuple[Any
         loader = trainer.get_eval_dataloader(data)
         step = len(data) // count
         batch = loader.collate_fn([loader.dataset[i * step] for i in range(count)])
-    return dict(batch) if isinstance(batch, Mapping) else batch, f"{count} items of {name}"
+    batch = from_first(trainer, dict(batch) if isinstance(batch, Mapping) else batch)
+    return batch, f"{count} items of {name}"
 
 
 def _first_items(data: Any, count: int) -> Any:

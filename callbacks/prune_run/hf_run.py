@@ -15,7 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
-from dpp_lightning.callbacks.prune_run.hf_passes import HFPasses
+from dpp_lightning.callbacks.prune_run.fit_notices import prefix_of
+from dpp_lightning.callbacks.prune_run.hf_passes import HFPasses, from_first
+from dpp_lightning.callbacks.prune_run.hf_trainer_checks import hf_folder, pruning_callbacks
+from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import (
     RESULTS_FILE,
@@ -23,11 +26,14 @@ from dpp_lightning.callbacks.prune_run.progress import (
     mean_scores,
     report_carried,
 )
+from dpp_lightning.callbacks.prune_run.run import PLOT_POINTS
 from dpp_lightning.callbacks.prune_run.run_identity import run_identity
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
-from dpp_lightning.experiments.grid import Experiment, Result
-from dpp_lightning.experiments.results import ResultsLog
+from dpp_lightning.experiments.grid import Experiment, QCurve, Result
+from dpp_lightning.experiments.plots import plot_over_q
+from dpp_lightning.experiments.results import PLOT_FILE, ResultsLog, rows_of
 from dpp_lightning.experiments.tables import console_table
+from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
@@ -37,7 +43,7 @@ from dpp_lightning.tensors.names import canonical_tensors
 
 
 class HFPruneRun:
-    """One run.
+    """One run. All processes make it together; the first one writes.
 
     Args:
         settings: of the callback.
@@ -48,8 +54,11 @@ class HFPruneRun:
         batch: calibration batch; None where no method needs one.
         labelled: data for the objective ``metric``; None where it is not needed.
         source: name of the data that q is found on.
-        folder: for the deltas and ``results.jsonl``.
+        folder: for the deltas, ``results.jsonl`` and the plot.
         reporter: is called with every row as it is made.
+
+    Raises:
+        ValueError: if ``resume`` finds another run's rows.
     """
 
     def __init__(
@@ -71,18 +80,31 @@ class HFPruneRun:
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
         identity = run_identity(settings, base, self.module, new, passes.monitor, passes.split)
         self.log = ResultsLog(folder / RESULTS_FILE, passes.monitor, identity, method_settings)
-        self.results: list[Result] = []
+        self.results: list[Result] = from_first(passes.trainer, self.log.resume() if settings.resume else [])
+        self.done = rows_of(self.results)
 
     def run(self) -> list[Result]:
-        """Make all rows and report them.
+        """Make the rows that are missing and report all of them.
 
         Afterwards the model holds the fine-tuned weights again, bit for bit, unless ``apply`` is set.
 
         Returns:
-            The rows of base and fine-tuned model, then of the pruned ones.
+            The rows of base and fine-tuned model, then of the pruned ones, those of an earlier run included.
         """
+        settings = self.settings
+        pending = [row for row in settings.rows if row not in self.done]
+        self.reporter.begin(pending, len(self.done))
+        curves: list[QCurve] = []
+        if pending or settings.plot or len(self.results) < 2:
+            curves = self._make_rows()
+        self._report(curves)
+        if settings.push_to_hub is not None and self.passes.is_first:
+            push_deltas(self.folder, settings.repositories, private=settings.hub_private)
+        return self.results
+
+    def _make_rows(self) -> list[QCurve]:
+        """Score the fine-tuned model, the base and every pruned model; curves over q if a plot is asked for."""
         settings, passes = self.settings, self.passes
-        self.reporter.begin(settings.rows, 0)
         change = self._measured_change()
         inputs = passes.layer_inputs(self.batch) if settings.needs_inputs else {}
         gradients = passes.output_gradients(self.batch) if settings.methods_with_gradients else None
@@ -95,18 +117,15 @@ class HFPruneRun:
             plan = exchanged_plan(self.module, self.base, replaced, self.scope, settings.pretrained, settings.revision)
             experiment = self._experiment(self._with_inputs(plan, inputs), change)
             experiment.gradients = gradients
-            base = self._reference("base")
-            experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
-            self._record(base)
-            self._record(replace(finetuned, density=1.0, num_bytes=total_bytes(plan.finetuned), ratio=1.0))
+            self._record_references(experiment, finetuned)
             for result in experiment.run(settings.methods, settings.rates, settings.seeds):
                 self._save_adapter(experiment, result)
                 self._record(result)
+            curves = self._curves(experiment) if settings.plot else []
         if settings.apply:
-            assert experiment.last is not None
+            assert experiment.last is not None  # apply is not combined with resume, so a row was made
             leave_pruned(self.module, self.base, replaced, experiment.last)
-        self._report()
-        return self.results
+        return curves
 
     def _measured_change(self) -> Callable[[], float] | None:
         """Change of the outputs on the calibration batch against the fine-tuned model, whose weights are held now."""
@@ -114,7 +133,8 @@ class HFPruneRun:
             return None
         change = OutputChange(partial(self.passes.outputs, self.batch), self.settings.output_measure)
         change.take_reference()
-        return change
+        # the first process's value on all, since rounding could make their searches differ
+        return lambda: float(from_first(self.passes.trainer, change()))
 
     def _with_inputs(self, plan: PruningPlan, inputs: Any) -> PruningPlan:
         if not self.settings.needs_inputs:
@@ -135,13 +155,14 @@ class HFPruneRun:
             metric=None if self.labelled is None else partial(passes.score, self.labelled),
             objective=settings.objective,
             higher_is_better=settings.mode == "max",
-            folder=self.folder if settings.save_deltas else None,
+            folder=self.folder if settings.save_deltas and passes.is_first else None,
             dtype=settings.dtype,
             method_settings=settings.method_settings,
             split=passes.split,
             q_split=self.source,
             side_files=self._side_files(),
             monitor=passes.monitor,
+            done=self.done,
         )
 
     def _side_files(self) -> dict[str, bytes]:
@@ -159,10 +180,26 @@ class HFPruneRun:
                 found = changed_side_files(settings.pretrained, folder, settings.revision)
             return {name: path.read_bytes() for name, path in found.items() if path is not None}
 
+    def _resumed(self, method: str) -> Result | None:
+        """The row of the base or of the fine-tuned model, if an earlier run made it."""
+        return next((result for result in self.results if result.method == method), None)
+
     def _reference(self, method: str) -> Result:
+        """The row of the base or of the fine-tuned model, whose weights the model holds."""
+        if (resumed := self._resumed(method)) is not None:
+            return resumed
         start = time.perf_counter()
         score = self.passes.score()
         return Result(method, score, seconds=time.perf_counter() - start, split=self.passes.split)
+
+    def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
+        """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
+        base = self._reference("base")
+        experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
+        dense = total_bytes(experiment.plan.finetuned)
+        for result in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):
+            if self._resumed(result.method) is None:
+                self._record(result)
 
     def _save_adapter(self, experiment: Experiment, result: Result) -> None:
         """Save the pruned LoRA adapter, if there is one, as a PEFT folder inside the delta's."""
@@ -179,13 +216,31 @@ class HFPruneRun:
         if not self.settings.save_deltas:
             result = replace(result, folder=None)
         self.results.append(result)
-        self.log.append(result)
+        if self.passes.is_first:
+            self.log.append(result)
         self.reporter.row(result, self.passes.monitor)
 
-    def _report(self) -> None:
-        """The table on the console, and the mean scores for the trainer's loggers."""
-        settings, monitor = self.settings, self.passes.monitor
-        self.passes.trainer.log(mean_scores(self.results, settings, monitor))
+    def _curves(self, experiment: Experiment) -> list[QCurve]:
+        """Score and output change over q for each rate on the first seed's mask, with the q that a method found."""
+        settings, curves = self.settings, []
+        for rate in settings.rates:
+            rows = [r for r in self.results if r.pruning_rate == rate]
+            if isinstance(settings.plot, str):
+                rows = [r for r in rows if r.method == settings.plot]
+            chosen = next((r.q for r in rows if (fit := get_method(r.method).fit) is not None and fit.one_q), None)
+            curves.append(experiment.curve(rows[0].method, rate, settings.seeds[0], PLOT_POINTS, chosen))
+        return curves
+
+    def _report(self, curves: list[QCurve]) -> None:
+        """The table on the console, a plot of the curves, and the mean scores for the trainer's loggers."""
+        settings, monitor, trainer = self.settings, self.passes.monitor, self.passes.trainer
+        folders = [hf_folder(other, trainer) for other in pruning_callbacks(trainer)]
+        trainer.log(mean_scores(self.results, settings, monitor, prefix_of(self.folder, folders)))
+        if not self.passes.is_first:
+            return
         console_table(self.results, monitor)
+        if curves:
+            base, finetuned = (row.score for row in self.results[:2])
+            plot_over_q(curves, self.folder / PLOT_FILE, monitor=monitor, finetuned=finetuned, base=base)
         written = f"deltas and {RESULTS_FILE}" if settings.save_deltas else RESULTS_FILE
         rank_zero_info(f"{written} are in {self.folder}")
