@@ -201,7 +201,9 @@ def _check_parent(folder: Path, name: str) -> None:
             pass
     except OSError as error:
         cause = error.strerror or error
-        raise PermissionError(f"{name} cannot be made: cannot write into {above}: {cause}; name another folder") from error
+        raise PermissionError(
+            f"{name} cannot be made: cannot write into {above}: {cause}; name another folder"
+        ) from error
 
 
 def _contents(folder: Path) -> Iterator[str]:

@@ -213,7 +213,9 @@ def test_a_folder_that_may_not_be_written_is_known_at_once(tmp_path, monkeypatch
 
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(PermissionError, match=r"^output \S+ cannot be made: cannot write into \S+mine: Permission denied;"):
+    with pytest.raises(
+        PermissionError, match=r"^output \S+ cannot be made: cannot write into \S+mine: Permission denied;"
+    ):
         check_output(tmp_path / "mine" / "new", DELTA)
     assert os.listdir(tmp_path / "mine") == []
 
