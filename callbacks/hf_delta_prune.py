@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -17,6 +17,7 @@ from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
 from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
 from dpp_lightning.callbacks.prune_run.hf_passes import HFForwardFn, HFPasses, calibration_batch
+from dpp_lightning.callbacks.prune_run.hf_progress import RowsBar
 from dpp_lightning.callbacks.prune_run.hf_run import HFPruneRun
 from dpp_lightning.callbacks.prune_run.hf_trainer_checks import (
     check_hf_trainer,
@@ -95,7 +96,8 @@ class HFDeltaPruneCallback(TrainerCallback):
     Attributes:
         settings: the arguments, checked.
         results: a row for the base, the fine-tuned and each pruned model.
-        reporter: is called with every row as it is made; may be replaced before training.
+        reporter: is called with every row as it is made; may be replaced before training. Default: a bar over the rows,
+            or a line for each where the trainer shows no bars (``disable_tqdm``).
 
     Raises:
         ValueError: at construction or before the first step, if the settings contradict each other, the trainer was not
@@ -152,7 +154,7 @@ class HFDeltaPruneCallback(TrainerCallback):
                 "objective='metric' needs labelled data that was neither trained on nor is scored: pass "
                 "calibration_dataset=, or take objective='output_change' (no labels)"
             )
-        self.reporter: Reporter = LogReporter()
+        self.reporter: Reporter | None = None
         self.results: list[Result] = []
         self._trainer: Trainer | None = None
         self._base: BaseWeights | None = None  # of the training that goes on; before, what the model was attached with
@@ -231,11 +233,14 @@ class HFDeltaPruneCallback(TrainerCallback):
             if not can_be_pruned(base, self._model, scope, settings.callback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
-            run = HFPruneRun(
-                settings, self._passes(), base, scope, new, self._batch, labelled, self._source,
-                hf_folder(settings, self._trainer), self.reporter,
-            )  # fmt: skip
-            self.results = run.run()
+            passes = self._passes()
+            shown = not self._trainer.args.disable_tqdm
+            with RowsBar(visible=passes.is_first) if shown else nullcontext(LogReporter()) as reporter:
+                run = HFPruneRun(
+                    settings, passes, base, scope, new, self._batch, labelled, self._source,
+                    hf_folder(settings, self._trainer), self.reporter or reporter,
+                )  # fmt: skip
+                self.results = run.run()
 
     @property
     def _model(self) -> nn.Module:
