@@ -231,7 +231,7 @@ def progress_bar(action: str) -> Iterator[Callable[[int, int], Any]]:
         A function to call with the bytes done and the bytes in all.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.experiments.terminal_tables import Column, show_table
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
@@ -241,17 +239,16 @@ def _write(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "metric", "value", "stderr"):
-        table.add_column(name, justify="right" if name in ("value", "stderr") else "left", overflow="fold")
+    rows = []
     for task, scores in {**result["results"], **result.get("groups", {})}.items():
         for key, value in scores.items():
             metric, comma, kind = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 error = scores.get(f"{metric}_stderr,{kind}")
                 label = metric if kind == "none" else f"{metric} ({kind})"
-                table.add_row(task, label, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
-    Console().print(table)
+                rows.append((task, label, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
+    names = [Column(heading, text=True, names=True) for heading in ("task", "metric")]
+    show_table([*names, Column("value"), Column("stderr")], rows)
 
 
 def read_delta(folder: str, task: str | None) -> SparseDelta:

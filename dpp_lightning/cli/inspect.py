@@ -8,13 +8,10 @@ import sys
 from math import log
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from dpp_lightning.analysis.delta_cost import DeltaCost, TensorCost, inspect_delta
 from dpp_lightning.analysis.pair_report import GAMMA, PairReport, inspect_pair
 from dpp_lightning.cli.command import FunctionCommand, progress_bar
+from dpp_lightning.experiments.terminal_tables import Column, show_lines, show_table
 from dpp_lightning.methods.rescaling import keep_rate
 from dpp_lightning.storage.source_kind import check_data_file, check_delta, check_model
 
@@ -72,7 +69,7 @@ def inspect_folders(
         _refuse_pair_options(of_a_pair)
         check_delta(delta_or_base, "DELTA", revision, order=_ORDER)
         cost = inspect_delta(delta_or_base, revision)
-        _write(cost.to_json()) if json else _show_cost(cost, Console())
+        _write(cost.to_json()) if json else _show_cost(cost)
         return
     if revision is not None:
         raise ValueError("--revision is of a delta; of a pair give --base_revision or --finetuned_revision")
@@ -81,8 +78,33 @@ def inspect_folders(
     check_data_file(calibration, "--calibration")
     with progress_bar("reading") as progress:
         report = inspect_pair(delta_or_base, finetuned, **of_a_pair, progress=progress)
-    _write(report.to_json()) if json else _show_pair(report, Console())
+    _write(report.to_json()) if json else _show_pair(report)
 
+
+# the second line of a heading is the unit; δ and c have none
+_COST_COLUMNS = (
+    Column("tensor", text=True, names=True),
+    Column("shape", text=True),
+    Column("density\n%"),
+    *(Column(f"{name}\nbytes") for name in ("positions", "entropy", "values", "dense")),
+)
+_SIZE_COLUMNS = (
+    Column("tensor", text=True, names=True),
+    Column("shape"),
+    Column("mean |δ|"),
+    Column("max |δ|"),
+    Column("share\n% of Σ|δ|"),
+)
+_INFLUENCE_COLUMNS = (
+    Column("linear map", text=True, names=True),
+    Column("inputs\nfeatures"),
+    Column("mean |c|"),
+    Column("mean c"),
+    Column("var c"),
+    Column("bound"),
+    Column("outliers\nfeatures"),
+    Column("massive\nfeatures"),
+)
 
 COMMAND = FunctionCommand(
     inspect_folders,
@@ -109,63 +131,50 @@ def _write(values: dict[str, Any]) -> None:
     sys.stdout.write(json_text.dumps(values, indent=1) + "\n")
 
 
-def _show_cost(cost: DeltaCost, console: Console) -> None:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("tensor", "shape", "density", "positions", "entropy", "values", "dense"):
-        table.add_column(name, justify="left" if name in ("tensor", "shape") else "right", overflow="fold")
-    for row in cost.tensors:
-        table.add_row(*_cells(row))
-    console.print(table)
+def _show_cost(cost: DeltaCost) -> None:
+    """A table of the tensors, without the columns that are empty in this delta, and a summary."""
+    rows = [_cells(row) for row in cost.tensors]
+    used = [i for i in range(len(_COST_COLUMNS)) if i < 3 or any(row[i] for row in rows)]
+    show_table([_COST_COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows])
     sizes = f"positions {cost.positions:,}, values {cost.values:,}, carried {cost.carried:,}"
     seed = "positions follow from the seed" if cost.coding == "seed" else ""
     above = seed or f"positions {100 * cost.above_entropy:+.2f} % from their entropy of {cost.entropy:,.0f} bytes"
-    for line in (
+    show_lines([
         f"{cost.method}, p = {cost.pruning_rate:g}, seed {cost.seed}, q = {cost.q:.6g}, base {cost.base or 'unnamed'}",
         f"{cost.kept:,} of {cost.entries:,} entries stored, density {100 * cost.density:.4g} %",
         f"{cost.total:,} bytes: {sizes}, config {cost.config:,}, heads {cost.overhead:,}",
         above,
         f"ratio {cost.ratio:.1f}: the model has {cost.dense_bytes:,} bytes in its own dtype",
         *([f"further files beside it: {cost.side_files:,} bytes"] if cost.side_files else []),
-    ):
-        console.print(line, highlight=False, markup=False)
+    ])  # fmt: skip
 
 
 def _cells(row: TensorCost) -> tuple[str, ...]:
     counts = (row.positions, row.entropy, row.values, row.carried)
-    return (row.name, _shape(row.shape), f"{100 * row.density:.3g} %", *(f"{n:,.0f}" if n else "" for n in counts))
+    return (row.name, _shape(row.shape), f"{100 * row.density:.3g}", *(f"{n:,.0f}" if n else "" for n in counts))
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _show_pair(report: PairReport, console: Console) -> None:
+def _show_pair(report: PairReport) -> None:
     """A table of the layers, one of what is known by their inputs, a summary, and the recommendation."""
-    sizes = _numbers_table("tensor", "shape", "mean |δ|", "max |δ|", "share")
-    influences = _numbers_table("linear map", "inputs", "mean |c|", "mean c", "var c", "bound", "outliers", "massive")
+    sizes, influences = [], []
     for layer in report.layers:
-        share = f"{100 * report.share(layer):.3g} %"
-        sizes.add_row(layer.name, _shape(layer.shape), f"{layer.magnitude:.3g}", f"{layer.largest:.3g}", share)
+        share = f"{100 * report.share(layer):.3g}"
+        sizes.append((layer.name, _shape(layer.shape), f"{layer.magnitude:.3g}", f"{layer.largest:.3g}", share))
         if layer.influence is not None:
             c = layer.influence
             numbers = (c.magnitude, c.mean, c.variance, c.bound(report.pruning_rate, GAMMA)[0])
             counts = (str(len(features) or "") for features in (c.outliers, c.massive))
-            influences.add_row(
-                layer.name.removesuffix(".weight"), str(c.features), *(f"{x:.3g}" for x in numbers), *counts
+            influences.append(
+                (layer.name.removesuffix(".weight"), str(c.features), *(f"{x:.3g}" for x in numbers), *counts)
             )
-    console.print(sizes)
-    if influences.rows:
-        console.print(influences)
-    for line in _summary(report, known=bool(influences.rows)):
-        console.print(line, highlight=False, markup=False)
-
-
-def _numbers_table(name: str, *numbers: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(name, overflow="fold")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    show_table(_SIZE_COLUMNS, sizes)
+    if influences:
+        show_table(_INFLUENCE_COLUMNS, influences)
+    show_lines(_summary(report, known=bool(influences)))
 
 
 def _summary(report: PairReport, *, known: bool) -> list[str]:

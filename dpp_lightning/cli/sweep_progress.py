@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from dpp_lightning.callbacks.prune_run.progress import describe_result
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.results import Row
+from dpp_lightning.experiments.terminal_tables import printable
 
 _WEEK = 7 * 24 * 3600.0
 
@@ -79,4 +81,4 @@ class BarReporter:
 
     def _print(self, text: str) -> None:
         if self._visible:
-            self._bar.console.print(text, markup=False)
+            self._bar.console.print(Text(printable(text)))

@@ -3,44 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from dpp_lightning.experiments.grid import Result, mean_and_deviation
+from dpp_lightning.experiments.terminal_tables import Column, printable, show_table
 
 _COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
 
 
-def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
-    """One row per method, in order of appearance, and rate: mean and sample deviation over mask seeds; MB are 10**6
-    true bytes."""
+@dataclass(frozen=True)
+class Summary:
+    """One method at one rate: means over the mask seeds.
+
+    Attributes:
+        model: name of the method, or ``base`` / ``fine-tuned``.
+        pruning_rate: fraction dropped, in [0, 1); None for base and fine-tuned.
+        score, deviation: mean and sample deviation of the metric; the deviation of one seed is 0.
+        seeds: how many rows there are.
+        lowest_q, highest_q: of the seeds; None for base and fine-tuned.
+        density: stored over all entries, in [0, 1].
+        megabytes: 10**6 true bytes.
+        ratio: dense bytes over these; None for the base.
+        seconds: of one row.
+    """
+
+    model: str
+    pruning_rate: float | None
+    score: float
+    deviation: float
+    seeds: int
+    lowest_q: float | None
+    highest_q: float | None
+    density: float
+    megabytes: float
+    ratio: float | None
+    seconds: float
+
+
+def summaries(results: Iterable[Result]) -> list[Summary]:
+    """One for each method, in order of appearance, and rate."""
     groups: dict[tuple[str, float | None], list[Result]] = {}
     for result in results:
         groups.setdefault((result.method, result.pruning_rate), []).append(result)
     order = {method: index for index, method in enumerate(dict.fromkeys(method for method, _ in groups))}
     rows = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1] or 0.0))
-    return [_row(method, rate, group) for (method, rate), group in rows]
+    return [_summary(method, rate, group) for (method, rate), group in rows]
 
 
-def _row(method: str, rate: float | None, group: list[Result]) -> tuple[str, ...]:
-    first = group[0]
-    mean, deviation = mean_and_deviation([r.score for r in group])
-    size, _ = mean_and_deviation([float(r.num_bytes) for r in group])
-    density, _ = mean_and_deviation([r.density for r in group])
-    ratio, _ = mean_and_deviation([r.ratio or 0.0 for r in group])
-    seconds, _ = mean_and_deviation([r.seconds for r in group])
-    qs = sorted({r.q for r in group if r.q is not None})
-    return (
+def _summary(method: str, rate: float | None, group: Sequence[Result]) -> Summary:
+    qs = [r.q for r in group if r.q is not None]
+    return Summary(
         method,
-        "" if rate is None else f"{rate:g}",
-        f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(group) > 1 else ""),
-        "" if not qs else f"{qs[0]:.4g}" + (f" … {qs[-1]:.4g}" if len(qs) > 1 else ""),
-        f"{100 * density:.3g} %",
-        f"{size / 1e6:.3f}",
-        f"{ratio:.1f}" if first.ratio else "",
-        seconds_text(seconds),
+        rate,
+        *mean_and_deviation([r.score for r in group]),
+        len(group),
+        min(qs, default=None),
+        max(qs, default=None),
+        fmean(r.density for r in group),
+        fmean(r.num_bytes for r in group) / 1e6,
+        fmean(r.ratio or 0.0 for r in group) if group[0].ratio else None,
+        fmean(r.seconds for r in group),
+    )
+
+
+def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+    """The summaries as text, under the headings of the table."""
+    return [_row(summary) for summary in summaries(results)]
+
+
+def _row(row: Summary) -> tuple[str, ...]:
+    q = "" if row.lowest_q is None else f"{row.lowest_q:.4g}"
+    return (
+        row.model,
+        "" if row.pruning_rate is None else f"{row.pruning_rate:g}",
+        f"{row.score:.4f}" + (f" ± {row.deviation:.4f}" if row.seeds > 1 else ""),
+        q + (f" … {row.highest_q:.4g}" if row.highest_q != row.lowest_q else ""),
+        f"{100 * row.density:.3g} %",
+        f"{row.megabytes:.3f}",
+        "" if row.ratio is None else f"{row.ratio:.1f}",
+        seconds_text(row.seconds),
     )
 
 
@@ -57,21 +101,27 @@ def console_table(results: Sequence[Result], monitor: str, console: Console | No
         monitor: name of the score.
         console: where to; default the standard output.
     """
+    columns = [Column(heading, text=heading == "model", names=heading == "model") for heading in _COLUMNS]
+    show_table(columns, summary_rows(results), console, title="Pruned deltas", caption=table_caption(results, monitor))
+
+
+def table_caption(results: Sequence[Result], monitor: str) -> str:
+    """What the scores are, how many seeds they are of, and the data that q was found on."""
     pruned = [r for r in results if r.pruning_rate is not None]
     searched = next((r.q_split for r in pruned if r.q_split), "")
     seeds = len({r.seed for r in pruned})
     caption = f"score: {monitor} on {results[0].split}"
     caption += f", mean ± deviation over {seeds} mask seeds" if seeds > 1 else ""
     caption += f"; q found on {searched}" if searched else ""
-    table = Table(title="Pruned deltas", caption=caption, box=SIMPLE_HEAD, padding=0)
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for row in summary_rows(results):
-        table.add_row(*row)
-    (console or Console()).print(table)
+    return caption
 
 
 def markdown_table(results: Iterable[Result]) -> str:
     """The summary as a Markdown table."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in summary_rows(results))]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in summary_rows(results))]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return printable(text).replace("|", "\\|")
