@@ -6,16 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation
+from dpp_lightning.experiments.line_labels import LABEL_INCHES, name_lines
 from dpp_lightning.storage.atomic_write import atomic_file
 
-_COLOURS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2",
-    "#7f7f7f", "#bcbd22", "#17becf", "#000080", "#c0a000", "#00c080", "#ff40ff",
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# the first six are those of Okabe and Ito, which colour-blind people tell apart; all differ by a CIELAB distance of 24
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0000ff",
+    "#692d0f", "#8b0057", "#7cb518", "#a56eff", "#5a0096", "#c3b469", "#7f7f7f",
 )  # fmt: skip
 _MARKERS = "osD^v<>PX*hpd8"
+_STYLES = ("-", "--", ":")  # of the first, second and third round through the colours
+_HEIGHT, _AROUND = 5.4, 1.2  # inches of a plot of scores, and of what is above and below its axes
+_PANELS = 4  # of a row of curves over q
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ def points(results: Sequence[Result]) -> dict[str, list[Point]]:
 
 
 def plot_over_rate(results: Sequence[Result], path: Path, *, score: str, title: str = "") -> Path:
-    """Plot the score over the pruning rate; the axis is logarithmic in 1 - p, so that 0.9, 0.99, 0.999 lie evenly.
+    """Plot :func:`figure_over_rate` into a file.
 
     Args:
         results: base, fine-tuned and pruned rows.
@@ -52,6 +60,37 @@ def plot_over_rate(results: Sequence[Result], path: Path, *, score: str, title: 
         score: label of the score, with its split.
         title: above the plot.
     """
+    return save_figure(figure_over_rate(results, score=score, title=title), path)
+
+
+def plot_over_size(results: Sequence[Result], path: Path, *, score: str, title: str = "") -> Path:
+    """Plot :func:`figure_over_size` into a file; arguments as :func:`plot_over_rate`."""
+    return save_figure(figure_over_size(results, score=score, title=title), path)
+
+
+def plot_over_q(
+    curves: Sequence[QCurve], path: Path, *, monitor: str, finetuned: float | None = None, base: float | None = None
+) -> Path:
+    """Plot :func:`figure_over_q` into a file.
+
+    Args:
+        curves: one per rate.
+        path: PNG or PDF; appears whole or not at all.
+        monitor: name of the score.
+        finetuned, base: levels drawn as lines.
+    """
+    return save_figure(figure_over_q(curves, monitor=monitor, finetuned=finetuned, base=base), path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return path
+
+
+def figure_over_rate(results: Sequence[Result], *, score: str, title: str = "") -> Figure:
+    """The score over the pruning rate; the axis is logarithmic in 1 - p, so that 0.9, 0.99, 0.999 lie evenly."""
 
     def label(axes: Any) -> None:
         from matplotlib.ticker import FixedLocator, NullLocator
@@ -63,11 +102,11 @@ def plot_over_rate(results: Sequence[Result], path: Path, *, score: str, title: 
         axes.set_xticklabels([f"{rate:g}" for rate in rates])
         axes.set_xlabel("pruning rate p")
 
-    return _plot(results, path, lambda point: 1 - point.rate, label, score, title)
+    return _figure(results, lambda point: 1 - point.rate, label, score, title)
 
 
-def plot_over_size(results: Sequence[Result], path: Path, *, score: str, title: str = "") -> Path:
-    """Plot the score over the bytes of the delta's files; arguments as :func:`plot_over_rate`."""
+def figure_over_size(results: Sequence[Result], *, score: str, title: str = "") -> Figure:
+    """The score over the bytes of the delta's files."""
 
     def label(axes: Any) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -77,84 +116,99 @@ def plot_over_size(results: Sequence[Result], path: Path, *, score: str, title: 
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("MB of the delta's files")
 
-    return _plot(results, path, lambda point: point.megabytes, label, score, title)
+    return _figure(results, lambda point: point.megabytes, label, score, title)
 
 
-def _plot(
+def _figure(
     results: Sequence[Result],
-    path: Path,
     abscissa: Callable[[Point], float],
     label: Callable[[Any], None],
     score: str,
     title: str,
-) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+) -> Figure:
+    methods = points(results)
+    height = max(_HEIGHT, _AROUND + LABEL_INCHES * (len(methods) + 2))
+    figure = _new_figure(9, height)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    for index, (method, line) in enumerate(points(results).items()):
-        axes.errorbar(
+    lines: list[tuple[str, Any]] = []
+    for index, (method, line) in enumerate(methods.items()):
+        drawn = axes.errorbar(
             [abscissa(point) for point in line],
             [point.score for point in line],
             [point.deviation for point in line],
-            color=_COLOURS[index % len(_COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=_STYLES[index // len(COLOURS) % len(_STYLES)],
             markersize=6,
             linewidth=1.2,
             capsize=3,
-            label=method,
         )
+        lines.append((method, drawn[0]))
     for name, style in (("fine-tuned", "--"), ("base", ":")):
         for level in (r.score for r in results if r.method == name):
-            axes.axhline(level, color="black", linestyle=style, linewidth=1, label=name)
+            lines.append((name, axes.axhline(level, color="black", linestyle=style, linewidth=1)))
     label(axes)
     axes.set_ylabel(score)
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    return path
+    name_lines(axes, lines, height - _AROUND)
+    return _without_formulas(figure)
 
 
-def plot_over_q(
-    curves: Sequence[QCurve], path: Path, *, monitor: str, finetuned: float | None = None, base: float | None = None
-) -> Path:
-    """Plot score and output change over q, one panel a rate (DARE the Extreme, Fig. 1).
+def figure_over_q(
+    curves: Sequence[QCurve], *, monitor: str, finetuned: float | None = None, base: float | None = None
+) -> Figure:
+    """Score and output change over q, one panel a rate (DARE the Extreme, Fig. 1), four panels a row.
 
     Args:
         curves: one per rate.
-        path: PNG or PDF; appears whole or not at all.
         monitor: name of the score.
         finetuned, base: levels drawn as lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    columns = min(len(curves), _PANELS)
+    rows = -(-len(curves) // columns)
+    figure = _new_figure(5.2 * columns, 4.6 * rows)
+    for index, curve in enumerate(curves):
+        _draw_curve(figure.add_subplot(rows, columns, index + 1), curve, monitor, finetuned, base)
+    return _without_formulas(figure)
+
+
+def _draw_curve(axes: Any, curve: QCurve, monitor: str, finetuned: float | None, base: float | None) -> None:
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(5.2 * len(curves), 4.6), layout="constrained")
+    lines = [(monitor, axes.plot(curve.q, curve.score, "o-", color="tab:blue")[0])]
+    for level, style, name in ((finetuned, "--", "fine-tuned"), (base, ":", "base")):
+        if level is not None:
+            lines.append((name, axes.axhline(level, color="tab:blue", linestyle=style, linewidth=1)))
+    change_axes = axes.twinx()
+    lines.append(("output change", change_axes.plot(curve.q, curve.change, "s-", color="tab:red")[0]))
+    if curve.chosen is not None:
+        lines.append((f"chosen q = {curve.chosen:.3g}", axes.axvline(curve.chosen, color="black", linewidth=1)))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("q (left end: 1 - p, DARE)")
+    axes.set_ylabel(monitor, color="tab:blue")
+    change_axes.set_ylabel("output change", color="tab:red")
+    axes.set_title(f"p = {curve.pruning_rate:g}")
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    axes.legend([line for _, line in lines], [label for label, _ in lines], ncol=2, fontsize="small", **place)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, curve in enumerate(curves):
-        axes = figure.add_subplot(1, len(curves), index + 1)
-        axes.plot(curve.q, curve.score, "o-", color="tab:blue", label=monitor)
-        for level, style, name in ((finetuned, "--", "fine-tuned"), (base, ":", "base")):
-            if level is not None:
-                axes.axhline(level, color="tab:blue", linestyle=style, linewidth=1, label=name)
-        change_axes = axes.twinx()
-        change_axes.plot(curve.q, curve.change, "s-", color="tab:red", label="output change")
-        if curve.chosen is not None:
-            axes.axvline(curve.chosen, color="black", linewidth=1, label=f"chosen q = {curve.chosen:.3g}")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("q (left end: 1 - p, DARE)")
-        axes.set_ylabel(monitor, color="tab:blue")
-        change_axes.set_ylabel("output change", color="tab:red")
-        axes.set_title(f"p = {curve.pruning_rate:g}")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize="small")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    return path
+    return figure
+
+
+def _without_formulas(figure: Figure) -> Figure:
+    """The figure with its texts shown as they are: a name with two dollar signs is no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
