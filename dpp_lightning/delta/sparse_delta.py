@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,6 +55,21 @@ class SparseDelta:
         self.new_rows = new_rows or {}
         # a target's tensor to what was overwritten in it, by name: it may hold several tensors of the model's files
         self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __repr__(self) -> str:
+        """Method, rate, q, seed, base and counts in one line; reads no tensor."""
+        info = self.info
+        in_tensors = sum(prod(tensor.shape) for tensor in self.tensors.values())
+        parts = [
+            f"{info.method!r}, pruning_rate={info.pruning_rate:g}, q={info.q:.6g}, seed={info.seed}",
+            f"{len(self.tensors)} tensors with {self.num_kept:,} of {in_tensors:,} entries kept",
+            *([f"{len(self.carried)} carried"] if self.carried else []),
+            *([f"{len(self.new_rows)} with new rows"] if self.new_rows else []),
+            *([f"tasks={info.tasks}"] if info.tasks else []),
+            f"dense model {info.dense_bytes:,} bytes",
+            *([f"base={info.base_name!r}"] if info.base_name else []),
+        ]
+        return f"SparseDelta({', '.join(parts)})"
 
     @classmethod
     def from_contents(cls, contents: DeltaContents) -> SparseDelta:

@@ -347,3 +347,26 @@ def test_every_method_has_paper_and_address():
         assert name == name.lower()
         assert row.paper
         assert row.url.startswith("https://")
+
+
+def test_the_repr_is_one_line_with_method_rate_q_and_counts(tmp_path):
+    base, finetuned = pair()
+    delta = prune(base, finetuned, "magnitude", 0.9, carry=["head.*"])
+    shown = repr(delta)
+    assert str(delta) == shown
+    assert "\n" not in shown
+    entries = sum(p.numel() for n, p in finetuned.named_parameters() if not n.startswith("head."))
+    assert shown.startswith("SparseDelta('magnitude', pruning_rate=0.9, q=1, seed=0, ")
+    assert f"{len(delta.tensors)} tensors with {delta.num_kept:,} of {entries:,} entries kept, 2 carried" in shown
+    assert f"dense model {4 * sum(p.numel() for p in finetuned.parameters()):,} bytes" in shown
+    delta.save_pretrained(tmp_path / "d")
+    assert repr(SparseDelta.from_pretrained(tmp_path / "d")) == shown
+    assert "q=0.25" in repr(delta.rescaled(0.25))
+    assert repr(SparseDelta({}, {}, delta.info)).count("0 of 0 entries") == 1
+
+
+def test_the_repr_encodes_nothing(monkeypatch):
+    delta = prune(*pair(), "dare", 0.9)
+    monkeypatch.setattr(SparseDelta, "to_bytes", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda *_, **__: pytest.fail("shown"))
+    assert "'dare'" in repr(delta)
