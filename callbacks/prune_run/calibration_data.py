@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -168,20 +168,8 @@ class CalibrationPasses:
             self.gradients = passes.output_gradients(batch, settings.forward_fn)
 
     def with_inputs(self, plan: PruningPlan) -> PruningPlan:
-        """A plan that knows the inputs of the layers, where a method goes by them; warns of linear maps of which they
-        are not known.
-
-        Raises:
-            ValueError: they are not known of most.
-        """
-        if not self._settings.needs_inputs:
-            return plan
-        plan = plan.with_inputs(self.inputs)
-        for method in self._settings.methods:
-            unknown = unknown_inputs(plan.pairs, method, self._settings.method_settings.get(method, {}))
-            if unknown:
-                rank_zero_warn(unknown)
-        return plan
+        """See :func:`with_known_inputs`."""
+        return with_known_inputs(plan, self.inputs, self._settings)
 
     @property
     def output_change(self) -> Callable[[], float] | None:
@@ -288,3 +276,24 @@ def _broadcast(trainer: pl.Trainer, taken: CalibrationBatch) -> CalibrationBatch
 def _line(error: Exception) -> str:
     """An error as part of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("ValueError: ").rstrip(".: ")
+
+
+def with_known_inputs(plan: PruningPlan, inputs: Mapping[str, InputStatistics], settings: PruneSettings) -> PruningPlan:
+    """A plan that knows the inputs of the layers, where a method goes by them; warns of linear maps of which they are
+    not known.
+
+    Args:
+        plan: of both models.
+        inputs: what weights see as input on calibration data, by canonical name.
+        settings: of the callback.
+
+    Raises:
+        ValueError: they are not known of most.
+    """
+    if not settings.needs_inputs:
+        return plan
+    plan = plan.with_inputs(inputs)
+    for method in settings.methods:
+        if unknown := unknown_inputs(plan.pairs, method, settings.method_settings.get(method, {})):
+            rank_zero_warn(unknown)
+    return plan

@@ -44,10 +44,10 @@ def run_evaluation_loop(
         trainer: inside a fit, a validate or a test.
         testing: take the test loop.
         loader: data to evaluate on, all of it; default the loop's own loaders under the trainer's limits.
-        index: in place of which of the loop's loaders ``loader`` is read, if steps are told the loader's index.
+        index: in place of which of the loop's loaders ``loader`` is read, if steps take the loader's index.
 
     Returns:
-        The metrics that the module logged, by name, and how many loaders steps and metrics were told apart for.
+        The metrics that the module logged, by name, and the number of loaders that steps and metrics distinguish.
     """
     loop = trainer.test_loop if testing else trainer.validate_loop
     with (
@@ -128,7 +128,7 @@ def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any, index: int) ->
     if loop._combined_loader is None:
         loop.setup_data()
     count = _count_loaders(loop)
-    # steps that are told the index of their loader get one here too
+    # steps that take the index of their loader get one here too
     source.instance = loader if count == 1 else [loader if i == index else NoBatches() for i in range(count)]
     setattr(trainer, limit, 1.0)
     try:
@@ -140,5 +140,5 @@ def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any, index: int) ->
 
 
 def _count_loaders(loop: Any) -> int:
-    """How many loaders steps are told apart for; 1 where a batch is of all of them at once."""
+    """The number of loaders that steps distinguish; 1 where a batch is of all of them at once."""
     return loop.num_dataloaders if loop._is_sequential else 1

@@ -22,7 +22,7 @@ def check_hf_trainer(trainer: Trainer, settings: PruneSettings, state: TrainerSt
     Args:
         trainer: at the beginning of a training, when its model is wrapped and placed.
         settings: of the callback.
-        state: that the callback is told of.
+        state: the one that the trainer passes to its callbacks.
 
     Raises:
         ValueError: the callback is attached to another trainer, weights are in shards or not there yet, a search of

@@ -123,6 +123,17 @@ def report_results(
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         rank_zero_info("fast_dev_run: each method was tried at one rate and seed, and nothing was saved")
         return
+    save_plot_and_name_files(results, curves, folder, settings, monitor)
+
+
+def save_plot_and_name_files(
+    results: Sequence[Result], curves: Sequence[QCurve], folder: Path, settings: PruneSettings, monitor: str
+) -> None:
+    """Plot the curves over q into the folder, if there are any, and tell what was written there.
+
+    Args:
+        results, curves, folder, settings, monitor: as for :func:`report_results`.
+    """
     if curves:
         base, finetuned = (row.score for row in results[:2])
         plot_over_q(curves, folder / PLOT_FILE, monitor=monitor, finetuned=finetuned, base=base)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,19 +16,15 @@ from dpp_lightning.callbacks.prune_run.evaluation import (
     warn_of_several_loaders,
 )
 from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
-from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
+from dpp_lightning.callbacks.prune_run.run_rows import RunRows
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.experiments.grid import Experiment, QCurve, Result
-from dpp_lightning.experiments.results import ResultsLog, rows_of
-from dpp_lightning.methods.registry import get_method
+from dpp_lightning.experiments.results import ResultsLog
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
-from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.names import canonical_tensors
-
-PLOT_POINTS = 12  # of a curve over q
 
 
 class PruneRun:
@@ -68,9 +62,10 @@ class PruneRun:
         new = new_names(self.module, trainer.optimizers)
         identity = run_identity(settings, base, self.module, new, self.passes.monitor, self.passes.split)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
-        self.results: list[Result] = self.log.resume() if settings.resume else []
+        earlier = self.log.resume() if settings.resume else []
         self.passes.monitor = self.log.monitor  # a resumed run has its full name
-        self.done = rows_of(self.results)
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self.rows = RunRows(settings, self.module, self.passes, self.log, earlier, reporter, writes=writes)
 
     def run(self) -> list[Result]:
         """Make the rows that are missing and report all of them.
@@ -81,20 +76,20 @@ class PruneRun:
             The rows of base and fine-tuned model, then of the pruned ones, those of an earlier run included.
         """
         settings = self.settings
-        pending = [row for row in settings.rows if row not in self.done]
+        pending = [row for row in settings.rows if row not in self.rows.done]
         self._check_resumed_score()
-        self.reporter.begin(pending, len(self.done))
+        self.reporter.begin(pending, len(self.rows.done))
         curves: list[QCurve] = []
-        if pending or settings.plot or len(self.results) < 2:
+        if pending or settings.plot or len(self.rows.results) < 2:
             curves = self._make_rows()
-        report_results(self.results, curves, self.folder, settings, self.trainer, self.passes.monitor)
-        return self.results
+        report_results(self.rows.results, curves, self.folder, settings, self.trainer, self.passes.monitor)
+        return self.rows.results
 
     def _make_rows(self) -> list[QCurve]:
         """Score the fine-tuned model, the base and every pruned model; curves over q if a plot is asked for."""
         settings = self.settings
         self.calibration.measure_finetuned()
-        finetuned = self._reference("fine-tuned")
+        finetuned = self.rows.reference("fine-tuned")
         if self.trainer.state.fn != TrainerFn.FITTING:  # a fit tells it before training
             warn_of_several_loaders(self.passes, self.settings.monitor)
         tensors = canonical_tensors(self.module)
@@ -103,11 +98,7 @@ class PruneRun:
         report_carried({name: tensors[name] for name, fate in fates.items() if fate == "carry"})
         with self.base.exchanged(self.module, replaced):
             experiment = self._experiment(self._plan(replaced))
-            self._record_references(experiment, finetuned)
-            for result in experiment.run(settings.methods, settings.rates, settings.seeds):
-                self._save_adapter(experiment, result)
-                self._record(result)
-            curves = self._curves(experiment) if settings.plot else []
+            curves = self.rows.make(experiment, finetuned)
         if settings.apply:
             assert experiment.last is not None  # apply is not combined with resume, so a row was made
             leave_pruned(self.module, self.base, replaced, experiment.last)
@@ -143,66 +134,14 @@ class PruneRun:
             q_split=self.calibration.source,
             side_files=transformers_config(self.module),
             monitor=self.passes.monitor,
-            done=self.done,
+            done=self.rows.done,
         )
-
-    def _resumed(self, method: str) -> Result | None:
-        """The row of the base or of the fine-tuned model, if an earlier run made it."""
-        return next((result for result in self.results if result.method == method), None)
-
-    def _reference(self, method: str) -> Result:
-        """The row of the base or of the fine-tuned model, whose weights the module holds."""
-        if (resumed := self._resumed(method)) is not None:
-            return resumed
-        start = time.perf_counter()
-        score = self.passes.score()
-        return Result(method, score, seconds=time.perf_counter() - start, split=self.passes.split)
 
     def _check_resumed_score(self) -> None:
         """Outside a fit the trainer has just scored the fine-tuned model: the score must be that of the earlier run."""
-        before = self._resumed("fine-tuned")
+        before = self.rows.resumed("fine-tuned")
         if before is not None and self.trainer.state.fn != TrainerFn.FITTING:
             # a callback that acts in an evaluation may have had other weights scored
             acted = callbacks_act_in_validation(self.trainer)
             now = self.passes.score() if acted else read_monitor(self.trainer.callback_metrics, self.passes.monitor)
             check_score(before.score, now, self.passes.monitor, self.log.path)
-
-    def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
-        """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
-        base = self._reference("base")
-        experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
-        dense = total_bytes(experiment.plan.finetuned)
-        for result in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):
-            if self._resumed(result.method) is None:
-                self._record(result)
-
-    def _save_adapter(self, experiment: Experiment, result: Result) -> None:
-        """Save the pruned LoRA adapter, if there is one, as a PEFT folder inside the delta's."""
-        adapter = find_adapter(self.module)
-        if adapter is None or self.settings.lora == "merged" or experiment.folder is None:
-            return
-        assert experiment.last is not None
-        assert result.folder is not None
-        with experiment.last.applied(self.module, force=True):
-            save_adapter(adapter, experiment.folder / result.folder / ADAPTER_FOLDER)
-
-    def _record(self, result: Result) -> None:
-        """Add a row and write it at once, so that it stays if the run is stopped; then report it."""
-        if not self.settings.save_deltas:
-            result = replace(result, folder=None)
-        self.results.append(result)
-        self.log.monitor = self.passes.monitor
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.log.append(result)
-        self.reporter.row(result, self.passes.monitor)
-
-    def _curves(self, experiment: Experiment) -> list[QCurve]:
-        """Score and output change over q for each rate on the first seed's mask, with the q that a method found."""
-        settings, curves = self.settings, []
-        for rate in settings.rates:
-            rows = [r for r in self.results if r.pruning_rate == rate]
-            if isinstance(settings.plot, str):
-                rows = [r for r in rows if r.method == settings.plot]
-            chosen = next((r.q for r in rows if (fit := get_method(r.method).fit) is not None and fit.one_q), None)
-            curves.append(experiment.curve(rows[0].method, rate, settings.seeds[0], PLOT_POINTS, chosen))
-        return curves

@@ -106,4 +106,4 @@ def _headers(repo_id: str, revision: str | None) -> list[Any] | None:
         with plain_errors(revision):
             return list(get_safetensors_metadata(repo_id, revision=revision).files_metadata.values())
     except (ConnectionError, FileNotFoundError, PermissionError, NotASafetensorsRepoError):
-        return None  # what is wrong is said where the files are looked for
+        return None  # the search for the files raises the error

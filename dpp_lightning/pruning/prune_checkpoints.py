@@ -144,7 +144,7 @@ def _with_hashes(
             pending = hashing.submit(hash_and_read_ahead, index)
             try:
                 name, kept, base = next(stream)
-            except ValueError as error:  # NaN may be met by the method first, and is told by all methods alike
+            except ValueError as error:  # a method may meet NaN first; the message is the same for all
                 if fault := plan.checks.not_finite():
                     raise ValueError(fault) from error
                 raise

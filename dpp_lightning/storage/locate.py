@@ -7,7 +7,7 @@ path is meant, so that a mistyped path is never asked of the hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -130,6 +130,17 @@ def subject(source: str | Path, argument: str) -> str:
     text = str(source)
     shown = text if text and not any(letter.isspace() for letter in text) else repr(text)
     return f"{argument} {shown}".strip()
+
+
+def few_names(names: Iterable[str | Path], shown: int = 6) -> str:
+    """The first names, and how many more there are.
+
+    Args:
+        names: in order.
+        shown: how many are given at most.
+    """
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
 
 
 def _nearest_parent(path: Path) -> Path:

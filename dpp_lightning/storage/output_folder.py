@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dpp_lightning.storage.atomic_write import atomic_folder
-from dpp_lightning.storage.locate import hub_id, local_path, subject
+from dpp_lightning.storage.locate import few_names, hub_id, local_path, subject
 from dpp_lightning.storage.model_folder import is_side_file
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.same_place import lies_in, links_into, real_path, same_place
 from dpp_lightning.storage.source_kind import DELTA_CONFIG, DELTA_MODEL
 
 Inputs: TypeAlias = Sequence[tuple[str, str | Path | None]]  # what the user calls a source, and the source itself
-
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -176,14 +174,14 @@ def _check_contents(folder: Path, kind: FolderKind, overwrite: bool, name: str, 
     if not folder.is_dir():
         raise FileExistsError(f"{name} is a file, which is not overwritten: name a folder that is new or empty")
     if not kind.is_in(folder):
-        held = _few([_shown(path, folder) for path in sorted(folder.iterdir())])
+        held = few_names([_shown(path, folder) for path in sorted(folder.iterdir())])
         raise FileExistsError(
             f"{name} holds {held}, not {kind.name}, and is not overwritten: name a folder that is new or empty"
         )
     if foreign := kind.foreign(folder, also):
         raise FileExistsError(
-            f"{name} holds other files beside {kind.name}, {_few(foreign)}, and is not overwritten: move them away, or "
-            "name another folder"
+            f"{name} holds other files beside {kind.name}, {few_names(foreign)}, and is not overwritten: move them "
+            "away, or name another folder"
         )
     if not overwrite:
         raise FileExistsError(
@@ -226,8 +224,3 @@ def _merged_tasks(folder: Path) -> list[str]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []
     return [str(task) for task in tasks] if isinstance(tasks, list) else []
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content
-from dpp_lightning.storage.locate import local_folder, local_path, not_found, subject
+from dpp_lightning.storage.locate import few_names, local_folder, local_path, not_found, subject
 from dpp_lightning.storage.quantised import refuse_gguf
 from dpp_lightning.storage.sharded_checkpoint import is_sharded
 
@@ -22,7 +22,7 @@ _KIND_FILES = (_MODEL_CONFIG, _ADAPTER_CONFIG, DELTA_CONFIG)
 _NO_WEIGHTS = (".json", ".yaml", ".yml", ".txt", ".md", ".jsonl", ".csv", ".parquet", ".py", ".gguf", ".h5", ".onnx")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _LOG_FILES = ("hparams.yaml", "metrics.csv")
-_DEPTH, _FOLDERS, _SHOWN = 4, 500, 6
+_DEPTH, _FOLDERS = 4, 500
 _MERGE_ADAPTER = (
     "merge it into its base first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 )
@@ -125,7 +125,7 @@ def check_delta_folder(folder: Path, name: str, wanted: str = "", *, fetched: bo
         raise ValueError(f"{name} is no delta folder but a model{wanted}")
     below = [path.parent for path in _walk(folder) if path.name == DELTA_CONFIG]
     if below:
-        raise FileNotFoundError(f"{name} is no delta folder itself; deltas in it are {_few(below)}: name one")
+        raise FileNotFoundError(f"{name} is no delta folder itself; deltas in it are {few_names(below)}: name one")
     raise FileNotFoundError(f"{name} is no delta folder: it lacks {' and '.join(missing)}{_holds(files)}")
 
 
@@ -191,7 +191,9 @@ def check_checkpoint(source: str | Path, argument: str) -> None:
         files = _file_names(path, name)
         below = _checkpoints(path)
         if below:
-            raise FileNotFoundError(f"{name} is {_folder_kind(files)}; checkpoints in it are {_few(below)}: name one")
+            raise FileNotFoundError(
+                f"{name} is {_folder_kind(files)}; checkpoints in it are {few_names(below)}: name one"
+            )
         raise FileNotFoundError(
             f"{name} is a folder, expected a .ckpt file or a sharded folder (.metadata and *.distcp files)"
             + _holds(files)
@@ -222,8 +224,8 @@ def _check_reachable(repo_id: str, revision: str | None, files: Iterable[str], n
     if answers(repo_id, revision):
         return
     raise ConnectionError(
-        f"{name}: of this repository the hub's cache holds {_few(sorted(files))} and no weights, and the hub does not "
-        "answer or is switched off (HF_HUB_OFFLINE): fetch it when the hub can be reached"
+        f"{name}: of this repository the hub's cache holds {few_names(sorted(files))} and no weights, and the hub does "
+        "not answer or is switched off (HF_HUB_OFFLINE): fetch it when the hub can be reached"
     )
 
 
@@ -251,7 +253,9 @@ def _check_shards(index: Path, entries: Iterable[str], name: str) -> None:
     shards = content.get("weight_map") if isinstance(content, dict) else None
     missing = sorted(set(map(str, shards.values())) - set(entries)) if isinstance(shards, dict) else []
     if missing:
-        raise FileNotFoundError(f"{name} lacks shards that {index.name} names: {_few(missing)}; fetch or copy them")
+        raise FileNotFoundError(
+            f"{name} lacks shards that {index.name} names: {few_names(missing)}; fetch or copy them"
+        )
 
 
 def _without_weights(folder: Path, files: frozenset[str], entries: Iterable[str], name: str) -> FileNotFoundError:
@@ -262,11 +266,11 @@ def _without_weights(folder: Path, files: frozenset[str], entries: Iterable[str]
         )
     deltas = sorted({path.parent for path in _walk(folder) if path.name == DELTA_CONFIG})
     if deltas:
-        return FileNotFoundError(f"{name} is a folder of deltas ({_few(deltas)}), not a model")
+        return FileNotFoundError(f"{name} is a folder of deltas ({few_names(deltas)}), not a model")
     below = sorted({p if p.suffix == ".ckpt" else p.parent for p in _walk(folder) if _is_weights(p.name)})
     if below:
         return FileNotFoundError(
-            f"{name} is {_folder_kind(files)} without weights; weights in it are {_few(below)}: name one"
+            f"{name} is {_folder_kind(files)} without weights; weights in it are {few_names(below)}: name one"
         )
     refuse_gguf(files, name)
     return FileNotFoundError(f"{name} holds no weights (.safetensors, {', '.join(TORCH_SUFFIXES)}){_holds(files)}")
@@ -349,9 +353,4 @@ def _folder_kind(files: frozenset[str]) -> str:
 
 def _holds(files: Iterable[str]) -> str:
     listed = sorted(files)
-    return f"; it holds {_few(listed)}" if listed else "; it holds no file"
-
-
-def _few(names: Iterable[str | Path]) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
+    return f"; it holds {few_names(listed)}" if listed else "; it holds no file"

@@ -197,7 +197,7 @@ def buffer_names(source: TensorSource) -> set[str]:
 def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str]:
     """The names, among those of a source's tensors, of those that are statistics or constants rather than parameters.
 
-    In a state dict, and in a model of transformers so that it does not matter how that is held, they are told by their
+    In a state dict, and in a model of transformers so that it does not matter how that is held, they are known by their
     names (``running_mean``, ``final_logits_bias``, ...); all other buffers of a module are what the module says.
     """
     by_type = isinstance(source, nn.Module)
