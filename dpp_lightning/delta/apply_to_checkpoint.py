@@ -122,11 +122,11 @@ def _dense_blocks(
     """Flat blocks of the fine-tuned tensors, in order."""
     info, check = contents.info(), EntriesHash()
     for name, sparse in contents.tensors():
-        kept = gather_entries(tensors[name], sparse.indices)
+        kept = gather_entries(tensors[name], sparse.changed)
         check.update(kept)
         if not force and check.first not in ("", info.base_first):
             raise ValueError(wrong_base_message(base_name, check.first, info))
-        yield from _overwritten_blocks(name, tensors[name], sparse, add_rescaled(kept, sparse.values, info.q))
+        yield from _overwritten_blocks(name, tensors[name], sparse, add_rescaled(kept, *sparse.change(info.q)))
         if name in contents.new_rows:
             yield contents.new_rows[name].to(tensors[name].dtype).reshape(-1)
     if not force and check.hexdigest() != info.base_check:
@@ -142,6 +142,9 @@ def _overwritten_blocks(name: str, base: Tensor, sparse: SparseTensor, values: T
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype}")
     numel = torch.Size(sparse.shape).numel()
+    if sparse.factors is not None:  # every entry is overwritten
+        yield from values.split(_BLOCK)
+        return
     flat = base.reshape(-1)[:numel]
     cuts = torch.searchsorted(sparse.indices.long(), torch.arange(0, numel + _BLOCK, _BLOCK)).tolist()
     for number, start in enumerate(range(0, numel, _BLOCK)):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpp_lightning.storage.model_folder import names_of_task
+from dpp_lightning.tensors.factors import Factors
 
 TASK_SEPARATOR = "/"  # between a task and the name of a tensor that is carried for it alone
 
@@ -21,17 +23,45 @@ Table = list[tuple[str, tuple[int, ...]]]  # canonical name and shape of every p
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """The kept entries of one delta tensor.
+    """One delta tensor: kept entries, and the product of two factors where the tensor has them.
 
     Attributes:
         shape: shape of the tensor, of its rows in common with the base where the vocabulary grew.
         indices: sorted distinct flat positions (C order), int32 or int64, shape (kept,).
-        values: theta - theta_0 at these positions, not yet divided by q, of a float dtype, shape (kept,).
+        values: theta - theta_0 at these positions, or what the product leaves of it, not yet divided by q, of a float
+            dtype, shape (kept,).
+        factors: a product that is added as it is, never divided by q; None where the kept entries are all.
     """
 
     shape: tuple[int, ...]
     indices: Tensor
     values: Tensor
+    factors: Factors | None = None
+
+    @property
+    def stored_numbers(self) -> int:
+        """How many numbers it holds: kept values, and those of the factors."""
+        return self.values.numel() + (self.factors.numbers if self.factors else 0)
+
+    @property
+    def changed(self) -> Tensor:
+        """The flat positions that applying overwrites, shape (changed,): the kept ones, or all beneath a product."""
+        return self.indices if self.factors is None else torch.arange(prod(self.shape))
+
+    def change(self, q: float) -> tuple[Tensor, float]:
+        """What is added at :attr:`changed`, shape (changed,), and the number that it is to be divided by first."""
+        if self.factors is None:
+            return self.values, q
+        product = self.factors.product().to(self.values.device)
+        return product.index_add_(0, self.indices.long(), (self.values / q).to(product.dtype)), 1.0
+
+    def dense(self, q: float) -> Tensor:
+        """The tensor's whole delta, divided by q, float32 (float64 where the values are), of its shape."""
+        if self.factors is None:
+            wide = torch.promote_types(self.values.dtype, torch.float32)
+            whole = torch.zeros(prod(self.shape), dtype=wide)
+            return whole.index_copy_(0, self.indices.long(), self.values.to(wide) / q).view(self.shape)
+        return self.change(q)[0].view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -43,11 +73,15 @@ class DeltaInfo:
         seeded: kept positions follow from seed and tensor names, so that no positions need storing.
         base_name, base_revision: hub id or folder of the base, if known.
         base_fingerprint: xxh3-128 over the base's tensors that the delta changes or relies on.
-        base_check: xxh3-128 over the base's values at the kept positions, checked at every ``apply_``.
+        base_check: xxh3-128 over the base's values at the positions that change, checked at every ``apply_``.
         base_first: the same over the first pruned tensor alone, so that streaming knows a wrong base at once.
         entries: number of entries of the whole fine-tuned model.
         dense_bytes: bytes of the whole fine-tuned model in its own dtype.
         dtype: how the file holds the kept values (``int8`` and ``int4`` are float32 in memory); None as they are.
+        factors_dtype: the same of the numbers of factors; None for float32.
+        drawn_rate: the rate at which a seeded selection drew each tensor, where that is not the pruning rate: a method
+            that leaves tensors out keeps more of the others.
+        training: what was trained of the values, for the card; empty where nothing was.
         scope: the scope settings, as plain values.
         settings: the method's own settings.
         reverted: names of tensors that were left at the base's values.
@@ -70,6 +104,9 @@ class DeltaInfo:
     entries: int
     dense_bytes: int
     dtype: str | None = None
+    factors_dtype: str | None = None
+    drawn_rate: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
     scope: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     reverted: tuple[str, ...] = ()

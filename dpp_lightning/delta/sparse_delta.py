@@ -63,6 +63,7 @@ class SparseDelta:
         parts = [
             f"{info.method!r}, pruning_rate={info.pruning_rate:g}, q={info.q:.6g}, seed={info.seed}",
             f"{len(self.tensors)} tensors with {self.num_kept:,} of {in_tensors:,} entries kept",
+            *([f"{self.num_factor_numbers:,} numbers in factors"] if self.num_factor_numbers else []),
             *([f"{len(self.carried)} carried"] if self.carried else []),
             *([f"{len(self.new_rows)} with new rows"] if self.new_rows else []),
             *([f"tasks={info.tasks}"] if info.tasks else []),
@@ -129,10 +130,15 @@ class SparseDelta:
         return sum(t.values.numel() for t in self.tensors.values())
 
     @property
+    def num_factor_numbers(self) -> int:
+        """Number of numbers in factors."""
+        return sum(t.factors.numbers for t in self.tensors.values() if t.factors is not None)
+
+    @property
     def density(self) -> float:
-        """Stored entries (kept and carried) over all entries of the model, in [0, 1]."""
+        """Stored numbers (kept, of factors, carried) over all entries of the model, in [0, 1]."""
         dense = sum(t.numel() for t in (*self.carried.values(), *self.new_rows.values()))
-        return (self.num_kept + dense) / max(self.info.entries, 1)
+        return (self.num_kept + self.num_factor_numbers + dense) / max(self.info.entries, 1)
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +165,8 @@ class SparseDelta:
         return SparseDelta(self.tensors, dict(contents.carried), contents.info(), self.new_rows)
 
     def apply_(self, target: TensorSource, *, force: bool = False) -> None:
-        """Add the delta to a base in place: theta_0 + value / q at kept entries, carried tensors copied. O(kept).
+        """Add the delta to a base in place: theta_0 + value / q at kept entries, the product of factors where there are
+        any, carried tensors copied. O(kept), and O(entries) of tensors with factors.
 
         The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
         The target's values at the kept positions are held until ``revert_``; nothing is written if any check fails. A
@@ -197,7 +204,7 @@ class SparseDelta:
         targets, named = self._find(target)
         if base is not None:
             sources, _ = self._find(base)
-            kept = {name: gather_entries(sources[name], tensor.indices) for name, tensor in self.tensors.items()}
+            kept = {name: gather_entries(sources[name], tensor.changed) for name, tensor in self.tensors.items()}
             originals = self._held(sources, kept)
         elif all(name in self._originals.get(n.owner, ()) for name, n in named.items()):
             originals = {name: self._originals[n.owner][name] for name, n in named.items()}
@@ -242,7 +249,7 @@ class SparseDelta:
             tensor, values, indices, rows = (
                 base_tensors[name],
                 sums[name],
-                sparse.indices.long(),
+                sparse.changed.long(),
                 self.new_rows.get(name),
             )
             if rows is not None:
@@ -341,12 +348,14 @@ class SparseDelta:
         in_shards = any(is_dtensor(tensor) for tensor in targets.values())
         for_each = in_order if in_shards else over_threads  # all ranks must call collectives in one order
         kept = for_each(
-            lambda name: gather_entries(targets[name], self.tensors[name].indices), self._sizes(self.tensors)
+            lambda name: gather_entries(targets[name], self.tensors[name].changed), self._sizes(self.tensors)
         )
         if not force:
             self._check_base(kept, target)
-        sums: dict[str, Tensor] = {}
-        for names in group_by_device_and_dtype(kept):
+        factored = {name: tensor for name, tensor in self.tensors.items() if tensor.factors is not None}
+        sums = for_each(lambda n: add_rescaled(kept[n], *factored[n].change(self.q)), self._sizes(factored))
+        self._check_finite(sums)
+        for names in group_by_device_and_dtype({name: kept[name] for name in kept if name not in factored}):
             together = add_rescaled(
                 torch.cat([kept[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
             )
@@ -413,7 +422,12 @@ class SparseDelta:
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         """How much there is to read or write of each tensor."""
-        return {n: (self.tensors[n].values if n in self.tensors else self.carried[n]).numel() for n in names}
+        return {
+            n: prod(self.tensors[n].shape)
+            if n in self.tensors and self.tensors[n].factors is not None
+            else (self.tensors[n].values if n in self.tensors else self.carried[n]).numel()
+            for n in names
+        }
 
     def _write_all(
         self,
@@ -431,6 +445,6 @@ class SparseDelta:
             target.detach().copy_(shard_like(self.carried[name] if values is None else values, target))
             return
         assert values is not None
-        scatter_entries(target, self.tensors[name].indices, values)
+        scatter_entries(target, self.tensors[name].changed, values)
         if rows is not None:
             self._rows(name, target).copy_(rows)

@@ -72,7 +72,7 @@ class MergeSource:
         """Whether the first tensor with kept entries was pruned against this base: a wrong one is known at once."""
         check = EntriesHash()
         for name, tensor in self.contents.tensors():
-            check.update(gather_entries(base[names[name]], tensor.indices))
+            check.update(gather_entries(base[names[name]], tensor.changed))
             if check.first:
                 return check.first == self.info.base_first
         return True
@@ -85,7 +85,7 @@ class MergeSource:
         """
         check = EntriesHash()
         for name, tensor in self.contents.tensors():
-            check.update(gather_entries(base[names[name]], tensor.indices))
+            check.update(gather_entries(base[names[name]], tensor.changed))
             yield names[name], tensor
         if check.hexdigest() != self.info.base_check:
             raise ValueError(_wrong_bases_message([self], [self]))

@@ -103,7 +103,8 @@ class MergedTensors(nn.Module):
         names_of_each = names_in_base(sources, base, describe_source(module))
         for k, (source, names) in enumerate(zip(sources, names_of_each, strict=True)):
             for name, tensor in source.checked(base, names):
-                entries.setdefault(name, {})[k] = (tensor.indices, tensor.values.float() / source.info.q)
+                change, divisor = tensor.change(source.info.q)
+                entries.setdefault(name, {})[k] = (tensor.changed, change.float() / divisor)
         self.names = sorted(entries)
         if parts := [name for name in self.names if not named[name].whole]:
             raise ValueError(
