@@ -48,8 +48,12 @@ class Objective:
 class CalibrationSource(Protocol):
     """Where calibration data comes from: :class:`Calibration` in memory, or a model folder and a file."""
 
-    def layer_inputs(self) -> Mapping[str, InputStatistics] | None:
-        """What every weight of the fine-tuned model sees as input, by canonical name; None where that is not known."""
+    def layer_inputs(self, *, products: bool = False) -> Mapping[str, InputStatistics] | None:
+        """What every weight of the fine-tuned model sees as input, by canonical name; None where that is not known.
+
+        Args:
+            products: with the products of every two features of a linear map, for weighted factors.
+        """
         ...
 
     def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective | None:
@@ -80,7 +84,7 @@ class Calibration:
     smooth: bool = True
     gradients: OutputGradients | None = None
 
-    def layer_inputs(self) -> Mapping[str, InputStatistics] | None:
+    def layer_inputs(self, *, products: bool = False) -> Mapping[str, InputStatistics] | None:
         """See :class:`CalibrationSource`."""
         return self.inputs
 

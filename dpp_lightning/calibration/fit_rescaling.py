@@ -82,10 +82,15 @@ def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> 
         return delta
     like = {pair.name: pair.finetuned for pair in pairs}
     tensors = {
-        name: replace(kept, values=to_dtype(kept.values, spec.dtype, like[name], name))
+        name: replace(
+            kept,
+            values=to_dtype(kept.values, spec.dtype, like[name], name),
+            factors=kept.factors and kept.factors.rounded(spec.factors_dtype, name),
+        )
         for name, kept in delta.tensors.items()
     }
-    return SparseDelta(tensors, delta.carried, replace(delta.info, dtype=spec.dtype), delta.new_rows)
+    info = replace(delta.info, dtype=spec.dtype, factors_dtype=spec.factors_dtype)
+    return SparseDelta(tensors, delta.carried, info, delta.new_rows)
 
 
 def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found_settings: Any) -> SparseDelta:

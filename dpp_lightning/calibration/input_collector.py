@@ -36,11 +36,15 @@ class _Sums:
     squares: Tensor
     largest: Tensor
     tokens: int = 0
+    products: Tensor | None = None
 
     @classmethod
-    def of(cls, kind: Kind, axis: int, shape: tuple[int, ...]) -> _Sums:
-        """Nothing summed yet."""
-        return cls(kind, axis, *torch.zeros(3, *shape, dtype=torch.float64))
+    def of(cls, kind: Kind, axis: int, shape: tuple[int, ...], *, products: bool = False) -> _Sums:
+        """Nothing summed yet; products are those of a single linear map."""
+        sums = cls(kind, axis, *torch.zeros(3, *shape, dtype=torch.float64))
+        if products and kind == "linear" and len(shape) == 1:
+            sums.products = torch.zeros(*shape, *shape, dtype=torch.float64)
+        return sums
 
     @torch.no_grad()
     def add_products(self, x: Tensor, expert: int | None) -> None:
@@ -50,6 +54,8 @@ class _Sums:
         self.squares[at] += x.square().sum(0).double().cpu()
         if len(x):
             self.largest[at] = torch.maximum(self.largest[at], x.abs().amax(0).double().cpu())
+        if self.products is not None:
+            self.products += (x.t() @ x).double().cpu()
         self.tokens += len(x)
 
     @torch.no_grad()
@@ -64,8 +70,15 @@ class _Sums:
     def statistics(self) -> InputStatistics:
         """The sums as they are now."""
         embedding, largest = self.kind == "embedding", self.largest.clone()
+        products = None if self.products is None else self.products.clone()
         return InputStatistics(
-            self.total.clone(), self.squares.clone(), self.tokens, self.axis, embedding, None if embedding else largest
+            self.total.clone(),
+            self.squares.clone(),
+            self.tokens,
+            self.axis,
+            embedding,
+            None if embedding else largest,
+            products,
         )
 
 
@@ -75,9 +88,9 @@ class InputCollector(TorchFunctionMode):
     It sees the calls of torch that multiply by a weight or look rows of it up, whichever module makes them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, products: bool = False) -> None:
         super().__init__()
-        self.running = RunningModules()
+        self.running, self.products = RunningModules(), products
         self.unknown_padding: set[str] = set()
         self._sums: dict[str, dict[tuple[Kind, int], _Sums]] = {}
         self._parts: dict[int, list[NamedTensor]] = {}  # of a parameter, by its id
@@ -169,7 +182,7 @@ class InputCollector(TorchFunctionMode):
     def _sums_of(self, name: str, kind: Kind, axis: int, shape: tuple[int, ...]) -> _Sums:
         uses = self._sums.setdefault(name, {})
         if (kind, axis) not in uses:
-            uses[kind, axis] = _Sums.of(kind, axis, shape)
+            uses[kind, axis] = _Sums.of(kind, axis, shape, products=self.products)
         return uses[kind, axis]
 
     def _see_rows(self, table: Any, rows: Any) -> None:
@@ -196,7 +209,7 @@ class InputCollector(TorchFunctionMode):
 
 
 @contextmanager
-def collected_inputs(module: nn.Module) -> Iterator[InputCollector]:
+def collected_inputs(module: nn.Module, *, products: bool = False) -> Iterator[InputCollector]:
     """Collect the inputs of every matrix among the weights in all forward passes inside the block.
 
     Seen are linear maps and embeddings in whatever module they are, an expert of a mixture as a part of the tensor of
@@ -207,8 +220,9 @@ def collected_inputs(module: nn.Module) -> Iterator[InputCollector]:
 
     Args:
         module: the model, of any kind; names are canonical.
+        products: sum the products of every two features too, of linear maps: the square of their number in memory.
     """
-    collector = InputCollector(module)
+    collector = InputCollector(module, products=products)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_experts_apart(transformers_models(module).values()))

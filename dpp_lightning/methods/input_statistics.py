@@ -21,6 +21,8 @@ class InputStatistics:
             Embedding (tokens, width); 1 or 2 for experts (experts, in, out) or (experts, out, in).
         embedding: the weight is a table of rows, of which each token takes one.
         largest: maximum of |x_j| over tokens, float64, of the same shape; None of an embedding.
+        products: sum of x_j x_k, float64, shape (features, features), of the weight of one linear map; None where it was
+            not asked for.
     """
 
     total: Tensor
@@ -29,11 +31,18 @@ class InputStatistics:
     axis: int
     embedding: bool = False
     largest: Tensor | None = None
+    products: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """Mean of x_j, float64, of the shape of ``total``."""
         return self.total / max(self.tokens, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centred second moment of x, float64, shape (features, features); only with :attr:`products`."""
+        assert self.products is not None
+        return self.products / max(self.tokens, 1) - self.mean[:, None] * self.mean[None]
 
     @property
     def norm(self) -> Tensor:

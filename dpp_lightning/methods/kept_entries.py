@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.sampling.sampler import exact_rate
+from dpp_lightning.tensors.factors import Factors
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,12 @@ class KeptEntries:
         positions: sorted distinct flat positions, int64, on the CPU, shape (kept,).
         values: where the selection weighs the kept values, these, float32, shape (kept,); None where the delta itself
             is kept.
+        factors: a product that is kept beside them, float32; None where there is none.
     """
 
     positions: Tensor
     values: Tensor | None = None
+    factors: Factors | None = None
 
 
 def exact_count(numel: int, pruning_rate: float) -> int:

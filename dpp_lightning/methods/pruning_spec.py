@@ -19,8 +19,8 @@ class PruningSpec:
         method: a name of ``METHODS``.
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: of the random selections, an integer >= 0.
-        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8 or int4; None for the fine-tuned
-            dtype, at most 32 bits, and where nothing is dropped for one that is wide enough for base plus delta to be
+        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8 or int4; None for the method's
+            own, most often the fine-tuned dtype, at most 32 bits, and where nothing is dropped for one that is wide enough for base plus delta to be
             the fine-tuned model bit for bit: float32 for models of 16 bits, float64 for others.
         q: what kept values are divided by, given by hand; None for the method's own.
         method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.
@@ -40,6 +40,8 @@ class PruningSpec:
     def __post_init__(self) -> None:
         row = get_method(self.method)
         row.check(self.pruning_rate, self.method_settings)
+        if self.dtype is None and row.dtype is not None:
+            object.__setattr__(self, "dtype", row.dtype)
         row.check_dtype(self.method, self.dtype)
         stream_key("", self.seed)
         if self.q is not None:
@@ -63,6 +65,16 @@ class PruningSpec:
     def needs_inputs(self) -> bool:
         """Whether the layers' inputs on calibration data are needed."""
         return self.row.needs_inputs(self.method_settings)
+
+    @property
+    def factors_dtype(self) -> str | None:
+        """How the numbers of factors are held; None for a method that has none."""
+        return self.method_settings.get("factors_dtype", self.row.factors_dtype)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments of the layers' inputs are of use, where there is calibration data."""
+        return self.fit is not None and self.fit.uses_moments
 
     @property
     def exact(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,9 +13,11 @@ from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
-from dpp_lightning.methods import layerwise_rates, rescaling, selections, structured, wanda
+from dpp_lightning.methods import layerwise_rates, low_rank, rescaling, selections, structured, wanda
 from dpp_lightning.sampling.sampler import exact_rate
+from dpp_lightning.tensors.blocks import is_multiplied
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype
+from dpp_lightning.tensors.factors import matrix_shape
 
 _DARE = ("Language Models are Super Mario (ICML 2024)", "https://arxiv.org/abs/2311.03099")
 _DAREX = ("DARE the Extreme (ICLR 2025)", "https://arxiv.org/abs/2410.09344")
@@ -29,6 +31,9 @@ _HORVITZ = (
     "A Generalization of Sampling Without Replacement From a Finite Universe (JASA 1952)",
     "https://doi.org/10.1080/01621459.1952.10483446",
 )
+
+_ECKART = ("The approximation of one matrix by another of lower rank (1936)", "https://doi.org/10.1007/BF02288367")
+_OURS = ("dpp_lightning: kept values trained by distillation", "https://arxiv.org/abs/1503.02531")
 
 PLUGINS = "dpp_lightning.methods"  # the entry-point group of methods in other packages
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -45,16 +50,24 @@ class Fit:
             the kept values weights, so that they are drawn in float32 and cast once the weights are known.
         needs_inputs: it needs what the layers see as input on calibration data.
         needs_gradients: it needs gradients of the output on calibration data.
+        needs_distillation: it trains on the outputs of the fine-tuned model, piece by piece of the calibration data.
+        one_mask: what it finds belongs to one mask, so that it is found anew for every seed.
+        samples: how many calibration examples it takes where no number is given.
         required: without it the method would be another one, so that pruning without calibration data is an error.
         options: a function whose keyword-only parameters are the fit's settings.
+        uses_moments: it uses the means and second moments of the layers' inputs, where there is calibration data.
     """
 
     find: str | Callable[..., Any]
     one_q: bool = False
     needs_inputs: bool = False
     needs_gradients: bool = False
+    needs_distillation: bool = False
+    one_mask: bool = False
+    samples: int = 64
     required: bool = True
     options: Callable[..., Any] | None = None
+    uses_moments: bool = False
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -77,6 +90,12 @@ class Method:
         weighs: the selection itself gives the kept values their weights.
         by_blocks: the selection goes by the linear maps in a model's blocks, and refuses a model without any; see
             :mod:`dpp_lightning.methods.block_checks`.
+        covers: whether the method holds anything of a tensor in scope, given its canonical name, shape, and the
+            settings; its whole budget goes to those, and the others get the base's values. None covers all.
+        numbers: how many numbers the method keeps of the tensors that it covers, given their shapes, the rate among
+            them, and the settings; None where the rate says it.
+        dtype: of the kept values where none is asked for; None for the fine-tuned dtype.
+        factors_dtype: of the numbers of factors, for a method that has them, unless the settings have another.
     """
 
     select: selections.Selection
@@ -89,6 +108,10 @@ class Method:
     random: bool = True
     weighs: bool = False
     by_blocks: bool = False
+    covers: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None = None
+    numbers: Callable[[Sequence[tuple[int, ...]], float, Mapping[str, Any]], float] | None = None
+    dtype: str | None = None
+    factors_dtype: str | None = None
 
     def check(self, pruning_rate: float, settings: Mapping[str, Any]) -> None:
         """Refuse a rate or settings that the method does not have.
@@ -153,11 +176,32 @@ def _keyword_only(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(c for c in get_args(hints[name]) if isinstance(c, str)) for name in keyword}
 
 
+def _in_maps(name: str, shape: Sequence[int], settings: Mapping[str, Any]) -> bool:
+    """What ``refit`` covers: the weights of linear maps and convolutions, or with ``where="all"`` every tensor."""
+    return settings.get("where", "linear") == "all" or is_multiplied(name, shape)
+
+
+def _maps_and_vectors(name: str, shape: Sequence[int], settings: Mapping[str, Any]) -> bool:
+    """What ``lowrank`` covers: the weights of linear maps and convolutions, and tensors of one column."""
+    return is_multiplied(name, shape) or matrix_shape(tuple(shape))[1] == 1
+
+
 # Fits belong to a higher room than methods, so the rows name them by object reference and import nothing of theirs.
 _ONE_Q = Fit("dpp_lightning.calibration.q_search:fit_one_q", one_q=True)
 _LAYER_Q = Fit("dpp_lightning.calibration.layer_q:fit_layer_q", needs_inputs=True, options=rescaling.layer_q)
 _LEARNED = Fit("dpp_lightning.calibration.learned_rescaling:fit_coefficients", needs_gradients=True)
 _PARTITIONS = Fit("dpp_lightning.calibration.dpa:fit_partitions")
+_VALUES = Fit(
+    "dpp_lightning.calibration.trained_values:fit_values", needs_distillation=True, one_mask=True, samples=256
+)
+_FACTORS = Fit(
+    "dpp_lightning.calibration.factor_fit:fit_factors",
+    needs_distillation=True,
+    uses_moments=True,
+    one_mask=True,
+    required=False,
+    samples=256,
+)
 
 
 class MethodTable(Mapping[str, Method]):
@@ -218,6 +262,14 @@ METHODS = MethodTable({
     "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q, by_blocks=True),
     "importance": Method(
         selections.importance, rescaling.keep_rate, *_HORVITZ, fit=replace(_ONE_Q, required=False), weighs=True
+    ),
+    "refit": Method(
+        selections.random_in_maps, rescaling.no_rescaling, *_OURS, fit=_VALUES, seeded=True, covers=_in_maps,
+        dtype="int4",
+    ),
+    "lowrank": Method(
+        low_rank.low_rank, rescaling.no_rescaling, *_ECKART, fit=_FACTORS, covers=_maps_and_vectors,
+        numbers=low_rank.numbers_kept, dtype="bfloat16", factors_dtype=low_rank.FACTORS_DTYPE,
     ),
 })  # fmt: skip
 

@@ -5,7 +5,7 @@ Each is a function of all pruned tensors that yields the kept entries of one ten
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from dpp_lightning.sampling.sampler import exact_rate, kept_positions_of, unifor
 
 Budget = Literal["tensor", "model"]
 Score = Literal["magnitude", "activation"]
+Where = Literal["linear", "all"]
 
 
 class Selection(Protocol):
@@ -38,6 +39,20 @@ def random(pairs: Sequence[TensorPair], pruning_rate: float, seed: int) -> Itera
     """
     for positions in kept_positions_of([(pair.name, pair.numel) for pair in pairs], pruning_rate, seed):
         yield KeptEntries(torch.from_numpy(positions))
+
+
+def random_in_maps(
+    pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, where: Where = "linear"
+) -> Iterator[KeptEntries]:
+    """:func:`random`, for a method whose whole budget goes to some of the tensors.
+
+    Args:
+        pairs, pruning_rate, seed: as for every selection; of the tensors that the method covers.
+        where: ``linear`` are the weights of linear maps and convolutions, ``all`` is every tensor.
+    """
+    if where not in get_args(Where):
+        raise ValueError(f"where must be 'linear' or 'all', got {where!r}")
+    yield from random(pairs, pruning_rate, seed)
 
 
 def magnitude(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.tensors.factors import Factors
 from dpp_lightning.tensors.shards import full_tensor, is_dtensor
 
 _LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
@@ -29,6 +30,7 @@ class TensorPair:
         base, finetuned: those entries, one-dimensional in C order (views where the tensors are contiguous, so that
             files mapped into memory are read only where they are looked at); tensors in shards as they are, to be
             gathered while their blocks are read.
+        factors: a product that is not part of the delta: ``deltas`` and ``scores`` are of theta - theta_0 - product.
     """
 
     name: str
@@ -38,6 +40,7 @@ class TensorPair:
     inputs: InputStatistics | None = None
     block: str | None = None
     linear: bool = False
+    factors: Factors | None = None
 
     @classmethod
     def of(
@@ -84,8 +87,18 @@ class TensorPair:
         """Gives theta - theta_0 at a range of flat positions; of tensors in shards their difference is gathered now."""
         if is_dtensor(self.finetuned):
             delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
-            return lambda block: delta[block].cpu()
-        return lambda block: self.finetuned[block].cpu().float() - self.base[block].cpu().float()
+            return lambda block: self._without_product(delta[block].cpu(), block)
+        return lambda block: self._without_product(
+            self.finetuned[block].cpu().float() - self.base[block].cpu().float(), block
+        )
+
+    def _without_product(self, delta: Tensor, block: slice) -> Tensor:
+        """A range of the delta less that of the product of the factors."""
+        return delta if self.factors is None else delta - self.factors.entries(block.start, block.start + len(delta))
+
+    def delta(self) -> Tensor:
+        """theta - theta_0, less the product of the factors: the whole tensor, float32 on the CPU, of its shape."""
+        return self._reader()(slice(0, self.numel)).view(self.shape)
 
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.pruning.value_checks import ValueChecks
+from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
@@ -48,6 +50,8 @@ class PruningPlan:
         prefix, names: how the fine-tuned model's own names follow from the canonical ones, see :class:`DeltaInfo`.
         ignored: base tensors that the fine-tuned model does not have.
         inputs: what weights see as input on calibration data, by canonical name; for methods that ask for it.
+        entries_in_scope: entries of the tensors that the scope prunes, where a method covers only some of them and the
+            rate is still of all; None where it covers all.
     """
 
     base: dict[str, Tensor]
@@ -61,6 +65,7 @@ class PruningPlan:
     names: Mapping[str, str] | None = None
     ignored: tuple[str, ...] = ()
     inputs: Mapping[str, InputStatistics] | None = None
+    entries_in_scope: int | None = None
 
     @classmethod
     def of(
@@ -184,6 +189,61 @@ class PruningPlan:
                 )
         return replace(self, inputs={name: inputs[name_in_inputs] for name, name_in_inputs in names.items()})
 
+    def covering(self, spec: PruningSpec) -> PruningPlan:
+        """This plan with the tensors that the spec's method leaves out reverted to the base; the rate stays of all.
+
+        Raises:
+            ValueError: the method covers no tensor, leaves out one whose vocabulary grew, or the rate keeps more than
+                the tensors that it covers have.
+        """
+        row, settings = spec.row, spec.method_settings
+        if row.covers is None or self.entries_in_scope is not None:
+            return self
+        left_out = [n for n in self.pruned if not row.covers(n, self.finetuned[n].shape, settings)]
+        grown = [name for name in left_out if name in self.new_rows]
+        if grown:
+            raise ValueError(
+                f"{spec.method} leaves {', '.join(grown)} at the base's values, but the fine-tuned vocabulary has more "
+                "rows: store it dense (carry=, --carry), or take a method that prunes every tensor"
+            )
+        if len(left_out) == len(self.pruned):
+            raise ValueError(f"{spec.method} covers none of the tensors in scope, such as {', '.join(left_out[:3])}")
+        plan = replace(
+            self,
+            fates={**self.fates, **dict.fromkeys(left_out, "revert")},
+            entries_in_scope=sum(self.finetuned[name].numel() for name in self.pruned),
+        )
+        plan.__dict__["_digests"] = self._digests  # of the base, which is the same
+        plan.drawn_rate(spec)
+        return plan
+
+    def rate_of(self, spec: PruningSpec) -> float:
+        """The fraction of the entries in scope that the spec drops: its pruning rate, unless settings say otherwise."""
+        if spec.row.numbers is None:
+            return float(spec.pruning_rate)
+        plan = self.covering(spec)
+        shapes = [pair.shape for pair in plan.pairs]
+        numbers = spec.row.numbers(shapes, plan.drawn_rate(spec), spec.method_settings)
+        return max(0.0, 1 - numbers / (plan.entries_in_scope or sum(map(prod, shapes))))
+
+    def drawn_rate(self, spec: PruningSpec) -> float:
+        """The rate among the tensors that the method covers, at which the entries in scope have the pruning rate.
+
+        Raises:
+            ValueError: the rate keeps more than these tensors have.
+        """
+        if self.entries_in_scope is None:
+            return float(spec.pruning_rate)
+        covered = sum(self.finetuned[name].numel() for name in self.pruned)
+        rate = 1 - float(1 - exact_rate(spec.pruning_rate)) * self.entries_in_scope / covered
+        if rate < 0:
+            raise ValueError(
+                f"pruning_rate={spec.pruning_rate:g} keeps more than the {covered:,} of {self.entries_in_scope:,} "
+                f"entries that {spec.method} covers: take a rate of {1 - covered / self.entries_in_scope:.3g} or more, "
+                "or another method"
+            )
+        return rate
+
     def for_spec(self, spec: PruningSpec, calibration: CalibrationSource | None) -> PruningPlan:
         """This plan, knowing what the layers see as input where the spec needs that; warns of linear maps of which it
         is not known.
@@ -192,13 +252,14 @@ class PruningPlan:
             ValueError: the method cannot do without calibration data, and there is none, or it does not reach most of
                 the linear maps.
         """
-        if calibration is not None and spec.needs_inputs:
-            self.read_all()  # before the model runs
-        inputs = calibration.layer_inputs() if calibration is not None and spec.needs_inputs else None
+        covering, wanted = self.covering(spec), spec.needs_inputs or spec.needs_moments
+        if calibration is not None and wanted:
+            covering.read_all()  # before the model runs
+        inputs = calibration.layer_inputs(products=spec.needs_moments) if calibration is not None and wanted else None
         spec.check_calibration(objective=calibration is not None, inputs=bool(inputs))
         if not inputs:
-            return self
-        plan = self.with_inputs(inputs)
+            return covering
+        plan = covering.with_inputs(inputs)
         unknown = unknown_inputs(plan.pairs, spec.method, spec.method_settings)
         if unknown:
             warnings.warn(unknown, stacklevel=2)
@@ -255,21 +316,22 @@ class PruningPlan:
         """The base's value of every tensor that a pruned model does not carry: those that are pruned or reverted."""
         return {n: self.base[n] for n, fate in self.fates.items() if fate != "carry" and n not in self.unchanged}
 
-    def stream(self, spec: PruningSpec) -> Iterator[tuple[str, SparseTensor, Tensor]]:
-        """The kept entries of one pruned tensor after the other, with the base's values there.
+    def stream(self, spec: PruningSpec, *, final: bool = False) -> Iterator[tuple[str, SparseTensor, Tensor]]:
+        """The kept entries of one pruned tensor after the other, with the base's values where it changes.
 
         Args:
-            spec: what is drawn; values are in its ``drawn_dtype``.
+            spec: what is drawn, of a plan that is :meth:`covering` it; values are in its ``drawn_dtype``.
+            final: nothing will be fitted, so that values and factors are drawn as the file holds them.
 
         Raises:
             ValueError: the method needs the layers' inputs and the plan has none, or values that overflow the dtype.
         """
         spec.check_calibration(objective=True, inputs=bool(self.inputs))
         settings = spec.row.selection_settings(spec.method_settings)
-        selected = spec.row.select(self.pairs, spec.pruning_rate, spec.seed, **settings)
+        selected = spec.row.select(self.pairs, self.drawn_rate(spec), spec.seed, **settings)
         for pair, kept in zip(self.pairs, selected, strict=True):
             base = gather_entries(pair.base, kept.positions)
-            values, dtype, wide = kept.values, spec.drawn_dtype, torch.float32
+            values, dtype, wide = kept.values, spec.dtype if final else spec.drawn_dtype, torch.float32
             if spec.exact:  # whatever the method, all entries are kept as they are
                 values, dtype = None, exact_dtype(pair.finetuned.dtype)
                 wide = FLOATS[dtype]
@@ -277,8 +339,11 @@ class PruningPlan:
                 values = gather_entries(pair.finetuned, kept.positions).to(wide)
                 values -= base.to(values.device, wide)
             indices = kept.positions.to(torch.int32) if pair.numel < 2**31 else kept.positions
-            values = to_dtype(values, dtype, pair.finetuned, pair.name)
-            yield pair.name, SparseTensor(pair.shape, indices, values), base
+            values, factors = to_dtype(values, dtype, pair.finetuned, pair.name), kept.factors
+            if factors is not None:
+                factors = factors.rounded(spec.factors_dtype, pair.name) if final else factors
+                base = full_tensor(pair.base).reshape(-1)
+            yield pair.name, SparseTensor(pair.shape, indices, values, factors), base
 
     def draw(self, spec: PruningSpec) -> SparseDelta:
         """One pruned delta in memory; q is the method's first candidate.
@@ -286,14 +351,15 @@ class PruningPlan:
         Raises:
             ValueError: as :meth:`stream`, or NaN or infinity in either model.
         """
-        self.read_all()
+        plan = self.covering(spec)
+        plan.read_all()
         tensors, check = {}, EntriesHash()
-        for name, kept, base in self.stream(spec):
+        for name, kept, base in plan.stream(spec):
             tensors[name] = kept
             check.update(base)
-        carried = {name: full_tensor(tensor.detach()).clone() for name, tensor in self.carried.items()}
-        rows = {name: tensor.detach().clone() for name, tensor in self.new_rows.items()}
-        return SparseDelta(tensors, carried, self.info(spec, check), rows)
+        carried = {name: full_tensor(tensor.detach()).clone() for name, tensor in plan.carried.items()}
+        rows = {name: tensor.detach().clone() for name, tensor in plan.new_rows.items()}
+        return SparseDelta(tensors, carried, plan.info(spec, check), rows)
 
     def fit(
         self, spec: PruningSpec, delta: SparseDelta, calibration: CalibrationSource | None
@@ -310,11 +376,13 @@ class PruningPlan:
         """
         if spec.fit is None or calibration is None:
             return None
-        objective = calibration.objective(self.replaced_base, gradients=spec.fit.needs_gradients)
+        plan = self.covering(spec)
+        distillation = {"distillation": True} if spec.fit.needs_distillation else {}
+        objective = calibration.objective(plan.replaced_base, gradients=spec.fit.needs_gradients, **distillation)
         if objective is None:
             spec.check_calibration(objective=False, inputs=True)
             return None
-        return Calibrator(self.pairs, objective).fit(delta)
+        return Calibrator(plan.pairs, objective).fit(delta)
 
     def draw_and_fit(
         self,
@@ -341,13 +409,15 @@ class PruningPlan:
         rescaling = rescaling or self.fit(spec, delta, calibration)
         if rescaling is not None:
             delta = rescaling.apply(delta)
-        return cast(delta, self.pairs, spec), rescaling
+        return cast(delta, self.covering(spec).pairs, spec), rescaling
 
-    def info(self, spec: PruningSpec, check: EntriesHash) -> DeltaInfo:
-        """What the delta says of itself, given the hash of the base's values at the kept positions."""
+    def info(self, spec: PruningSpec, check: EntriesHash, *, final: bool = False) -> DeltaInfo:
+        """What the delta says of itself, given the hash of the base's values where it changes; ``final`` as for
+        :meth:`stream`."""
+        drawn_rate = self.drawn_rate(spec)
         return DeltaInfo(
             method=spec.method,
-            pruning_rate=float(spec.pruning_rate),
+            pruning_rate=self.rate_of(spec),
             seed=spec.seed,
             q=spec.row.rescale(spec.pruning_rate),
             seeded=spec.row.seeded,
@@ -358,7 +428,9 @@ class PruningPlan:
             base_first=check.first,
             entries=sum(t.numel() for t in self.finetuned.values()),
             dense_bytes=total_bytes(self.finetuned),
-            dtype=spec.drawn_dtype,
+            dtype=spec.dtype if final else spec.drawn_dtype,
+            factors_dtype=spec.factors_dtype if final else None,
+            drawn_rate=drawn_rate if spec.row.seeded and drawn_rate != spec.pruning_rate else None,
             scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
             settings=dict(spec.method_settings),
             reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),

@@ -87,7 +87,7 @@ def prune_checkpoint(
         if not any(is_module_weights(name) for name in beside):  # else a further module was trained alone
             plan.checks.check_changed()
         plan = plan.for_spec(spec, calibration)
-        if spec.drawn_dtype == spec.dtype:
+        if spec.drawn_dtype == spec.dtype or calibration is None:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:
@@ -111,10 +111,10 @@ def _stream(
     check = EntriesHash()
     contents = DeltaContents(
         [(pair.name, pair.shape) for pair in plan.pairs],
-        lambda: _with_hashes(plan, plan.stream(spec), check, progress),
+        lambda: _with_hashes(plan, plan.stream(spec, final=True), check, progress),
         plan.carried,
         plan.new_rows,
-        lambda: plan.info(spec, check),
+        lambda: plan.info(spec, check, final=True),
     )
     contents = warning_if_empty(contents, "the pruned delta")
     write_files(folder, contents, seeded=spec.row.seeded, dtype=spec.dtype, side_files=beside)

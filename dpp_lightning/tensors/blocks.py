@@ -31,6 +31,7 @@ _TABLE = re.compile(
     r".*(?:embed|norm|relative_attention_bias|rel(?:ative)?_pos|pos(?:ition)?_bias)(?!\w*linear)",
     re.IGNORECASE,
 )
+_LOOKED_UP = {"wte", "wpe", "shared"}  # tables of embeddings whose names do not say so
 _EXPERTS = re.compile(
     r"(?:^|[._])(?:experts|moe)\.(?:\w+\.)*(?:[vw]\d+|fc\d+|\w+_proj|\w+_linear)(?:[._]weight)?$|"
     r"(?:^|[._])(?:in|out)put_linear\.weight$"
@@ -103,6 +104,26 @@ def is_linear_map(name: str, shape: Sequence[int], patterns: Sequence[str] = ())
 def is_table(name: str) -> bool:
     """Whether a weight is, by its name, a table that rows are looked up in, or a norm's: it has no input features."""
     return _TABLE.search(name.rpartition(".")[0].rpartition(".")[2]) is not None
+
+
+def is_multiplied(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is, by its name and shape, the weight of a linear map or a convolution anywhere in a model.
+
+    Those of two or more dimensions, apart from tables that rows are looked up in, wherever the blocks are.
+
+    Args:
+        name: canonical name.
+        shape: of the tensor.
+    """
+    *_, module, own = ("", *name.split("."))
+    rows_alone = len(shape) > 1 and shape[0] == 1
+    return (
+        len(shape) > 1
+        and not rows_alone
+        and not is_table(name)
+        and not {own, module} & _LOOKED_UP
+        and (own.startswith("weight") or not _TABLE.search(own))
+    )
 
 
 def weights_of_bias(name: str) -> tuple[str, ...]:

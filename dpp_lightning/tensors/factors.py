@@ -1,4 +1,4 @@
-"""Factors: a matrix as the product of two thin ones, delta = left @ right, with far fewer numbers than it has entries."""
+"""Factors: a matrix as the product of two thin ones, delta = left @ right, which are far fewer numbers."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ class Factors:
     def product(self) -> Tensor:
         """``left @ right`` as one line of entries in C order, float32, shape (rows * columns,)."""
         return (self.left.float() @ self.right.float()).reshape(-1)
+
+    def entries(self, start: int, stop: int) -> Tensor:
+        """The product's entries from one flat position to another, in C order, float32, shape (stop - start,)."""
+        columns = self.right.shape[1]
+        first = start // columns
+        rows = self.left[first : -(-stop // columns)].float() @ self.right.float()
+        return rows.reshape(-1)[start - first * columns : stop - first * columns]
 
     def stored(self) -> list[Tensor]:
         """What a file holds, each of shape (numbers,): the columns of ``left`` one after the other, the rows of

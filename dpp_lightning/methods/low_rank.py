@@ -1,0 +1,309 @@
+"""Low rank: the delta of every linear map as the product of two thin factors, with a sampled rest where it is wanted.
+
+delta ~ B A, B (out, r) and A (r, in): the largest r directions of the delta itself (Eckart and Young 1936), or of
+delta C^(1/2) with C the centred second moment of the map's inputs, which is the least squares fit of its outputs.
+Tensors of one column, biases and norms, are held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.kept_entries import KeptEntries
+from dpp_lightning.methods.selections import importance
+from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.sampling.sampler import exact_rate
+from dpp_lightning.tensors.factors import Factors, matrix_shape, stored_numbers
+
+Spread = Literal["auto", "even", "energy"]
+FactorsDtype = Literal["int4", "int8", "bfloat16", "float16", "float32"]
+
+FACTORS_DTYPE = "int4"
+DAMPING = 0.5  # of a sampled rest: sampling is unbiased and noisy, the product has what is large
+_SPREAD_BELOW = 4  # even ranks from which spreading them by singular values gains nothing
+_MOST_TIMES = 4  # the even rank that one map may have where ranks are spread
+_EXACT_SIDE = 1024  # larger maps are decomposed by a randomised range finder (Halko, Martinsson and Tropp 2011)
+_OVERSAMPLED, _POWERS = 16, 4
+_RIDGE = 1e-7  # of the largest variance of an input, added to all: second moments of few tokens are singular
+
+
+def low_rank(
+    pairs: Sequence[TensorPair],
+    pruning_rate: float,
+    seed: int,
+    *,
+    rank: int = 0,
+    spread: Spread = "auto",
+    rest: float = 1.0,
+    damping: float = DAMPING,
+    factors_dtype: FactorsDtype = "int4",
+) -> Iterator[KeptEntries]:
+    """Keep the largest directions of every map, tensors of one column whole, and a sample of the rest if asked for.
+
+    Args:
+        pairs: as for every selection.
+        pruning_rate: without a rank: numbers of the factors are the fraction 1 - p of the entries.
+        seed: of the sampled rest.
+        rank: directions of every map, or as many in the mean; 0 goes by the rate.
+        spread: ``even`` gives every map the same rank; ``energy`` the same numbers to the directions with the largest
+            squared singular value per number; ``auto`` is ``energy`` below rank 4.
+        rest: fraction of the maps' entries dropped of what the product leaves, in (0, 1]; the others are sampled by
+            ``importance``. 1 for none.
+        damping: what the sampled rest is multiplied by.
+        factors_dtype: how the file holds the factors.
+
+    Raises:
+        ValueError: a rate at which no map has a direction, or settings out of their range.
+    """
+    check_settings(rank, rest, damping)
+    factors = decompose(pairs, ranks_of(pairs, pruning_rate, rank, spread))
+    rounded = [part.rounded(factors_dtype, pair.name) for pair, part in zip(pairs, factors, strict=True)]
+    yield from with_rest(pairs, rounded, factors, seed, rest, damping)
+
+
+def with_rest(
+    pairs: Sequence[TensorPair],
+    rounded: Sequence[Factors],
+    factors: Sequence[Factors],
+    seed: int,
+    rest: float,
+    damping: float,
+) -> Iterator[KeptEntries]:
+    """Factors with a sample of what their product, as the file holds it, leaves of the maps.
+
+    Args:
+        pairs: the tensors.
+        rounded: their factors as the file holds them.
+        factors: the same before they are rounded, which are yielded.
+        seed, rest, damping: as for :func:`low_rank`.
+    """
+    nothing = torch.empty(0, dtype=torch.int64)
+    left = [replace(p, factors=f) for p, f in zip(pairs, rounded, strict=True) if not f.is_whole]
+    sampled = importance(left, rest, seed) if rest < 1 else iter(())
+    for part in factors:
+        kept = next(sampled) if rest < 1 and not part.is_whole else None
+        if kept is None or kept.values is None:
+            yield KeptEntries(nothing, torch.empty(0), part)
+        else:
+            yield KeptEntries(kept.positions, kept.values * (damping / float(1 - exact_rate(rest))), part)
+
+
+def check_settings(rank: int, rest: float, damping: float) -> None:
+    """Refuse settings out of their range.
+
+    Raises:
+        ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], or a damping outside (0, 1].
+    """
+    if rank != int(rank) or rank < 0:
+        raise ValueError(f"rank must be a whole number, 1 or more, or 0 to go by the pruning rate; got {rank!r}")
+    for name, value in (("rest", rest), ("damping", damping)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def ranks_of(pairs: Sequence[TensorPair], pruning_rate: float, rank: int, spread: Spread) -> list[int]:
+    """The rank of every tensor, 1 for those of one column; arguments as for :func:`low_rank`.
+
+    Raises:
+        ValueError: the rate leaves no map a direction.
+    """
+    shapes = [matrix_shape(pair.shape) for pair in pairs]
+    budget = numbers_at(shapes, pruning_rate, rank)
+    maps = [shape for shape in shapes if shape[1] > 1]
+    even = budget / max(sum(rows + columns for rows, columns in maps), 1)
+    if spread == "energy" or (spread == "auto" and even < _SPREAD_BELOW):
+        return spread_ranks(pairs, shapes, budget, even)
+    if even < 1:
+        raise ValueError(
+            f"pruning_rate={pruning_rate:g} leaves {budget:,.0f} numbers for {len(maps)} maps, less than one direction "
+            "each: take a lower rate, or spread=energy"
+        )
+    return [1 if shape[1] == 1 else min(int(even), *shape) for shape in shapes]
+
+
+def numbers_at(shapes: Sequence[tuple[int, int]], pruning_rate: float, rank: int) -> float:
+    """How many numbers the factors of the maps may have: those of an even rank, or what the rate leaves beside the
+    tensors of one column.
+
+    Args:
+        shapes: rows and columns of all tensors.
+        pruning_rate, rank: as for :func:`low_rank`.
+
+    Raises:
+        ValueError: the rate leaves nothing.
+    """
+    if rank:
+        return sum(stored_numbers(*shape, min(int(rank), *shape)) for shape in shapes if shape[1] > 1)
+    whole = sum(rows for rows, columns in shapes if columns == 1)
+    budget = float((1 - exact_rate(pruning_rate)) * sum(rows * columns for rows, columns in shapes)) - whole
+    if budget <= 0:
+        raise ValueError(
+            f"pruning_rate={pruning_rate:g} leaves fewer numbers than the biases and norms have ({whole:,}): take a "
+            "lower rate, or a method that samples entries, such as 'refit' or 'importance'"
+        )
+    return budget
+
+
+def spread_ranks(
+    pairs: Sequence[TensorPair], shapes: Sequence[tuple[int, int]], budget: float, even: float
+) -> list[int]:
+    """Ranks by squared singular value per number: the directions that explain most of the delta for their size."""
+    most = max(_MOST_TIMES, int(_MOST_TIMES * even))
+    directions: list[tuple[float, int, int]] = []
+    for index, (pair, (rows, columns)) in enumerate(zip(pairs, shapes, strict=True)):
+        if columns > 1:
+            values = singular_values(pair.delta().view(rows, columns), min(most, rows, columns))
+            directions += [(-(float(v) ** 2) / (rows + columns), index, rows + columns) for v in values]
+    ranks = [1 if columns == 1 else 0 for _, columns in shapes]
+    for _, index, size in sorted(directions):
+        if size > budget:
+            break
+        ranks[index] += 1
+        budget -= size
+    return ranks
+
+
+def decompose(
+    pairs: Sequence[TensorPair], ranks: Sequence[int], *, weighted: bool = False, balanced: bool = True
+) -> list[Factors]:
+    """The factors of every tensor.
+
+    Args:
+        pairs: the tensors; for weighted directions with the second moments of their inputs where these are known.
+        ranks: of each, 1 for those of one column.
+        weighted: directions are those of the outputs on calibration data.
+        balanced: both factors of a direction have equal norms, so that they are rounded and trained alike.
+    """
+    found = []
+    for pair, rank in zip(pairs, ranks, strict=True):
+        rows, columns = matrix_shape(pair.shape)
+        delta = pair.delta().view(rows, columns)
+        if columns == 1:
+            found.append(Factors.whole(delta))
+            continue
+        metric = input_metric(pair.inputs, pair.shape) if weighted and rank else None
+        if metric is None:
+            left = _directions(delta, rank)
+            right = left.t() @ delta.double()
+        else:
+            left, right = _weighted(delta, rank, *metric)
+        if balanced:
+            scale = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+            left, right = left * scale, right / scale[:, None]
+        found.append(Factors(left.float(), right.float()))
+    return found
+
+
+def input_metric(inputs: InputStatistics | None, shape: Sequence[int]) -> tuple[Tensor, bool] | None:
+    """The covariance of a map's inputs with a ridge, float64, and whether they index the rows; None where unknown."""
+    if inputs is None or inputs.products is None or len(shape) != 2 or not inputs.of_one_map:
+        return None
+    covariance = inputs.covariance
+    size = len(covariance)
+    ridge = _RIDGE * covariance.diagonal().max() * torch.eye(size, dtype=torch.float64)
+    return covariance + ridge, inputs.axis == 0
+
+
+def singular_values(matrix: Tensor, count: int) -> Tensor:
+    """The largest singular values, float64, shape (count,)."""
+    small = _projected(matrix, count)
+    return torch.linalg.svdvals(small)[:count] if small is not None else _gram(matrix).sqrt()[:count]
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    m = matrix.double()
+    m = m if m.shape[0] <= m.shape[1] else m.t()
+    return torch.linalg.eigvalsh(m @ m.t()).flip(0).clamp_min(0)
+
+
+def _directions(matrix: Tensor, rank: int) -> Tensor:
+    """The first left singular vectors, float64, shape (rows, rank)."""
+    rows, columns = matrix.shape
+    m = matrix.double()
+    if min(rows, columns) > _EXACT_SIDE:
+        basis = _range(m, rank)
+        left, _, _ = torch.linalg.svd(basis.t() @ m, full_matrices=False)
+        return basis @ left[:, :rank]
+    if rows <= columns:
+        return torch.linalg.eigh(m @ m.t()).eigenvectors.flip(1)[:, :rank]
+    right = torch.linalg.eigh(m.t() @ m).eigenvectors.flip(1)[:, :rank]
+    return _orthonormal(m @ right)
+
+
+def _weighted(matrix: Tensor, rank: int, metric: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
+    """Factors of the rank nearest to a matrix in the metric of its inputs, float64.
+
+    U U^T matrix with U the left singular vectors of matrix metric^(1/2); of a map x W whose inputs index the rows
+    W V V^T with V the right singular vectors of metric^(1/2) W.
+    """
+    m = matrix.double()
+    if of_rows:
+        right = _directions((_root(metric) @ m).t(), rank)
+        return m @ right, right.t()
+    left = _directions(m @ _root(metric), rank)
+    return left, left.t() @ m
+
+
+def _root(metric: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(metric)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    return torch.linalg.qr(vectors).Q if vectors.shape[1] else vectors
+
+
+def _range(matrix: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis of nearly the largest directions, shape (rows, rank + oversampled), the same every time."""
+    count = min(rank + _OVERSAMPLED, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype))
+    for _ in range(_POWERS):
+        basis = _orthonormal(matrix @ _orthonormal(matrix.t() @ basis))
+    return basis
+
+
+def _projected(matrix: Tensor, count: int) -> Tensor | None:
+    if min(matrix.shape) <= _EXACT_SIDE:
+        return None
+    m = matrix.double()
+    return _range(m, count).t() @ m
+
+
+def mean_shift(pair: TensorPair, factors: Factors) -> Tensor | None:
+    """What the bias of a map takes so that its mean output is as in the fine-tuned model: (delta - B A) x_mean.
+
+    Args:
+        pair: the map's weight.
+        factors: its factors.
+
+    Returns:
+        Float32, shape (outputs,); None where the inputs are not known.
+    """
+    inputs = pair.inputs
+    if inputs is None or not inputs.of_one_map or len(pair.shape) != 2:
+        return None
+    left = replace(pair, factors=factors).delta().double()
+    mean = inputs.mean.double()
+    return (left @ mean if inputs.axis == 1 else left.t() @ mean).float()
+
+
+def numbers_kept(shapes: Sequence[tuple[int, ...]], pruning_rate: float, settings: Mapping[str, Any]) -> float:
+    """How many numbers low rank keeps of tensors of these shapes: those of the factors, and of the sampled rest.
+
+    Args:
+        shapes: of all tensors that it covers.
+        pruning_rate: without a rank, of these tensors.
+        settings: of :func:`low_rank`.
+    """
+    matrices = [matrix_shape(shape) for shape in shapes]
+    whole = sum(rows for rows, columns in matrices if columns == 1)
+    of_maps = sum(rows * columns for rows, columns in matrices if columns > 1)
+    sampled = (1 - float(settings.get("rest", 1.0))) * of_maps
+    return numbers_at(matrices, pruning_rate, int(settings.get("rank", 0))) + whole + sampled
