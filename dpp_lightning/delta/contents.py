@@ -48,6 +48,12 @@ class SparseTensor:
         """The flat positions that applying overwrites, shape (changed,): the kept ones, or all beneath a product."""
         return self.indices if self.factors is None else torch.arange(prod(self.shape))
 
+    @property
+    def changes_something(self) -> bool:
+        """Whether any kept value or product is other than 0."""
+        of_product = self.factors is not None and bool(self.factors.left.any()) and bool(self.factors.right.any())
+        return of_product or bool(self.values.any())
+
     def change(self, q: float) -> tuple[Tensor, float]:
         """What is added at :attr:`changed`, shape (changed,), and the number that it is to be divided by first."""
         if self.factors is None:

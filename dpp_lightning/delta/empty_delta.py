@@ -20,7 +20,7 @@ def warning_if_empty(contents: DeltaContents, what: str) -> DeltaContents:
     def tensors() -> Iterator[tuple[str, SparseTensor]]:
         changes = bool(contents.carried or contents.new_rows)
         for name, tensor in contents.tensors():
-            changes = changes or bool(tensor.values.any())
+            changes = changes or tensor.changes_something
             yield name, tensor
         if not changes:
             _warn(contents, what)
@@ -30,7 +30,7 @@ def warning_if_empty(contents: DeltaContents, what: str) -> DeltaContents:
 
 def warn_if_empty(contents: DeltaContents, what: str) -> None:
     """Warn of a delta in memory that changes nothing; arguments as :func:`warning_if_empty`."""
-    if not contents.carried and not contents.new_rows and not any(bool(t.values.any()) for _, t in contents.tensors()):
+    if not contents.carried and not contents.new_rows and not any(t.changes_something for _, t in contents.tensors()):
         _warn(contents, what)
 
 

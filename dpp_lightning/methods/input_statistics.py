@@ -21,8 +21,8 @@ class InputStatistics:
             Embedding (tokens, width); 1 or 2 for experts (experts, in, out) or (experts, out, in).
         embedding: the weight is a table of rows, of which each token takes one.
         largest: maximum of |x_j| over tokens, float64, of the same shape; None of an embedding.
-        products: sum of x_j x_k, float64, shape (features, features), of the weight of one linear map; None where it was
-            not asked for.
+        products: sum of x_j x_k, float64, shape (features, features), of the weight of one linear map; None where they
+            were not asked for.
     """
 
     total: Tensor

@@ -157,7 +157,7 @@ def spread_ranks(
     most = max(_MOST_TIMES, int(_MOST_TIMES * even))
     directions: list[tuple[float, int, int]] = []
     for index, (pair, (rows, columns)) in enumerate(zip(pairs, shapes, strict=True)):
-        if columns > 1:
+        if columns > 1 and rows:
             values = singular_values(pair.delta().view(rows, columns), min(most, rows, columns))
             directions += [(-(float(v) ** 2) / (rows + columns), index, rows + columns) for v in values]
     ranks = [1 if columns == 1 else 0 for _, columns in shapes]
@@ -184,8 +184,8 @@ def decompose(
     for pair, rank in zip(pairs, ranks, strict=True):
         rows, columns = matrix_shape(pair.shape)
         delta = pair.delta().view(rows, columns)
-        if columns == 1:
-            found.append(Factors.whole(delta))
+        if columns == 1 or not delta.numel():
+            found.append(Factors.whole(delta) if columns == 1 else Factors(delta[:, :0], delta.new_zeros(0, columns)))
             continue
         metric = input_metric(pair.inputs, pair.shape) if weighted and rank else None
         if metric is None:

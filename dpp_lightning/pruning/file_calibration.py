@@ -60,14 +60,17 @@ class FileCalibration:
         self.model_class = ModelClass.of(str(finetuned), revision)
         self.batch = read_batch(self.model_class, self.data, samples, max_length)
 
-    def layer_inputs(self) -> dict[str, InputStatistics]:
+    def layer_inputs(self, *, products: bool = False) -> dict[str, InputStatistics]:
         """What every weight of the fine-tuned model sees as input; loads the whole model.
+
+        Args:
+            products: with the products of every two features of a linear map.
 
         Raises:
             ValueError: the model cannot run on the data.
         """
         model, batch = self._ready()
-        with collected_inputs(model) as collector, torch.no_grad():
+        with collected_inputs(model, products=products) as collector, torch.no_grad():
             self._outputs(model, batch)
         return collector.statistics
 

@@ -18,12 +18,12 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.pruning.coverage import rate_among, uncovered
 from dpp_lightning.pruning.expert_forms import check_expert_forms
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.pruning.value_checks import ValueChecks
-from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
@@ -196,22 +196,14 @@ class PruningPlan:
             ValueError: the method covers no tensor, leaves out one whose vocabulary grew, or the rate keeps more than
                 the tensors that it covers have.
         """
-        row, settings = spec.row, spec.method_settings
-        if row.covers is None or self.entries_in_scope is not None:
+        if spec.row.covers is None or self.entries_in_scope is not None:
             return self
-        left_out = [n for n in self.pruned if not row.covers(n, self.finetuned[n].shape, settings)]
-        grown = [name for name in left_out if name in self.new_rows]
-        if grown:
-            raise ValueError(
-                f"{spec.method} leaves {', '.join(grown)} at the base's values, but the fine-tuned vocabulary has more "
-                "rows: store it dense (carry=, --carry), or take a method that prunes every tensor"
-            )
-        if len(left_out) == len(self.pruned):
-            raise ValueError(f"{spec.method} covers none of the tensors in scope, such as {', '.join(left_out[:3])}")
+        shapes = {name: tuple(self.finetuned[name].shape) for name in self.pruned}
+        left_out = uncovered(spec, shapes, self.new_rows)
         plan = replace(
             self,
             fates={**self.fates, **dict.fromkeys(left_out, "revert")},
-            entries_in_scope=sum(self.finetuned[name].numel() for name in self.pruned),
+            entries_in_scope=sum(map(prod, shapes.values())),
         )
         plan.__dict__["_digests"] = self._digests  # of the base, which is the same
         plan.drawn_rate(spec)
@@ -235,14 +227,7 @@ class PruningPlan:
         if self.entries_in_scope is None:
             return float(spec.pruning_rate)
         covered = sum(self.finetuned[name].numel() for name in self.pruned)
-        rate = 1 - float(1 - exact_rate(spec.pruning_rate)) * self.entries_in_scope / covered
-        if rate < 0:
-            raise ValueError(
-                f"pruning_rate={spec.pruning_rate:g} keeps more than the {covered:,} of {self.entries_in_scope:,} "
-                f"entries that {spec.method} covers: take a rate of {1 - covered / self.entries_in_scope:.3g} or more, "
-                "or another method"
-            )
-        return rate
+        return rate_among(spec, covered, self.entries_in_scope)
 
     def for_spec(self, spec: PruningSpec, calibration: CalibrationSource | None) -> PruningPlan:
         """This plan, knowing what the layers see as input where the spec needs that; warns of linear maps of which it

@@ -242,13 +242,15 @@ def test_every_method_yields_sorted_positions_of_every_tensor(method, rate):
     for block in ("layers.0.", "layers.1."):
         matrix = pair_of(f"{block}q.weight", heavy(600, 3).finetuned.view(20, 30))
         made.append(replace(matrix, block=block, linear=True))
-    kept = list(METHODS[method].select(made, rate, 0))
+    settings = {"rank": 2} if METHODS[method].factors_dtype else {}
+    kept = list(METHODS[method].select(made, rate, 0, **settings))
     assert len(kept) == len(made)
     for pair, part in zip(made, kept, strict=True):
         assert part.positions.dtype == torch.int64
         assert bool((part.positions.diff() > 0).all())
         assert not len(part.positions) or (int(part.positions[0]) >= 0 and int(part.positions[-1]) < pair.numel)
-        assert pair.linear or (part.values is not None) == METHODS[method].weighs  # columns are weighed by their share
+        weighs = METHODS[method].weighs or bool(METHODS[method].factors_dtype)
+        assert pair.linear or (part.values is not None) == weighs  # columns are weighed by their share
         assert part.values is None or (part.values.dtype == torch.float32 and len(part.values) == len(part.positions))
 
 

@@ -1,0 +1,171 @@
+"""The fit of ``lowrank``: plain or weighted directions, means in the biases, trained factors, damping of the rest.
+
+Every form is compared by its loss on held-out calibration data, as the file will hold it, and the best is kept: no form
+is best on every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dpp_lightning.calibration.distillation import Distillation
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling
+from dpp_lightning.delta.contents import SparseTensor
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.low_rank import DAMPING, FACTORS_DTYPE, decompose, mean_shift, with_rest
+from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.tensors.blocks import weights_of_bias
+from dpp_lightning.tensors.dtypes import to_dtype
+from dpp_lightning.tensors.factors import Factors
+
+MEANS_BELOW = 4  # mean ranks from which the means of what is left out are worth nothing
+NUMBERS_PER_TEXT = 400  # more trained numbers for each calibration text fit the texts and not the model
+DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One form of the delta: what is told of it, and the delta with its held-out loss."""
+
+    name: str
+    delta: SparseDelta
+    loss: float
+
+
+def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
+    """Find the best form of a low rank on held-out calibration data: the fit of ``lowrank``.
+
+    Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
+    biases below a mean rank of 4; the better is trained where its numbers are at most 400 a calibration text; a sampled
+    rest is damped by the best of four factors.
+
+    Args:
+        calibrator: its objective trains; its pairs may know their inputs.
+        delta: plain factors, drawn in float32.
+
+    Returns:
+        The rescaling that gives that delta, whatever it is asked to apply to: it belongs to one mask.
+    """
+    training = calibrator.objective.distillation
+    assert training is not None
+    forms = [_Form(name, form, training.loss(form)) for name, form in _untrained(calibrator.pairs, delta)]
+    best = min(forms, key=lambda form: form.loss)
+    before = next(form.loss for form in forms if form.name == "plain")
+    if _numbers(best.delta) <= NUMBERS_PER_TEXT * training.samples:
+        trained, _ = training.train(best.delta)
+        if trained is not best.delta:
+            trained = _with_new_rest(calibrator.pairs, trained)
+        forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))
+    if any(len(tensor.values) for tensor in best.delta.tensors.values()):
+        best = min(forms, key=lambda form: form.loss)
+        forms += _damped(best, training)
+    best = min(forms, key=lambda form: form.loss)
+    found = _described(best, before, training)
+    return FoundRescaling(lambda _: found, tuple((float(i), form.loss) for i, form in enumerate(forms)))
+
+
+def _numbers(delta: SparseDelta) -> int:
+    return sum(tensor.factors.numbers for tensor in delta.tensors.values() if tensor.factors is not None)
+
+
+def _described(best: _Form, before: float, training: Distillation) -> SparseDelta:
+    """The delta of the best form, which says how it was found."""
+    said = {
+        **best.delta.info.training,
+        "form": best.name,
+        "texts": training.samples,
+        "held_out_before": before,
+        "held_out_after": best.loss,
+    }
+    info = replace(best.delta.info, training=said)
+    return SparseDelta(best.delta.tensors, best.delta.carried, info, best.delta.new_rows)
+
+
+def _untrained(pairs: Sequence[TensorPair], delta: SparseDelta) -> Iterable[tuple[str, SparseDelta]]:
+    """The forms that need no training, by name; the first is the delta as it was drawn."""
+    yield "plain", delta
+    factors = {name: tensor.factors for name, tensor in delta.tensors.items() if tensor.factors is not None}
+    means = _mean_rank(factors) < MEANS_BELOW and any(pair.inputs is not None for pair in pairs)
+    if means:
+        yield "plain, means in the biases", _with_factors(pairs, delta, with_means(pairs, factors, delta))
+    if any(pair.inputs is not None and pair.inputs.products is not None for pair in pairs):
+        ranks = [factors[pair.name].rank for pair in pairs]
+        weighted = {p.name: f for p, f in zip(pairs, decompose(pairs, ranks, weighted=True), strict=True)}
+        if means:
+            weighted = with_means(pairs, weighted, delta)
+        name = "weighted by the inputs" + (", means in the biases" if means else "")
+        yield name, _with_factors(pairs, delta, weighted)
+
+
+def _mean_rank(factors: Mapping[str, Factors]) -> float:
+    maps = [part for part in factors.values() if not part.is_whole]
+    return sum(part.rank for part in maps) / max(len(maps), 1)
+
+
+def with_means(pairs: Sequence[TensorPair], factors: Mapping[str, Factors], delta: SparseDelta) -> dict[str, Factors]:
+    """The factors with the biases taking what is left out of their maps at the mean input: (delta - B A) x_mean.
+
+    Args:
+        pairs: the tensors, those of maps with their inputs where these are known.
+        factors: of all tensors, by canonical name.
+        delta: has the dtype that the file holds factors in, among its settings.
+    """
+    found, by_name = dict(factors), {pair.name: pair for pair in pairs}
+    for name, part in factors.items():
+        weights = [weight for weight in weights_of_bias(name) if weight in by_name]
+        if not weights or not part.is_whole:
+            continue
+        shift = mean_shift(by_name[weights[0]], factors[weights[0]].rounded(_factors_dtype(delta), weights[0]))
+        if shift is not None and shift.numel() == part.numbers:
+            found[name] = Factors.whole(part.left.reshape(-1) + shift)
+    return found
+
+
+def _factors_dtype(delta: SparseDelta) -> str:
+    return str(delta.info.settings.get("factors_dtype", FACTORS_DTYPE))
+
+
+def _with_factors(pairs: Sequence[TensorPair], delta: SparseDelta, factors: Mapping[str, Factors]) -> SparseDelta:
+    """The delta with other factors, and the rest sampled of what these leave."""
+    tensors = {name: replace(tensor, factors=factors[name]) for name, tensor in delta.tensors.items()}
+    return _with_new_rest(pairs, SparseDelta(tensors, delta.carried, delta.info, delta.new_rows))
+
+
+def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDelta:
+    """The delta with its rest sampled anew of what its factors leave; the same where there is no rest."""
+    settings, dtype = delta.info.settings, _factors_dtype(delta)
+    rest = float(settings.get("rest", 1.0))
+    if rest == 1.0:
+        return delta
+    parts: list[Factors] = []
+    for pair in pairs:
+        part = delta.tensors[pair.name].factors
+        assert part is not None
+        parts.append(part)
+    rounded = [part.rounded(dtype, pair.name) for pair, part in zip(pairs, parts, strict=True)]
+    kept = with_rest(pairs, rounded, parts, delta.info.seed, rest, float(settings.get("damping", DAMPING)))
+    tensors = {}
+    for pair, entries in zip(pairs, kept, strict=True):
+        assert entries.values is not None
+        values = to_dtype(entries.values, delta.info.dtype, pair.finetuned, pair.name)
+        indices = entries.positions.to(torch.int32) if pair.numel < 2**31 else entries.positions
+        tensors[pair.name] = SparseTensor(pair.shape, indices, values, entries.factors)
+    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
+
+
+def _damped(form: _Form, training: Distillation) -> list[_Form]:
+    """The form with its rest damped otherwise."""
+    now, forms = float(form.delta.info.settings.get("damping", DAMPING)), []
+    for damping in DAMPINGS:
+        if damping == now:
+            continue
+        info = replace(form.delta.info, settings={**form.delta.info.settings, "damping": damping})
+        tensors = {
+            name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
+        }
+        delta = SparseDelta(tensors, form.delta.carried, info, form.delta.new_rows)
+        forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, training.loss(delta)))
+    return forms

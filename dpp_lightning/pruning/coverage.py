@@ -1,0 +1,54 @@
+"""Methods that hold only some of the tensors in scope: which they leave out, and the rate among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.sampling.sampler import exact_rate
+
+_SHOWN = 3  # names in a message
+
+
+def uncovered(spec: PruningSpec, shapes: Mapping[str, tuple[int, ...]], grown: Container[str]) -> list[str]:
+    """Names of the tensors in scope that the spec's method leaves at the base's values.
+
+    Args:
+        spec: of a method that covers some of the tensors.
+        shapes: canonical name to shape of the tensors in scope.
+        grown: names of those that have more rows than the base's.
+
+    Raises:
+        ValueError: the method covers no tensor, or leaves out one that grew.
+    """
+    covers = spec.row.covers
+    assert covers is not None
+    left_out = [name for name, shape in shapes.items() if not covers(name, shape, spec.method_settings)]
+    longer = [name for name in left_out if name in grown]
+    if longer:
+        raise ValueError(
+            f"{spec.method} leaves {', '.join(longer)} at the base's values, but the fine-tuned vocabulary has more "
+            "rows: store it dense (carry=, --carry), or take a method that prunes every tensor"
+        )
+    if len(left_out) == len(shapes):
+        raise ValueError(f"{spec.method} covers none of the tensors in scope, such as {', '.join(left_out[:_SHOWN])}")
+    return left_out
+
+
+def rate_among(spec: PruningSpec, covered: int, in_scope: int) -> float:
+    """The rate among the entries that a method covers at which all entries in scope have the spec's pruning rate.
+
+    Args:
+        spec: has the rate.
+        covered, in_scope: numbers of entries.
+
+    Raises:
+        ValueError: the rate keeps more entries than are covered.
+    """
+    rate = 1 - float(1 - exact_rate(spec.pruning_rate)) * in_scope / covered
+    if rate < 0:
+        raise ValueError(
+            f"pruning_rate={spec.pruning_rate:g} keeps more than the {covered:,} of {in_scope:,} entries that "
+            f"{spec.method} covers: take a rate of {1 - covered / in_scope:.3g} or more, or another method"
+        )
+    return rate
