@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from dpp_lightning.storage.output_folder import DELTA, check_output
 from dpp_lightning.storage.source_kind import check_data_file, check_model
 
 _ORDER = "dpp prune BASE FINETUNED"
+_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<prefix>[kKMG])(?P<binary>i)?)?[bB]?")
 
 
 def prune_to_folder(
@@ -34,6 +36,9 @@ def prune_to_folder(
     seed: int = 0,
     q: float | None = None,
     method_settings: dict[str, float | str] | None = None,
+    settings: Sequence[str] = (),
+    max_bytes: str | None = None,
+    max_loss: float | None = None,
     scope: Literal["all", "linear"] = "all",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -62,6 +67,9 @@ def prune_to_folder(
         seed: of the random selections, an integer >= 0
         q: divide kept values by this; null for the method's own
         method_settings: the method's own settings, one by one as in --method_settings.budget model
+        settings: the same in short, as in --settings rank=4 rest=0.995
+        max_bytes: of method auto: bytes that the delta may have, such as 50kB
+        max_loss: of method auto, in place of bytes: the loss on held-out calibration data that it may have
         scope: prune every floating-point tensor, or only the linear maps inside the model's blocks
         include: globs of tensor names: only these are pruned
         exclude: globs of tensor names: these are never pruned
@@ -75,7 +83,9 @@ def prune_to_folder(
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
             trainer's checkpoint with several
     """
-    spec = PruningSpec(method, pruning_rate, seed, dtype, q, method_settings or {})
+    limits = {"max_bytes": number_of_bytes(max_bytes) if max_bytes else None, "max_loss": max_loss}
+    all_settings = {**(method_settings or {}), **_named(settings), **{k: v for k, v in limits.items() if v is not None}}
+    spec = PruningSpec(method, pruning_rate, seed, dtype, q, all_settings)
     inputs = ("BASE", base), ("FINETUNED", finetuned)
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     check_model(base, "BASE", base_revision, order=_ORDER)
@@ -110,6 +120,33 @@ COMMAND = FunctionCommand(
         "hub": "base_revision",
     },
 )
+
+
+def number_of_bytes(text: str) -> int:
+    """A number of bytes, as 50000, 50kB, 0.24MB or 48KiB.
+
+    Raises:
+        ValueError: any other text.
+    """
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"--max_bytes is a number of bytes such as 50000, 50kB, 0.24MB or 48KiB, got {text!r}")
+    prefix, binary = match["prefix"].upper(), bool(match["binary"])
+    return int(float(match["number"]) * (1024 if binary else 1000) ** ("KMG".index(prefix) + 1 if prefix else 0))
+
+
+def _named(settings: Sequence[str]) -> dict[str, float | str]:
+    """``NAME=VALUE`` words, values as numbers where they read as numbers."""
+    found: dict[str, float | str] = {}
+    for word in settings:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--settings takes NAME=VALUE, such as rank=4, got {word!r}")
+        try:
+            found[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _read_calibration(

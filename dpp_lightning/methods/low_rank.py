@@ -61,7 +61,7 @@ def low_rank(
     Raises:
         ValueError: a rate at which no map has a direction, or settings out of their range.
     """
-    check_settings(rank, rest, damping)
+    verify({"rank": rank, "rest": rest, "damping": damping})
     factors = decompose(pairs, ranks_of(pairs, pruning_rate, rank, spread))
     rounded = [part.rounded(factors_dtype, pair.name) for pair, part in zip(pairs, factors, strict=True)]
     yield from with_rest(pairs, rounded, factors, seed, rest, damping)
@@ -94,17 +94,18 @@ def with_rest(
             yield KeptEntries(kept.positions, kept.values * (damping / float(1 - exact_rate(rest))), part)
 
 
-def check_settings(rank: int, rest: float, damping: float) -> None:
-    """Refuse settings out of their range.
+def verify(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of :func:`low_rank` that are out of their range.
 
     Raises:
         ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], or a damping outside (0, 1].
     """
+    rank = settings.get("rank", 0)
     if rank != int(rank) or rank < 0:
         raise ValueError(f"rank must be a whole number, 1 or more, or 0 to go by the pruning rate; got {rank!r}")
-    for name, value in (("rest", rest), ("damping", damping)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    for name in ("rest", "damping"):
+        if not 0 < settings.get(name, 1) <= 1:
+            raise ValueError(f"{name} must be a number in (0, 1], got {settings[name]!r}")
 
 
 def ranks_of(pairs: Sequence[TensorPair], pruning_rate: float, rank: int, spread: Spread) -> list[int]:

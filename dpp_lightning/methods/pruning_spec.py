@@ -87,6 +87,11 @@ class PruningSpec:
         """The dtype to draw in: that of the file, or float32 where the method's fit gives the values weights."""
         return self.dtype if self.exact or self.row.fit is None or self.row.fit.one_q else "float32"
 
+    @property
+    def streams(self) -> bool:
+        """Whether values are known as they are drawn, so that a delta is written tensor by tensor; a q comes later."""
+        return self.drawn_dtype == self.dtype and not (self.row.fit is not None and self.row.fit.draws)
+
     def check_calibration(self, *, objective: bool, inputs: bool) -> None:
         """Refuse a method that cannot do without calibration data.
 
@@ -105,6 +110,11 @@ class PruningSpec:
             )
         if self.fit is None or not self.fit.required or objective:
             return
+        if self.fit.needs_distillation:
+            raise ValueError(
+                f"{self.method} trains on calibration data: give it (calibration=, --calibration), some hundred texts "
+                "without labels"
+            )
         raise ValueError(
             f"{self.method} searches q: give calibration data (calibration=, --calibration), or q by hand (q=, --q), "
             "or take method 'dare' for q = 1 - pruning_rate"

@@ -55,6 +55,8 @@ class Fit:
         samples: how many calibration examples it takes where no number is given.
         required: without it the method would be another one, so that pruning without calibration data is an error.
         options: a function whose keyword-only parameters are the fit's settings.
+        draws: it draws the delta by itself: its function is ``(PruningPlan, PruningSpec, CalibrationSource) ->
+            (SparseDelta, FoundRescaling)``, and the method has no selection of its own.
         uses_moments: it uses the means and second moments of the layers' inputs, where there is calibration data.
     """
 
@@ -68,6 +70,7 @@ class Fit:
     required: bool = True
     options: Callable[..., Any] | None = None
     uses_moments: bool = False
+    draws: bool = False
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -96,6 +99,7 @@ class Method:
             them, and the settings; None where the rate says it.
         dtype: of the kept values where none is asked for; None for the fine-tuned dtype.
         factors_dtype: of the numbers of factors, for a method that has them, unless the settings have another.
+        verify: refuses settings that are out of their range by a ValueError.
     """
 
     select: selections.Selection
@@ -112,6 +116,7 @@ class Method:
     numbers: Callable[[Sequence[tuple[int, ...]], float, Mapping[str, Any]], float] | None = None
     dtype: str | None = None
     factors_dtype: str | None = None
+    verify: Callable[[Mapping[str, Any]], None] | None = None
 
     def check(self, pruning_rate: float, settings: Mapping[str, Any]) -> None:
         """Refuse a rate or settings that the method does not have.
@@ -130,6 +135,8 @@ class Method:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
             if not choices and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+        if self.verify is not None:
+            self.verify(settings)
 
     def needs_inputs(self, settings: Mapping[str, Any]) -> bool:
         """Whether selection or fit need the layers' inputs on calibration data, under these settings."""
@@ -202,6 +209,14 @@ _FACTORS = Fit(
     required=False,
     samples=256,
 )
+_CHOICE = Fit(
+    "dpp_lightning.pruning.auto:choose",
+    needs_distillation=True,
+    uses_moments=True,
+    draws=True,
+    one_mask=True,
+    samples=256,
+)
 
 
 class MethodTable(Mapping[str, Method]):
@@ -270,6 +285,10 @@ METHODS = MethodTable({
     "lowrank": Method(
         low_rank.low_rank, rescaling.no_rescaling, *_ECKART, fit=_FACTORS, covers=_maps_and_vectors,
         numbers=low_rank.numbers_kept, dtype="bfloat16", factors_dtype=low_rank.FACTORS_DTYPE,
+        verify=low_rank.verify,
+    ),
+    "auto": Method(
+        selections.of_auto, rescaling.no_rescaling, *_OURS, fit=_CHOICE, verify=selections.verify_limits
     ),
 })  # fmt: skip
 

@@ -3,9 +3,9 @@
 Each is a function of all pruned tensors that yields the kept entries of one tensor after the other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,36 @@ def random_in_maps(
     if where not in get_args(Where):
         raise ValueError(f"where must be 'linear' or 'all', got {where!r}")
     yield from random(pairs, pruning_rate, seed)
+
+
+def of_auto(
+    pairs: Sequence[TensorPair], pruning_rate: float, seed: int, *, max_bytes: float = 0, max_loss: float = 0
+) -> Iterator[KeptEntries]:
+    """``auto`` has no selection of its own: it makes the forms of others and keeps the best.
+
+    Args:
+        pairs, pruning_rate, seed: as for every selection.
+        max_bytes: of the delta's two files.
+        max_loss: on held-out calibration data: 0 is the fine-tuned model's, 2 the base's.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("auto chooses among other methods on calibration data, so that it cannot be drawn alone")
+
+
+def verify_limits(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of ``auto`` without a limit.
+
+    Raises:
+        ValueError: not exactly one of ``max_bytes`` and ``max_loss``, or a limit that is not above 0.
+    """
+    given = {name: settings[name] for name in ("max_bytes", "max_loss") if settings.get(name)}
+    if len(given) != 1 or next(iter(given.values())) <= 0:
+        raise ValueError(
+            "auto goes by one limit above 0: max_bytes= of the file, or max_loss= on held-out calibration data "
+            "(--max_bytes 50kB, --max_loss 0.1)"
+        )
 
 
 def magnitude(

@@ -388,6 +388,9 @@ class PruningPlan:
         Raises:
             ValueError: see :meth:`stream` and :meth:`fit`.
         """
+        if spec.row.fit is not None and spec.row.fit.draws:
+            spec.check_calibration(objective=calibration is not None, inputs=True)
+            return spec.row.fit.function(self, spec, calibration)
         delta = self.draw(spec)
         if spec.q is not None:
             return delta.rescaled(spec.q), None

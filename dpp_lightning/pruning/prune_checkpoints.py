@@ -87,7 +87,7 @@ def prune_checkpoint(
         if not any(is_module_weights(name) for name in beside):  # else a further module was trained alone
             plan.checks.check_changed()
         plan = plan.for_spec(spec, calibration)
-        if spec.drawn_dtype == spec.dtype or calibration is None:
+        if spec.streams or calibration is None:
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:

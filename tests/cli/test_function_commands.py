@@ -24,7 +24,7 @@ FUNCTIONS = {
 # Of every command: its arguments, and every option with another value than its default.
 LINES = {
     "prune": "b f --output o --overwrite --dtype int8 --weights_only --method magnitude --pruning_rate 0.5 --seed 3 --q 0.25 "
-    "--method_settings.budget model --scope linear --include a.* b --exclude c --carry d e --outside revert --blocks g "
+    "--method_settings.budget model --settings c=1 --max_bytes 5kB --max_loss 0.5 --scope linear --include a.* b --exclude c --carry d e --outside revert --blocks g "
     "--calibration t.txt --calibration_samples 7 --base_revision v1 --finetuned_revision 2 --prefix m.",
     "apply": "b d --output o --overwrite --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
     "export": "c --output o --overwrite --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v "

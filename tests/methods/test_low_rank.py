@@ -27,9 +27,7 @@ def a_delta(rows, columns, seed=0):
 
 
 def inputs_of(x, axis=1):
-    return InputStatistics(
-        x.sum(0).double(), x.square().sum(0).double(), len(x), axis, products=(x.t() @ x).double()
-    )
+    return InputStatistics(x.sum(0).double(), x.square().sum(0).double(), len(x), axis, products=(x.t() @ x).double())
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])

@@ -88,5 +88,5 @@ def test_the_rate_of_low_rank_is_that_of_its_numbers(spread, one_direction):
     entries = sum(plan.finetuned[name].numel() for name in plan.pruned)
     assert delta.pruning_rate == plan.rate_of(spec)
     unused = (1 - delta.pruning_rate) * entries - delta.num_factor_numbers
-    assert -1e-6 < unused <= one_direction
+    assert -1e-6 < unused <= one_direction + 1e-6
     assert plan.rate_of(PruningSpec("dare", 0.37)) == 0.37

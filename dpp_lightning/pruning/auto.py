@@ -1,0 +1,172 @@
+"""``auto``: of all forms of a delta within some bytes the one with the least loss on held-out calibration data.
+
+No form is best everywhere: products of factors carry what AdamW changes, samples of entries what AdamR changes, and
+weighted factors are better on one task and plain ones on another. So every form is made on the models at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpp_lightning.calibration.calibration_data import CalibrationSource, Objective
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, cast
+from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.plan import PruningPlan
+
+_BITS = {"refit": 4.6, "lowrank": 4.6, "importance": 9.0, "dare": 12.0}  # a kept number, to begin with
+_TRIES = 5  # of a rate, until its bytes are at most those wanted and nearly as many
+_NEAR = 0.95  # of the bytes: a larger delta would hardly be better
+_SPARE = 0.98  # of the bytes for forms that are trained: trained values may take a little more than drawn ones
+_LEAST_LOSS_RATIO = 2.0  # steps of bytes where a loss is wanted
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the delta that was tried.
+
+    Attributes:
+        name: what it is, such as ``lowrank, trained``.
+        delta: it, as the file holds it.
+        num_bytes: of its two files.
+        loss: on held-out calibration data; 1 is the base's, 0 the fine-tuned model's, for each of outputs and hidden
+            states.
+    """
+
+    name: str
+    delta: SparseDelta
+    num_bytes: int
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.num_bytes:,} bytes, loss {self.loss:.4f}"
+
+
+def choose(
+    plan: PruningPlan, spec: PruningSpec, calibration: CalibrationSource | None
+) -> tuple[SparseDelta, FoundRescaling]:
+    """The best form within ``max_bytes``, or the smallest within ``max_loss``.
+
+    Args:
+        plan: the two models.
+        spec: of method ``auto``: its seed, and ``max_bytes`` or ``max_loss`` among its settings.
+        calibration: data that forms are trained on, of which an eighth is held out to compare them.
+
+    Returns:
+        The delta, which says in ``info.training["compared"]`` what it was compared with, and the losses.
+
+    Raises:
+        ValueError: calibration that does not train, or no form within the limit.
+    """
+    max_bytes, max_loss = spec.method_settings.get("max_bytes", 0), spec.method_settings.get("max_loss", 0)
+    assert calibration is not None
+    known = plan if plan.inputs is not None else plan.for_spec(spec, calibration)
+    known.read_all()
+    objective = calibration.objective(known.replaced_base, gradients=False, distillation=True)
+    if objective is None or objective.distillation is None:
+        raise ValueError("auto compares forms on calibration data, which this source does not give")
+    search = _Search(known, spec, objective)
+    forms = search.within_bytes(int(max_bytes)) if max_bytes else search.within_loss(float(max_loss))
+    within = [form for form in forms if max_bytes or form.loss <= max_loss]
+    best = min(within or forms, key=lambda form: form.loss if max_bytes or not within else form.num_bytes)
+    if not within:
+        raise ValueError(f"auto found no form with a held-out loss of {max_loss:g} or less; the best was {best}")
+    said = {**best.delta.info.training, "compared": [str(form) for form in forms]}
+    found = _with_info(best.delta, training=said)
+    return found, FoundRescaling(lambda _: found, tuple((float(f.num_bytes), f.loss) for f in forms))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The forms of one pair of models."""
+
+    plan: PruningPlan
+    spec: PruningSpec
+    objective: Objective
+
+    def within_loss(self, max_loss: float) -> list[Form]:
+        """Forms of more and more bytes, until one has that loss or less."""
+        budget, forms = max(20_000, self.plan_bytes // 1000), []
+        while budget < self.plan_bytes:
+            found = self.within_bytes(budget)
+            forms += found
+            if min(form.loss for form in found) <= max_loss:
+                break
+            budget = int(budget * _LEAST_LOSS_RATIO)
+        return forms
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of a delta that keeps everything in 16 bits: nobody wants more."""
+        return 2 * sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
+
+    def within_bytes(self, max_bytes: int) -> list[Form]:
+        """All forms of at most that many bytes.
+
+        Raises:
+            ValueError: not one of them.
+        """
+        forms, refusals = [], []
+        for name, make in self._families(max_bytes):
+            try:
+                forms.append(self._form(name, make, max_bytes))
+            except ValueError as refusal:
+                refusals.append(f"{name}: {refusal}")
+        if not forms:
+            raise ValueError(f"auto found no form of at most {max_bytes:,} bytes: {'; '.join(refusals)}")
+        return forms
+
+    def _families(self, max_bytes: int) -> Iterator[tuple[str, Callable[[float], PruningSpec]]]:
+        """Name and, for a number of bytes, the spec of every form."""
+        yield "importance", lambda size: self._spec("importance", size)
+        yield "refit", lambda size: self._spec("refit", size * _SPARE)
+        yield "lowrank", lambda size: self._spec("lowrank", size * _SPARE)
+        yield "lowrank and a rest", lambda size: self._with_rest(size * _SPARE)
+
+    def _spec(self, method: str, size: float, **settings: Any) -> PruningSpec:
+        """A method at the rate that takes about that many bytes."""
+        in_scope = sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
+        rate = max(0.0, 1 - max(size, 1.0) * 8 / _BITS[method] / in_scope)
+        return PruningSpec(method, round(rate, 9), self.spec.seed, method_settings=settings)
+
+    def _with_rest(self, size: float) -> PruningSpec:
+        """Half of the bytes for factors, half for a sampled rest."""
+        factors = self._spec("lowrank", size / 2)
+        covered = self.plan.covering(factors)
+        of_maps = sum(pair.numel for pair in covered.pairs if len(pair.shape) > 1)
+        rest = 1 - size / 2 * 8 / _BITS["importance"] / of_maps
+        if not 0 < rest < 1:
+            raise ValueError("the rest would be all entries")
+        return replace(factors, method_settings={"rest": round(rest, 9)})
+
+    def _form(self, name: str, make: Callable[[float], PruningSpec], max_bytes: int) -> Form:
+        """The largest delta of a form within the bytes, fitted."""
+        size, drawn = float(max_bytes), None
+        for _ in range(_TRIES):
+            spec = make(size)
+            drawn = self.plan.draw(spec)
+            num_bytes = cast(drawn, self.plan.covering(spec).pairs, spec).num_bytes
+            if _NEAR * max_bytes <= num_bytes <= max_bytes:
+                break
+            size = max(size - (num_bytes - 0.98 * max_bytes), size / 4)
+        if num_bytes > max_bytes:
+            raise ValueError(f"{num_bytes:,} bytes at pruning_rate={spec.pruning_rate:g}")
+        return self._fitted(name, spec, drawn, max_bytes)
+
+    def _fitted(self, name: str, spec: PruningSpec, drawn: SparseDelta, max_bytes: int) -> Form:
+        pairs = self.plan.covering(spec).pairs
+        delta = drawn
+        if spec.fit is not None:
+            delta = Calibrator(pairs, self.objective).fit(drawn).apply(drawn)
+        delta = cast(delta, pairs, spec)
+        if delta.num_bytes > max_bytes:
+            raise ValueError(f"{delta.num_bytes:,} bytes once it is fitted")
+        assert self.objective.distillation is not None
+        told, loss = delta.info.training.get("form", ""), self.objective.distillation.loss(delta)
+        return Form(f"{name} ({told})" if told else name, delta, delta.num_bytes, loss)
+
+
+def _with_info(delta: SparseDelta, **changes: Any) -> SparseDelta:
+    return SparseDelta(delta.tensors, delta.carried, replace(delta.info, **changes), delta.new_rows)
