@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -103,7 +104,8 @@ def plan_fit_memory(
     size, at_work = BYTES[weights], shape.blocks if loss == "model" else 1
     of_block = (shape.parameters - shape.outside) / shape.blocks
     held = shape.parameters if loss == "model" else of_block
-    numbers = ceil((1 - pruning_rate) * (shape.parameters if loss == "model" else shape.parameters / shape.blocks))
+    kept = (1 - Fraction(str(pruning_rate))) * ceil(shape.parameters)
+    numbers = ceil(kept if loss == "model" else kept / shape.blocks)
     tokens, step_tokens = texts * length, step_texts * length
     states = shape.blocks if loss == "model" else 2  # a block's outputs, and its inputs from the blocks before
     logits = tokens * TOP_LOGITS * (size + 8) if loss == "model" else 0
