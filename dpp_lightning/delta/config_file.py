@@ -1,54 +1,60 @@
-"""``delta_config.json``: everything about a delta but its numbers, to JSON and back, with every field checked."""
+"""``delta_config.json``: the description of a delta, to JSON and back, with every field checked.
+
+Fields that have their usual value are left out, and names of tensors are in the model file's table
+(:mod:`dpp_lightning.delta.table_blob`), so that a small delta is no larger for its description.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, fields, replace
-from math import prod
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 import xxhash
 
 from dpp_lightning._version import __version__
-from dpp_lightning.delta.contents import DeltaInfo, Table
+from dpp_lightning.delta.contents import DeltaInfo
+from dpp_lightning.delta.safe_names import is_printable
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.sampling.sampler import SAMPLER_VERSION, exact_rate, stream_key
 from dpp_lightning.storage.model_folder import check_side_name
 from dpp_lightning.tensors.dtypes import DTYPES
 
 CONFIG_FILE = "delta_config.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FORMAT, _MODEL_CHECKSUM, _CONFIG_CHECKSUM = "dpp-delta", "model_checksum", "config_checksum"
-_MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
-_MOST_DIMS = 16
 _MOST_NUMBER = 1 << 62
 _MOST_FILES = 10_000
+_IN_TABLE = ("reverted", "unchanged", "names")
+_USUAL: dict[str, Any] = {"base_name": None, "base_revision": None} | {
+    f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator]
+    for f in fields(DeltaInfo)
+    if f.name not in _IN_TABLE and (f.default is not MISSING or f.default_factory is not MISSING)
+}  # what a field that is left out stands for
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # nor turn the line around
 
-
-def write_config(info: DeltaInfo, table: Table, *, seeded: bool, model_checksum: str) -> bytes:
+def write_config(info: DeltaInfo, *, seeded: bool, model_checksum: str) -> bytes:
     """The file's bytes.
 
     Args:
-        info: the delta's description.
-        table: canonical name and shape of every pruned tensor, in the order of the chunks.
+        info: the delta's description; names of tensors are left to the table.
         seeded: positions are not stored.
         model_checksum: xxh3-128 of ``delta_model.safetensors``.
 
     Raises:
-        ValueError: names that no reader would take.
+        ValueError: texts or names of files that no reader would take.
     """
-    _check_names(info, table)
+    _check_texts(info)
+    described = {
+        key: value for key, value in asdict(info).items() if key not in _IN_TABLE and value != _USUAL.get(key, MISSING)
+    }
     config = {
         "format": _FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "sampler_version": SAMPLER_VERSION,
         "positions": "seed" if seeded else "index",
-        **asdict(info),
-        "tensors": [[name, list(shape)] for name, shape in table],
+        **described,
         _MODEL_CHECKSUM: model_checksum,
     }
     config[_CONFIG_CHECKSUM] = config_checksum(config)
@@ -56,18 +62,18 @@ def write_config(info: DeltaInfo, table: Table, *, seeded: bool, model_checksum:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def read_config(data: bytes) -> tuple[DeltaInfo, Table, bool, str]:
+def read_config(data: bytes) -> tuple[DeltaInfo, bool, str]:
     """What :func:`write_config` was given.
 
     Returns:
-        (info, table, seeded, model_checksum).
+        (info without names of tensors, seeded, model_checksum).
 
     Raises:
         ValueError: not such a file, damaged, of another version, or with a field out of its range.
     """
     config = _parse(data)
-    info, table = _info(config), _table(config)
-    _check_names(info, table)
+    info = _info(config)
+    _check_texts(info)
     seeded, checksum = config.get("positions") == "seed", config.get(_MODEL_CHECKSUM)
     if config.get("positions") not in ("seed", "index") or (seeded and not info.seeded):
         raise ValueError(
@@ -75,7 +81,7 @@ def read_config(data: bytes) -> tuple[DeltaInfo, Table, bool, str]:
         )
     if not isinstance(checksum, str):
         raise ValueError(f"{CONFIG_FILE} lacks {_MODEL_CHECKSUM}")
-    return info, table, seeded, checksum
+    return info, seeded, checksum
 
 
 def with_q(data: bytes, q: float) -> bytes:
@@ -84,9 +90,9 @@ def with_q(data: bytes, q: float) -> bytes:
     Raises:
         ValueError: as :func:`read_config`, or q is not a finite number above 0.
     """
-    info, table, seeded, checksum = read_config(data)
+    info, seeded, checksum = read_config(data)
     changed = replace(info, q=check_q(q, info.pruning_rate))
-    return write_config(changed, table, seeded=seeded, model_checksum=checksum)
+    return write_config(changed, seeded=seeded, model_checksum=checksum)
 
 
 def config_checksum(config: dict[str, Any]) -> str:
@@ -95,28 +101,15 @@ def config_checksum(config: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
-def check_name(name: str) -> str:
-    """A tensor's name as it is, if it is safe to print and, should anyone use it so, as a part of a path.
-
-    Raises:
-        ValueError: control characters, half characters (surrogates), a leading ``/`` or a part ``..``.
-    """
-    parts = name.replace("\\", "/").split("/")
-    if _UNPRINTABLE.search(name) or ".." in parts or (len(parts) > 1 and not parts[0]):
-        raise ValueError(f"a tensor cannot be named {name!r}: no control characters, leading '/' or parts '..' there")
-    return name
-
-
-def _check_names(info: DeltaInfo, table: Table) -> None:
-    for name in (*(n for n, _ in table), *info.reverted, *info.unchanged, *info.names, *info.names.values()):
-        check_name(name)
+def _check_texts(info: DeltaInfo) -> None:
     if len(info.absent_files) > _MOST_FILES:
         raise ValueError(f"{CONFIG_FILE}: absent_files has {len(info.absent_files):,} names, at most {_MOST_FILES:,}")
     for name in info.absent_files:
         check_side_name(name)
-    for key, value in vars(info).items():
-        if isinstance(value, str) and _UNPRINTABLE.search(value):
-            raise ValueError(f"{CONFIG_FILE}: control characters in {key}, {value!r}")
+    trained = [text for item in info.training.items() for text in item]
+    for text in (*vars(info).values(), *trained):
+        if isinstance(text, str) and not is_printable(text):
+            raise ValueError(f"{CONFIG_FILE}: control characters in {text!r}")
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -142,13 +135,14 @@ def _parse(data: bytes) -> dict[str, Any]:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "pruning_rate": (int, float), "q": (int, float), "seed": int, "seeded": bool, "entries": int, "dense_bytes": int,
     "base_name": (str, type(None)), "base_revision": (str, type(None)), "dtype": (str, type(None)), "scope": dict,
-    "settings": dict, "reverted": list, "unchanged": list, "names": dict, "absent_files": list,
+    "settings": dict, "absent_files": (list, tuple), "factors_dtype": (str, type(None)),
+    "drawn_rate": (int, float, type(None)), "training": dict,
 }  # fmt: skip
-_OPTIONAL: dict[str, list[str]] = {"absent_files": []}  # what a config may lack
 
 
 def _info(config: dict[str, Any]) -> DeltaInfo:
-    values: dict[str, Any] = {f.name: config.get(f.name, _OPTIONAL.get(f.name)) for f in fields(DeltaInfo)}
+    names = [f.name for f in fields(DeltaInfo) if f.name not in _IN_TABLE]
+    values: dict[str, Any] = {name: config.get(name, _USUAL.get(name)) for name in names}
     for key, value in values.items():
         expected = _TYPES.get(key, str)
         huge = isinstance(value, int) and key != "seed" and not 0 <= value < _MOST_NUMBER
@@ -157,31 +151,18 @@ def _info(config: dict[str, Any]) -> DeltaInfo:
     exact_rate(values["pruning_rate"])
     check_q(values["q"], values["pruning_rate"])
     stream_key("", values["seed"])
-    if values["dtype"] not in (None, *DTYPES):
-        raise ValueError(f"{CONFIG_FILE}: dtype is {values['dtype']!r}, known are {', '.join(DTYPES)}")
-    listed = {key: tuple(values[key]) for key in ("reverted", "unchanged", "absent_files")}
-    if not all(isinstance(n, str) for names in (*listed.values(), values["names"].values()) for n in names):
-        raise ValueError(f"{CONFIG_FILE}: names of tensors or files that are not text")
-    if not all(_is_plain(v) for key in ("scope", "settings") for v in values[key].values()):
-        raise ValueError(f"{CONFIG_FILE}: scope or settings hold more than text, numbers and lists of them")
-    return DeltaInfo(**{**values, **listed})
+    if values["drawn_rate"] is not None:
+        exact_rate(values["drawn_rate"])
+    for key in ("dtype", "factors_dtype"):
+        if values[key] not in (None, *DTYPES):
+            raise ValueError(f"{CONFIG_FILE}: {key} is {values[key]!r}, known are {', '.join(DTYPES)}")
+    absent = tuple(values["absent_files"])
+    if not all(isinstance(name, str) for name in absent):
+        raise ValueError(f"{CONFIG_FILE}: absent_files has names that are not text")
+    if not all(_is_plain(v) for key in ("scope", "settings", "training") for v in values[key].values()):
+        raise ValueError(f"{CONFIG_FILE}: scope, settings or training hold more than text, numbers and lists of them")
+    return DeltaInfo(**{**values, "absent_files": absent})
 
 
 def _is_plain(value: object) -> bool:
     return all(v is None or isinstance(v, str | int | float) for v in (value if isinstance(value, list) else [value]))
-
-
-def _table(config: dict[str, Any]) -> Table:
-    rows = config.get("tensors")
-    table: Table = []
-    for row in rows if isinstance(rows, list) else [None]:
-        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], list)):
-            raise ValueError(f"{CONFIG_FILE}: 'tensors' is not a list of [name, shape]: {row!r}")
-        name, shape = row
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST_ENTRIES for n in shape)
-        if not whole or len(shape) > _MOST_DIMS or prod(shape) > _MOST_ENTRIES:
-            raise ValueError(f"{CONFIG_FILE}: tensor {name!r} has shape {shape!r}")
-        table.append((name, tuple(shape)))
-    if len({name for name, _ in table}) != len(table):
-        raise ValueError(f"{CONFIG_FILE} names a tensor twice")
-    return table

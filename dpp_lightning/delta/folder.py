@@ -1,7 +1,8 @@
 """The delta folder: ``delta_model.safetensors``, ``delta_config.json`` and a ``README.md`` card, written and read.
 
-``delta_model.safetensors`` holds the blob ``kept`` (chunks, see :mod:`dpp_lightning.delta.coding.chunk`) and the dense
-tensors ``carried.NAME`` and ``rows.NAME``. Both ways go tensor by tensor, so a delta may be larger than memory.
+``delta_model.safetensors`` holds the blobs ``table`` (:mod:`dpp_lightning.delta.table_blob`), ``kept`` (chunks, see
+:mod:`dpp_lightning.delta.coding.chunk`) and, where a tensor has factors, ``factors``, and the dense tensors
+``carried.NAME`` and ``rows.NAME``. Both ways go tensor by tensor, so a delta may be larger than memory.
 Everything read from a file is checked before use.
 """
 
@@ -12,8 +13,6 @@ from dataclasses import replace
 from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -21,23 +20,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from dpp_lightning.delta.coding.chunk_stream import ChunkReader, ChunkWriter
-from dpp_lightning.delta.config_file import CONFIG_FILE, check_name, read_config, with_q, write_config
-from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor, Table
+from dpp_lightning.delta.coding.chunk_stream import ChunkReader
+from dpp_lightning.delta.coding.factor_stream import FactorReader
+from dpp_lightning.delta.config_file import CONFIG_FILE, read_config, with_q, write_config
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.model_card import card_text
+from dpp_lightning.delta.model_file import BLOBS, CARRIED, FACTORS, KEPT, ROWS, TABLE, write_model
+from dpp_lightning.delta.safe_names import check_name
+from dpp_lightning.delta.table_blob import TensorTable, read_table
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.locate import local_folder
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
 from dpp_lightning.storage.output_folder import DELTA, output_folder
-from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 
 MODEL_FILE, CARD_FILE = "delta_model.safetensors", "README.md"
-_KEPT, _CARRIED, _ROWS = "kept", "carried.", "rows."
-_SPILL_BYTES = 1 << 26  # of chunks that are held in memory before they go to a temporary file
-_COPY_BYTES = 1 << 22
 
 
 def save_folder(
@@ -61,6 +60,7 @@ def save_folder(
             saved,
             seeded=seeded,
             dtype=saved.info().dtype,
+            factors_dtype=saved.info().factors_dtype,
             side_files=side_files,
             scores=scores,
             reference_scores=reference_scores,
@@ -74,6 +74,7 @@ def write_files(
     *,
     seeded: bool,
     dtype: str | None,
+    factors_dtype: str | None = None,
     side_files: Mapping[str, Path | bytes | None] | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
@@ -84,7 +85,7 @@ def write_files(
         folder: exists; the caller makes it appear whole.
         contents: its description is asked for when all tensors have been read.
         seeded: store no positions, as they follow from the seed.
-        dtype: as ``DeltaInfo.dtype``.
+        dtype, factors_dtype: as of ``DeltaInfo``.
         side_files, scores, reference_scores: as for
             :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
 
@@ -95,10 +96,10 @@ def write_files(
     copy_files(side_files or {}, folder)
     absent = tuple(sorted(name for name, content in (side_files or {}).items() if content is None))
     with (folder / MODEL_FILE).open("wb") as file:
-        table, checksum = _write_model(file, contents, seeded=seeded, dtype=dtype)
+        table, checksum = write_model(file, contents, seeded=seeded, dtype=dtype, factors_dtype=factors_dtype)
     info = replace(contents.info(), absent_files=absent)
-    (folder / CONFIG_FILE).write_bytes(write_config(info, table, seeded=seeded, model_checksum=checksum))
-    _write_card(folder, info, {**contents.carried, **contents.new_rows}, scores, reference_scores)
+    (folder / CONFIG_FILE).write_bytes(write_config(info, seeded=seeded, model_checksum=checksum))
+    _write_card(folder, info, table, {**contents.carried, **contents.new_rows}, scores, reference_scores)
 
 
 def set_q(folder: Path, q: float) -> None:
@@ -109,8 +110,9 @@ def set_q(folder: Path, q: float) -> None:
     """
     config = with_q((folder / CONFIG_FILE).read_bytes(), q)
     (folder / CONFIG_FILE).write_bytes(config)
-    dense = {name: tensor for name, tensor in load_tensors(folder / MODEL_FILE).items() if name != _KEPT}
-    _write_card(folder, read_config(config)[0], dense)
+    tensors = load_tensors(folder / MODEL_FILE)
+    dense = {name: tensor for name, tensor in tensors.items() if name not in BLOBS}
+    _write_card(folder, read_config(config)[0], read_table(_blob(tensors, TABLE).numpy().data), dense)
 
 
 def delta_bytes(folder: Path) -> int:
@@ -135,8 +137,8 @@ def encode(
     """
     saved, seeded = _as_saved(contents, dtype, positions)
     file, info = BytesIO(), replace(saved.info(), absent_files=())
-    table, checksum = _write_model(file, saved, seeded=seeded, dtype=info.dtype)
-    return file.getvalue(), write_config(info, table, seeded=seeded, model_checksum=checksum)
+    _, checksum = write_model(file, saved, seeded=seeded, dtype=info.dtype, factors_dtype=info.factors_dtype)
+    return file.getvalue(), write_config(info, seeded=seeded, model_checksum=checksum)
 
 
 class DeltaReader:
@@ -150,8 +152,10 @@ class DeltaReader:
 
     Attributes:
         info: the delta's description.
+        table: names, shapes and ranks.
         carried, new_rows: canonical name to dense tensor.
         chunks: reads the kept entries.
+        factors: reads the factors; None where no tensor has any.
 
     Raises:
         ValueError: a file that is damaged, hostile, or of another format.
@@ -159,21 +163,25 @@ class DeltaReader:
 
     def __init__(self, blobs: Mapping[str, Tensor], config: bytes, checksum: str, folder: Path = Path()) -> None:
         self.folder = folder
-        self.info, table, seeded, stated_checksum = read_config(config)
+        info, seeded, stated_checksum = read_config(config)
         if checksum != stated_checksum:
             raise ValueError(
                 f"{MODEL_FILE} does not have the checksum that {CONFIG_FILE} states: one of them is damaged"
             )
-        kept = blobs.get(_KEPT)
-        if kept is None or kept.dtype != torch.uint8 or kept.dim() != 1:
-            raise ValueError(f"{MODEL_FILE} holds no one-dimensional blob {_KEPT!r} of bytes")
-        self.carried = {n.removeprefix(_CARRIED): blobs[n] for n in sorted(blobs) if n.startswith(_CARRIED)}
-        self.new_rows = {n.removeprefix(_ROWS): blobs[n] for n in sorted(blobs) if n.startswith(_ROWS)}
-        unknown = [name for name in blobs if name != _KEPT and not name.startswith((_CARRIED, _ROWS))]
+        self.table = table = read_table(_blob(blobs, TABLE).numpy().data)
+        self.info = replace(info, reverted=table.reverted, unchanged=table.unchanged, names=table.names)
+        self.carried = {n.removeprefix(CARRIED): blobs[n] for n in sorted(blobs) if n.startswith(CARRIED)}
+        self.new_rows = {n.removeprefix(ROWS): blobs[n] for n in sorted(blobs) if n.startswith(ROWS)}
+        known = BLOBS if table.has_factors else (TABLE, KEPT)
+        unknown = [name for name in blobs if name not in known and not name.startswith((CARRIED, ROWS))]
         if unknown:
-            raise ValueError(f"{MODEL_FILE} holds {unknown[:5]}, which no delta has")
-        self._check_dense(dict(table))
-        self.chunks = ChunkReader(kept.numpy(), table, self.info, seeded=seeded)
+            raise ValueError(f"{MODEL_FILE} holds {unknown[:5]}, which no delta has, or none without factors")
+        self._check_dense(dict(table.tensors))
+        kept = _blob(blobs, KEPT).numpy()
+        self.chunks = ChunkReader(kept, table.tensors, self.info, seeded=seeded, ranks=table.ranks)
+        self.factors: FactorReader | None = None
+        if table.has_factors:
+            self.factors = FactorReader(_blob(blobs, FACTORS).numpy(), table.tensors, table.ranks, self.info)
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> DeltaReader:
@@ -206,7 +214,15 @@ class DeltaReader:
     @property
     def contents(self) -> DeltaContents:
         """All of the delta; reading its tensors raises ValueError at chunks that are damaged or hostile."""
-        return DeltaContents(self.chunks.table, self.chunks.tensors, self.carried, self.new_rows, lambda: self.info)
+        return DeltaContents(self.table.tensors, self._tensors, self.carried, self.new_rows, lambda: self.info)
+
+    def _tensors(self) -> Iterator[tuple[str, SparseTensor]]:
+        """Every tensor, its factors with it."""
+        if self.factors is None:
+            yield from self.chunks.tensors()
+            return
+        for (name, tensor), factors in zip(self.chunks.tensors(), self.factors.factors(), strict=True):
+            yield name, replace(tensor, factors=factors)
 
     def _check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name in (*self.carried, *self.new_rows):
@@ -223,6 +239,7 @@ class DeltaReader:
 def _write_card(
     folder: Path,
     info: DeltaInfo,
+    table: TensorTable,
     dense: Mapping[str, Tensor],
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
@@ -231,6 +248,8 @@ def _write_card(
     text = card_text(
         info,
         delta_bytes(folder),
+        ranks=[rank for rank in table.ranks if rank is not None],
+        factor_numbers=sum(table.factor_numbers),
         carried=len(dense),
         carried_bytes=total_bytes(dense),
         module_bytes={name: path.stat().st_size for name, path in module_weights(folder).items()},
@@ -240,43 +259,12 @@ def _write_card(
     (folder / CARD_FILE).write_bytes(text.encode())
 
 
-def _write_model(file: BinaryIO, contents: DeltaContents, *, seeded: bool, dtype: str | None) -> tuple[Table, str]:
-    """Write ``delta_model.safetensors``; returns names and shapes in the order of the chunks, and the checksum."""
-    spill_folder = str(Path(file.name).parent) if isinstance(getattr(file, "name", None), str) else None
-    with SpooledTemporaryFile(max_size=_SPILL_BYTES, dir=spill_folder) as spill:
-        chunks = ChunkWriter(cast(BinaryIO, spill), seeded=seeded, dtype=dtype)
-        for name, tensor in contents.tensors():
-            chunks.add(name, tensor)
-        chunks.close()
-        size = spill.tell()
-        spill.seek(0)
-        dense = {_CARRIED + n: t for n, t in contents.carried.items()} | {
-            _ROWS + n: t for n, t in contents.new_rows.items()
-        }
-        order = sorted(dense, key=lambda name: (-dense[name].element_size(), name))  # keeps all of them aligned
-        entries = [Entry(name, dense[name].dtype, tuple(dense[name].shape)) for name in order]
-        hashed = _HashedFile(file)
-        writer = SafetensorsWriter(cast(BinaryIO, hashed), [*entries, Entry(_KEPT, torch.uint8, (size,))])
-        for name in order:
-            writer.write(dense[name])
-        while block := spill.read(_COPY_BYTES):
-            writer.write(block)
-        writer.close()
-    return chunks.table, hashed.digest.hexdigest()
-
-
-class _HashedFile:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, xxhash.xxh3_128()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+def _blob(blobs: Mapping[str, Tensor], name: str) -> Tensor:
+    """The bytes of a blob, shape (bytes,)."""
+    blob = blobs.get(name)
+    if blob is None or blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise ValueError(f"{MODEL_FILE} holds no one-dimensional blob {name!r} of bytes")
+    return blob
 
 
 def _as_saved(

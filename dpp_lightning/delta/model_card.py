@@ -14,6 +14,8 @@ def card_text(
     info: DeltaInfo,
     num_bytes: int,
     *,
+    ranks: Sequence[int] = (),
+    factor_numbers: int = 0,
     carried: int = 0,
     carried_bytes: int = 0,
     module_bytes: Mapping[str, int] | None = None,
@@ -27,6 +29,8 @@ def card_text(
     Args:
         info: the delta's description.
         num_bytes: true bytes of the delta in its folder.
+        ranks: of the tensors that have factors.
+        factor_numbers: how many numbers these factors are.
         carried, carried_bytes: number and bytes of the dense tensors.
         module_bytes: files of weights of further modules (sentence-transformers) to their bytes.
         scores: name to figure of base plus delta; they are in the metadata too, as ``model-index``.
@@ -36,6 +40,8 @@ def card_text(
     rows = {
         "base": f"{_base(info)} (fingerprint `{info.base_fingerprint}`)",
         "pruning rate, q, mask seed": f"{info.pruning_rate:g}, {info.q:.6g}, {info.seed}",
+        **_factors(info, ranks, factor_numbers),
+        **_training(info),
         "carried dense tensors": f"{carried} ({carried_bytes:,} bytes)",
         "bytes, ratio to the dense model": f"{num_bytes:,}, {info.ratio(num_bytes):.1f}",
     }
@@ -75,6 +81,32 @@ def _summary(info: DeltaInfo, tasks: Sequence[str]) -> str:
         merged = f"Deltas of one base ({', '.join(tasks)}) merged with `{info.method}`"
         return f"{merged}; together they drop {rate} of the entries{paper}."
     return f"Fine-tuned minus base weights, {rate} of them dropped with `{info.method}`{paper}."
+
+
+def _factors(info: DeltaInfo, ranks: Sequence[int], numbers: int) -> dict[str, str]:
+    """The row of factors, where there are any."""
+    if not ranks:
+        return {}
+    rank = f"rank {min(ranks)} to {max(ranks)}" if min(ranks) != max(ranks) else f"rank {ranks[0]}"
+    held = f"{numbers:,} numbers in {info.factors_dtype or 'float32'}"
+    return {"tensors with factors": f"{len(ranks)}, {rank}, {held}"}
+
+
+def _training(info: DeltaInfo) -> dict[str, str]:
+    """The row of what was trained, as far as the description says it."""
+    told = info.training
+    before, after = (_number(told.get(key)) for key in ("held_out_before", "held_out_after"))
+    parts = [f"on {texts} unlabelled texts"] if (texts := _number(told.get("texts"))) else []
+    parts += [f"{steps} steps"] if (steps := _number(told.get("steps"))) else []
+    parts += [f"held-out loss {before} → {after}"] if before and after else []
+    return {"values trained": ", ".join(parts)} if parts else {}
+
+
+def _number(value: object) -> str:
+    """A number for people; empty for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _metadata(info: DeltaInfo, scores: Mapping[str, float]) -> str:

@@ -117,7 +117,14 @@ def _stream(
         lambda: plan.info(spec, check, final=True),
     )
     contents = warning_if_empty(contents, "the pruned delta")
-    write_files(folder, contents, seeded=spec.row.seeded, dtype=spec.dtype, side_files=beside)
+    write_files(
+        folder,
+        contents,
+        seeded=spec.row.seeded,
+        dtype=spec.dtype,
+        factors_dtype=spec.factors_dtype,
+        side_files=beside,
+    )
 
 
 def _with_hashes(

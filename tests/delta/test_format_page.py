@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import format_reader
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from factored import factored_pair
 
 from dpp_lightning import SparseDelta, prune
 from dpp_lightning.tensors.names import canonical_tensors
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "dpp_lightning/README.md").read_text("utf-8").split("## The delta file format")[1].split("\n## ")[0]
-GOLDEN = sorted((ROOT / "tests/fixtures").glob("delta_v2_*"))
+GOLDEN = sorted((ROOT / "tests/fixtures").glob("delta_v3_*"))
 
 
 def same(delta: SparseDelta, read: format_reader.Delta) -> None:
@@ -27,6 +29,13 @@ def same(delta: SparseDelta, read: format_reader.Delta) -> None:
         held = delta.tensors[name].values
         wide = held if held.dtype == torch.float64 else held.float()
         assert values.tobytes() == wide.numpy().tobytes()
+    assert list(read.factors) == [name for name, tensor in delta.tensors.items() if tensor.factors is not None]
+    for name, (left, right) in read.factors.items():
+        factors = delta.tensors[name].factors
+        assert left.tobytes() == factors.left.contiguous().numpy().tobytes()
+        assert right.tobytes() == factors.right.contiguous().numpy().tobytes()
+    assert (read.reverted, read.unchanged) == ([*delta.info.reverted], [*delta.info.unchanged])
+    assert read.names == delta.info.names
     for dense, other in ((delta.carried, read.carried), (delta.new_rows, read.new_rows)):
         assert {n: t.float().numpy().tobytes() for n, t in dense.items()} == {
             n: np.ascontiguousarray(t, "<f4").tobytes() for n, t in other.items()
@@ -39,12 +48,17 @@ def test_the_golden_files_are_read_from_the_page_alone(folder):
     for name, (shape, positions, bits) in expected["tensors"].items():
         assert [list(read.tensors[name][0]), read.tensors[name][1]] == [shape, positions]
         assert read.tensors[name][2].view("<i4").tolist() == bits
+    lefts = {name: list(stored) for name, stored in expected.get("factors", {}).items()}
+    assert list(read.factors) == list(lefts)
+    for name, (left, right) in read.factors.items():
+        halves = [np.ascontiguousarray(left.T)] if right.shape[1] == 1 else [np.ascontiguousarray(left.T), right]
+        assert [half.view("<i4").reshape(-1).tolist() for half in halves] == lefts[name]
     for kind, dense in (("carried", read.carried), ("new_rows", read.new_rows)):
         assert {name: tensor.view("<i4").tolist() for name, tensor in dense.items()} == expected[kind]
     c = read.config
     info = [c["method"], float(c["pruning_rate"]), c["seed"], float(c["q"]), c["seeded"], c["dtype"]]
     assert info == expected["info"]
-    assert len(GOLDEN) == 3
+    assert len(GOLDEN) == 5
 
 
 ALL_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int4", None)
@@ -57,6 +71,33 @@ CODINGS = [
     ("magnitude", 0.997, "index", ("float16",)),  # gaps with low bits, tensors that keep nothing
     ("importance", 0.9, "index", ("float32", "bfloat16", "float16", None)),  # signs
 ]
+
+
+@pytest.mark.parametrize("factors_dtype", ALL_DTYPES)
+@pytest.mark.parametrize("kept_in_a_chunk", [None, 128])
+def test_factors_are_read_from_the_page_alone(tmp_path, monkeypatch, factors_dtype, kept_in_a_chunk):
+    """128 numbers are a whole number of groups that share a scale."""
+    if kept_in_a_chunk:
+        for limit in ("CHUNK_KEPT", "CHUNK_LEAST"):
+            monkeypatch.setattr(f"dpp_lightning.delta.coding.chunk_stream.{limit}", kept_in_a_chunk)
+    for method, drawn_rate in (("magnitude", None), ("dare", 0.8)):
+        _, delta = factored_pair(method, drawn_rate=drawn_rate, factors_dtype=factors_dtype)
+        for positions in ("seed", "index") if method == "dare" else ("index",):
+            read = format_reader.read_delta(delta.save_pretrained(tmp_path / "delta", positions=positions))
+            same(delta, read)
+            assert len(read.factors) == 8
+
+
+def test_names_of_the_table_are_read_from_the_page_alone(tmp_path):
+    base, finetuned = tiny.pair()
+    with torch.no_grad():
+        finetuned.norm.weight.copy_(base.norm.weight)
+    delta = prune(base, finetuned, "dare", 0.9, exclude=["gain"], outside="revert")
+    delta = SparseDelta(delta.tensors, {}, replace(delta.info, names={"gain": "net.gain"}))
+    read = format_reader.read_delta(delta.save_pretrained(tmp_path / "delta"))
+    same(delta, read)
+    assert read.reverted == ["gain"]
+    assert "norm.weight" in read.unchanged
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -108,12 +149,28 @@ def test_the_pages_example_of_the_sampler():
     assert [len(positions), positions[:4]] == [int(stated[1]), [int(n) for n in stated[2].split(", ")]]
 
 
-def test_the_page_lists_every_field_of_the_config(tmp_path):
-    delta = prune(*tiny.pair(), "dare", 0.9)
-    config = json.loads((delta.save_pretrained(tmp_path / "delta") / "delta_config.json").read_text())
+UNUSUAL = {
+    "base_name": "a/b", "base_revision": "c", "dtype": "bfloat16", "factors_dtype": "int4", "drawn_rate": 0.8,
+    "training": {"texts": 8}, "scope": {"kind": "all"}, "settings": {"a": 1}, "prefix": "bert.",
+}  # fmt: skip
+
+
+def test_the_page_lists_every_field_of_the_config_and_what_one_that_is_left_out_stands_for(tmp_path):
+    delta = prune(*tiny.pair(), "dare", 0.8)
+    full = SparseDelta(delta.tensors, {}, replace(delta.info, **UNUSUAL))
+    folder = full.save_pretrained(tmp_path / "full", side_files={"merges.txt": None})
+    config = json.loads((folder / "delta_config.json").read_text())
     table = PAGE.split("### `delta_config.json`")[1].split("###")[0]
-    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
-    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(config)
+    rows = re.findall(r"^\| (`.*?`) \|[^|]*\|([^|]*)\|", table, re.MULTILINE)
+    usual = {name: value for names, value in rows for name in re.findall(r"`(\w+)`", names)}
+    assert sorted(usual) == sorted(config)
+    absent = {name: json.loads(value.strip(" `")) for name, value in usual.items() if value.strip()}
+    assert sorted(absent) == sorted([*UNUSUAL, "absent_files"])
+    plain = SparseDelta(delta.tensors, {}, replace(delta.info, scope={}, dtype=None))
+    config = json.loads(plain.to_bytes()[1])
+    assert sorted(config) == sorted(set(usual) - set(absent))
+    read = SparseDelta.from_bytes(*plain.to_bytes()).info
+    assert {name: getattr(read, name) for name in absent} == {**absent, "absent_files": ()}
 
 
 def test_odd_text_in_a_config_has_the_checksum_of_the_page(tmp_path):

@@ -13,10 +13,13 @@ import torch
 import zstandard
 from hostile import (
     KINDS,
+    blob,
     check_valid,
     chunks_of,
     files,
+    packed,
     repaired,
+    table_of,
 )
 from safetensors.torch import load, save
 
@@ -63,7 +66,7 @@ ODD_VALUES = [
     {"a": [1]},
 ]
 ODD_BYTES = [0, 1, 0x7F, 0xFF, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 60]
-FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded"]
+FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded", "factors_dtype", "drawn_rate"]
 
 
 def mutated_bytes(data, donor, rng):
@@ -87,12 +90,13 @@ def mutated_bytes(data, donor, rng):
     return bytes(data)
 
 
-def mutated_chunks(kind, other_kind, rng):
+def mutated_chunks(kind, name, other_kind, rng):
     """The chunk of a small delta with other bytes, other numbers in a head, or another stream behind the compression."""
-    blob = bytearray(chunks_of(kind))
-    head = read_head(np.frombuffer(blob, dtype=np.uint8), 0, 1 << 40, seeded=kind in ("seeded", "dense"))
+    blob = bytearray(chunks_of(kind, name))
+    seeded = name == "kept" and kind in ("seeded", "dense", "seeded factors")
+    head = read_head(np.frombuffer(blob, dtype=np.uint8), 0, 1 << 40, seeded=seeded)
     choice = rng.randrange(4)
-    if choice == 0:
+    if choice == 0 or not head.streams:
         return mutated_bytes(blob, chunks_of(other_kind), rng)
     begin, stored, size = rng.choice(head.streams)
     if choice == 1:
@@ -139,7 +143,7 @@ def mutation(rng):
     model, config = files(kind)
     parsed, what = (
         json.loads(config),
-        rng.choice(["model", "text", "values", "values", "chunks", "chunks", "chunks", "both"]),
+        rng.choice(["model", "text", "values", "values", "table", "table", "chunks", "chunks", "chunks", "both"]),
     )
     if what == "model":
         model = mutated_bytes(model, files(other_kind)[0], rng)
@@ -153,9 +157,11 @@ def mutation(rng):
         parsed = mutated_value(parsed, rng)
         config = json.dumps(parsed).encode()
     if what in ("chunks", "both"):
-        blob = mutated_chunks(kind, other_kind, rng)
-        tensor = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8)
-        model = save({**load(model), "kept": tensor})
+        name = "factors" if "factors" in kind and rng.random() < 0.7 else "kept"
+        model = save({**load(model), name: blob(mutated_chunks(kind, name, other_kind, rng))})
+    if what == "table":
+        table = mutated_value(table_of(files(kind)[0]), rng)
+        model = save({**load(model), "table": packed(table)})
     repair = rng.random() < 0.5 and isinstance(parsed, dict)
     return repaired(model, parsed) if repair else (model, config)
 
@@ -174,8 +180,12 @@ def outcome(read):
     check_valid(delta)
     again = SparseDelta.from_bytes(*delta.to_bytes(positions="index"))
     assert again.info == delta.info
-    if delta.info.dtype not in INTEGERS:  # any scale can be written by hand, and is then rounded once more
-        assert all(torch.equal(again.tensors[n].values, sparse.values) for n, sparse in delta.tensors.items())
+    for name, sparse in delta.tensors.items():  # any scale can be written by hand, and is then rounded once more
+        if delta.info.dtype not in INTEGERS:
+            assert torch.equal(again.tensors[name].values, sparse.values)
+        if sparse.factors is not None and delta.info.factors_dtype not in INTEGERS:
+            assert torch.equal(again.tensors[name].factors.left, sparse.factors.left)
+            assert torch.equal(again.tensors[name].factors.right, sparse.factors.right)
     return True
 
 

@@ -2,22 +2,27 @@
 
 import json
 import struct
+import tracemalloc
 from contextlib import suppress
 
 import pytest
 import torch
+import zstandard
 from hostile import (
     KINDS,
+    blob,
     check_valid,
     files,
     refused,
     repaired,
+    table_of,
     with_config,
+    with_table,
     with_tensors,
 )
 
 from dpp_lightning import SparseDelta
-from dpp_lightning.delta.config_file import read_config, write_config
+from dpp_lightning.delta.table_blob import TensorTable, read_table, write_table
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 
@@ -48,7 +53,7 @@ def test_no_flipped_bit_goes_unseen(kind):
 NAN, HUGE = float("nan"), 10**400
 CONFIG_FAULTS = [
     *({"format": value} for value in ("zip", None, 2)),
-    *({"format_version": value} for value in (1, 3, 99, "2", None)),
+    *({"format_version": value} for value in (1, 2, 99, "3", None)),
     {"sampler_version": 2},
     *({"pruning_rate": value} for value in (1, 1.5, -0.1, "0.9", True, None, NAN, HUGE, -HUGE, [0.9])),
     *({"q": value} for value in (0, -1, NAN, float("inf"), HUGE, "1", None, True)),
@@ -59,12 +64,20 @@ CONFIG_FAULTS = [
     *({"positions": value} for value in ("gaps", None, 0, ["seed"])),
     *({"method": value} for value in (None, 3, "da\x1b[2Jre")),
     *({key: "a\nb"} for key in ("base_name", "base_revision", "base_fingerprint", "prefix")),
-    *({key: [1]} for key in ("base_name", "base_fingerprint", "scope", "settings", "names", "prefix")),
-    *({key: 3} for key in ("reverted", "unchanged", "base_check", "base_first", "names")),
-    *({key: [["a"]]} for key in ("reverted", "unchanged", "tensors")),
-    {"names": {"a": 1}},
+    *({key: [1]} for key in ("base_name", "base_fingerprint", "scope", "settings", "training", "prefix")),
+    *({key: 3} for key in ("base_check", "base_first", "absent_files")),
+    *({"factors_dtype": value} for value in ("int2", 3, ["int4"])),
+    *({"drawn_rate": value} for value in (1, -0.1, "0.9", True, NAN, HUGE, [0.9])),
+    {"training": {"a": {"b": 1}}},
+    {"training": {"split": "a\x1b[2J"}},
     {"settings": {"a": {"b": 1}}},
     {"scope": {"a": [[]]}},
+]
+TABLE_FAULTS = [
+    *({key: [1]} for key in ("reverted", "unchanged", "names")),
+    *({key: 3} for key in ("reverted", "unchanged", "names")),
+    *({key: [["a"]]} for key in ("reverted", "unchanged", "tensors")),
+    {"names": {"a": 1}},
     *(
         {"tensors": value}
         for value in (None, "a", {"a": [1]}, [None], [["a"]], [["a", 3]], [[3, [3]]], [["a", [3], 1]])
@@ -75,6 +88,8 @@ CONFIG_FAULTS = [
     {"tensors": [[f"w{i}", [2**36]] for i in range(65)]},
     {"tensors": []},
     {"tensors": [["embed.weight", [37, 8]]]},
+    *({"tensors": [["a", [8, 5], rank]]} for rank in (-1, 6, 1.0, True, None, "1", [1], HUGE)),
+    *({"tensors": [["a", shape, rank]]} for shape, rank in (([8], 2), ([], 2), ([0, 3], 1), ([3, 0], 1), ([8], 0))),
 ]
 
 
@@ -82,6 +97,51 @@ CONFIG_FAULTS = [
 @pytest.mark.parametrize("kind", ["seeded", "ranked"])
 def test_fields_out_of_range_are_refused(kind, change):
     refused(*with_config(kind, **change))
+
+
+@pytest.mark.parametrize("change", TABLE_FAULTS, ids=lambda change: str(change)[:60])
+@pytest.mark.parametrize("kind", ["seeded", "ranked", "factors"])
+def test_tables_out_of_range_are_refused(kind, change):
+    refused(*with_table(kind, **change))
+
+
+@pytest.mark.parametrize("kind", ["seeded", "ranked", "factors"])
+def test_tables_of_other_tensors_than_the_chunks_are_refused(kind):
+    rows = table_of(files(kind)[0])["tensors"]
+    larger = [[name, [size + 9 for size in shape], *rank] for name, shape, *rank in rows]
+    for changed in (rows[1:], [*rows, rows[0]], [*rows, ["more", [5]]], larger, [*rows, ["huge", [10**14]]]):
+        refused(*with_table(kind, tensors=changed))
+
+
+def compress(data, **settings):
+    return zstandard.ZstdCompressor(**settings).compress(data)
+
+
+TABLE = b'{"tensors":[["w",[100]]]}'
+TABLES = {
+    "no bytes": (b"", "decompressed"),
+    "no frame": (TABLE, "decompressed"),
+    "a cut frame": (compress(TABLE)[:-1], "decompressed"),
+    "more behind the frame": (compress(TABLE) + b"x", "decompressed"),
+    "no size": (compress(TABLE, write_content_size=False), "states -1|decompressed"),
+    "gigabytes": (compress(bytes(1 << 30), level=1), "are the most"),
+    "many times its bytes": (compress(b" " * (1 << 23) + TABLE), "are the most"),
+    "no text": (compress(b"\xff\xfe"), "not readable JSON"),
+    "no object": (compress(b"[1]"), "no JSON object"),
+    "nested": (compress(b"[" * 50_000), "not readable JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", TABLES)
+def test_blobs_that_are_no_table_are_refused_before_memory_is_taken(fault):
+    data, message = TABLES[fault]
+    case = with_tensors("ranked", lambda tensors: {**tensors, "table": blob(data)})
+    tracemalloc.start()
+    try:
+        refused(*case, message)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_seed_is_claimed_only_where_there_is_one():
@@ -94,7 +154,7 @@ def test_a_seed_is_claimed_only_where_there_is_one():
 
 
 def test_a_file_of_another_version_names_the_library_that_reads_it():
-    refused(*with_config("seeded", format_version=3, library_version="9.8"), r"install the dpp_lightning .*'9\.8'")
+    refused(*with_config("seeded", format_version=4, library_version="9.8"), r"install the dpp_lightning .*'9\.8'")
     model, config = files("seeded")
     for field in ("model_checksum", "config_checksum"):
         refused(model, json.dumps({**json.loads(config), field: "0" * 32}).encode(), "checksum")
@@ -119,19 +179,17 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_names_that_trick_a_path_or_a_terminal_are_refused(name):
-    _, config = files("ranked")
-    table = json.loads(config)["tensors"]
+    rows = table_of(files("ranked")[0])["tensors"]
     for change in (
-        {"tensors": [[name, table[0][1]], *table[1:]]},
+        {"tensors": [[name, rows[0][1]], *rows[1:]]},
         {"reverted": [name]},
         {"unchanged": [name]},
         {"names": {name: "a"}},
         {"names": {"a": name}},
     ):
-        refused(*with_config("ranked", **change), "cannot be named")
-    info, shapes, seeded, checksum = read_config(config)
+        refused(*with_table("ranked", **change), "cannot be named")
     with pytest.raises(ValueError, match="cannot be named"):
-        write_config(info, [(name, (3,)), *shapes], seeded=seeded, model_checksum=checksum)
+        write_table(TensorTable([(name, (3,))], [None]))
     if name.isprintable() or name == "a\nb":
         refused(
             *with_tensors("ranked", lambda tensors: {**tensors, f"carried.{name}": torch.ones(2)}), "cannot be named"
@@ -140,10 +198,8 @@ def test_names_that_trick_a_path_or_a_terminal_are_refused(name):
 
 @pytest.mark.parametrize("name", ["a/b", "a..b", "model.bert.x", "Größe", "重み", "a b", "0", "a:b", "…"])
 def test_other_names_are_not(name):
-    _, config = files("ranked")
-    info, shapes, seeded, checksum = read_config(config)
-    again = write_config(info, [(name, (3,)), *shapes], seeded=seeded, model_checksum=checksum)
-    assert read_config(again)[1][0] == (name, (3,))
+    table = TensorTable([(name, (3,)), ("w", (3, 2))], [1, None], (f"{name}1",), (f"{name}2",), {name: f"{name}3"})
+    assert read_table(write_table(table)) == table
 
 
 @pytest.mark.parametrize("depth", [5, 100, 300, 900, 990, 2000, 10**5])
@@ -151,7 +207,7 @@ def test_deeply_nested_json_is_refused(depth):
     model, config = files("ranked")
     for text in (b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth):
         refused(model, text)
-        for key in (b'"settings": ', b'"tensors": ', b'"format_version": ', b'"seed": '):
+        for key in (b'"scope": ', b'"format_version": ', b'"seed": '):
             at = config.index(key) + len(key)
             nested = config[:at] + text + b', "x": ' + config[at:]
             refused(model, nested)
@@ -178,6 +234,12 @@ def test_what_is_no_json_is_refused():
 
 MODEL_FAULTS = {
     "no blob": lambda t: {n: v for n, v in t.items() if n != "kept"},
+    "no table": lambda t: {n: v for n, v in t.items() if n != "table"},
+    "table of two dimensions": lambda t: {**t, "table": t["table"][None]},
+    "table of other numbers": lambda t: {**t, "table": t["table"].to(torch.int16)},
+    "shorter table": lambda t: {**t, "table": t["table"][:-1]},
+    "longer table": lambda t: {**t, "table": torch.cat([t["table"], t["table"][:1]])},
+    "factors of nothing": lambda t: {**t, "factors": t["kept"].clone()},
     "blob of two dimensions": lambda t: {**t, "kept": t["kept"][None]},
     "blob of other numbers": lambda t: {**t, "kept": t["kept"].to(torch.int16)},
     "blob of signed bytes": lambda t: {**t, "kept": t["kept"].view(torch.int8)},
@@ -197,6 +259,32 @@ MODEL_FAULTS = {
 @pytest.mark.parametrize("kind", ["seeded", "integers"])
 def test_other_tensors_than_a_delta_has_are_refused(kind, fault):
     refused(*with_tensors(kind, MODEL_FAULTS[fault]))
+
+
+FACTOR_FAULTS = {
+    "no factors": lambda t: {n: v for n, v in t.items() if n != "factors"},
+    "factors of two dimensions": lambda t: {**t, "factors": t["factors"][None]},
+    "kept entries in their place": lambda t: {**t, "factors": t["kept"].clone()},
+    "shorter factors": lambda t: {**t, "factors": t["factors"][:-1]},
+    "longer factors": lambda t: {**t, "factors": torch.cat([t["factors"], t["factors"][:1]])},
+    "factors twice over": lambda t: {**t, "factors": torch.cat([t["factors"], t["factors"]])},
+    "no bytes of factors": lambda t: {**t, "factors": t["factors"][:0]},
+}
+
+
+@pytest.mark.parametrize("fault", FACTOR_FAULTS)
+@pytest.mark.parametrize("kind", ["factors", "seeded factors"])
+def test_other_blobs_of_factors_are_refused(kind, fault):
+    refused(*with_tensors(kind, FACTOR_FAULTS[fault]))
+
+
+@pytest.mark.parametrize("kind", ["factors", "seeded factors"])
+def test_ranks_that_are_not_those_of_the_blob_are_refused(kind):
+    rows = table_of(files(kind)[0])["tensors"]
+    first = next(number for number, row in enumerate(rows) if len(row) == 3 and len(row[1]) == 2)
+    for rank in (0, 1, 3, 8):
+        changed = [*rows[:first], [*rows[first][:2], rank], *rows[first + 1 :]]
+        refused(*with_table(kind, tensors=changed))
 
 
 HEADER = b'{"kept":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'

@@ -1,9 +1,11 @@
 """The model card: what the hub reads of it is true, in the hub's own words, and says nothing of this machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from factored import factored_pair
 from huggingface_hub import ModelCard
 from tiny import Net, pair
 
@@ -47,7 +49,25 @@ def test_paths_of_this_machine_stay_on_it(tmp_path, monkeypatch, base_name):
     assert "someone" not in card.content
     assert ("`base`, not on the hub" if base_name else "| base | unnamed") in card.content
     assert delta.base_fingerprint in card.content
-    assert json.loads(Path("d/delta_config.json").read_text())["base_name"] == base_name
+    assert json.loads(Path("d/delta_config.json").read_text()).get("base_name") == base_name
+
+
+def test_factors_and_what_was_trained_are_rows_of_the_table(tmp_path):
+    _, delta = factored_pair(factors_dtype="int4")
+    told = {"texts": 1200, "steps": 40, "held_out_before": 0.5, "held_out_after": 0.125, "form": "plain | odd"}
+    trained = SparseDelta(delta.tensors, delta.carried, replace(delta.info, training=told))
+    folder = trained.save_pretrained(tmp_path / "d")
+    factors = f"| tensors with factors | 8, rank 1 to 2, {delta.num_factor_numbers:,} numbers in int4 |"
+    training = "| values trained | on 1,200 unlabelled texts, 40 steps, held-out loss 0.5 → 0.125 |"
+    for row in (factors, training):
+        assert row in card_of(folder).content
+    set_q(folder, 0.3)
+    for row in (factors, training):
+        assert row in card_of(folder).content
+    for told in ({}, {"texts": "many"}):
+        trained = SparseDelta(delta.tensors, delta.carried, replace(delta.info, training=told))
+        assert "values trained" not in card_of(trained.save_pretrained(tmp_path / "d")).content
+    assert "factors" not in card_of(delta_of().save_pretrained(tmp_path / "d")).content
 
 
 def test_the_pruned_models_scores_are_its_model_index_and_the_others_stand_in_the_table_alone(tmp_path):

@@ -31,12 +31,18 @@ class Delta:
     Attributes:
         config: the JSON object, its numbers with a decimal point as text.
         tensors: name to (shape, positions, values as float32).
+        factors: name to (left, right) as float32 matrices, of the tensors that have them.
+        reverted, unchanged, names: of the table.
         carried, new_rows: name to array.
         heads: coding of positions, dtype and form of values of every chunk.
     """
 
     config: dict
     tensors: dict
+    factors: dict
+    reverted: list
+    unchanged: list
+    names: dict
     carried: dict
     new_rows: dict
     heads: list
@@ -45,19 +51,39 @@ class Delta:
 def read_delta(folder: Path) -> Delta:
     model = (folder / "delta_model.safetensors").read_bytes()
     config = json.loads((folder / "delta_config.json").read_text("utf-8"), parse_float=str)
-    assert (config["format"], config["format_version"], config["sampler_version"]) == ("dpp-delta", 2, 1)
+    assert (config["format"], config["format_version"], config["sampler_version"]) == ("dpp-delta", 3, 1)
     assert config["config_checksum"] == config_checksum(folder / "delta_config.json")
     assert config["model_checksum"] == xxhash.xxh3_128_hexdigest(model)
     stored = read_safetensors(model)
-    dense = {name: bits for name, bits in stored.items() if name != "kept"}
-    tensors, heads = decode_chunks(stored["kept"].tobytes(), config)
+    table = read_table(stored.pop("table").tobytes())
+    rows = [(row[0], row[1], row[2] if len(row) == 3 else None) for row in table.get("tensors", [])]
+    rate = config["pruning_rate"] if config.get("drawn_rate") is None else config["drawn_rate"]
+    seed = (rate, config["seed"]) if config["positions"] == "seed" else None
+    tensors, heads = decode_chunks(stored.pop("kept").tobytes(), rows, seed)
+    factors = {}
+    if any(rank is not None for _, _, rank in rows):
+        factors = decode_factors(stored.pop("factors").tobytes(), rows)
+    dense = stored
+    assert all(name.startswith(("carried.", "rows.")) for name in dense)
     return Delta(
         config,
         tensors,
+        factors,
+        table.get("reverted", []),
+        table.get("unchanged", []),
+        table.get("names", {}),
         {n.removeprefix("carried."): widened(t) for n, t in dense.items() if n.startswith("carried.")},
         {n.removeprefix("rows."): widened(t) for n, t in dense.items() if n.startswith("rows.")},
         heads,
     )
+
+
+def read_table(blob: bytes) -> dict:
+    size = zstandard.frame_content_size(blob)
+    assert 0 <= size <= min(1 << 24, (1 << 16) + 500 * len(blob))
+    data = zstandard.ZstdDecompressor().decompress(blob)
+    assert len(data) == size
+    return json.loads(data)
 
 
 def config_checksum(path: Path) -> str:
@@ -110,11 +136,32 @@ def bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype("<u4") << 16).view("<f4")
 
 
-def decode_chunks(blob: bytes, config: dict) -> tuple[dict, list]:
-    sizes = {name: prod(shape) for name, shape in config["tensors"]}
-    drawn = {}
-    if config["positions"] == "seed":
-        drawn = {n: sampler(n, size, config["pruning_rate"], config["seed"]) for n, size in sizes.items()}
+def decode_factors(blob: bytes, rows: list) -> dict:
+    """Every factor is a line of its own of which all entries are kept."""
+    lines, shapes = [], {}
+    for name, shape, rank in rows:
+        first, others = (shape[0] if shape else 1), prod(shape[1:])
+        if rank is not None:
+            shapes[name] = (first, others, rank)
+            lines.append((f"{name} left", [rank * first], None))
+            if others != 1:
+                lines.append((f"{name} right", [rank * others], None))
+    decoded, heads = decode_chunks(blob, lines, None)
+    assert all(coding == 1 for coding, _, _ in heads)
+    factors = {}
+    for name, (first, others, rank) in shapes.items():
+        left = decoded[f"{name} left"][2].reshape(rank, first).T.astype("<f4")
+        right = np.ones((1, 1), "<f4")
+        if others != 1:
+            right = decoded[f"{name} right"][2].reshape(rank, others).astype("<f4")
+        factors[name] = (left, right)
+    return factors
+
+
+def decode_chunks(blob: bytes, rows: list, seed: tuple | None) -> tuple[dict, list]:
+    """Positions and values of (name, shape, rank), drawn by (rate, seed) where that is given."""
+    sizes = {name: 0 if seed and rank is not None else prod(shape) for name, shape, rank in rows}
+    drawn = {n: sampler(n, size, *seed) for n, size in sizes.items()} if seed else {}
     positions: dict[str, list[int]] = {name: [] for name in sizes}
     values: dict[str, list[np.ndarray]] = {name: [np.empty(0, "<f4")] for name in sizes}
     heads, offset, begin, total = [], 0, 0, sum(sizes.values())
@@ -141,7 +188,7 @@ def decode_chunks(blob: bytes, config: dict) -> tuple[dict, list]:
             values[name].append(piece)
         offset, begin = streams.offset, begin + span
     assert (begin, offset) == (total, len(blob))
-    return {n: (shape, positions[n], np.concatenate(values[n])) for n, shape in config["tensors"]}, heads
+    return {n: (shape, positions[n], np.concatenate(values[n])) for n, shape, _ in rows}, heads
 
 
 class Streams:

@@ -7,6 +7,8 @@ from math import prod
 
 import pytest
 import torch
+import zstandard
+from factored import factored_pair
 from safetensors.torch import load, save
 from tiny import pair
 from torch import nn
@@ -26,12 +28,16 @@ KINDS = {
     "weighed": {"method": "importance", "dtype": "float16"},
     "integers": {"method": "magnitude", "dtype": "int4", "budget": "model"},
     "dense": {"method": "random-drop", "dtype": "int8", "pruning_rate": 0.5},
+    "factors": {"method": "magnitude", "dtype": "bfloat16", "factors_dtype": "int8"},
+    "seeded factors": {"method": "dare", "drawn_rate": 0.8, "factors_dtype": "float16"},
 }
 
 
 @cache
 def files(kind):
-    """The two files of a small delta with carried tensors and a grown vocabulary."""
+    """The two files of a small delta with carried tensors, and with factors or a grown vocabulary."""
+    if "factors" in kind:
+        return factored_pair(**KINDS[kind])[1].to_bytes()
     base, finetuned = pair(seed=1)
     grown = nn.Embedding(40, 8)
     grown.weight.data[:37] = finetuned.embed.weight.data
@@ -50,21 +56,44 @@ def with_config(kind, **changes):
     return repaired(model, {**json.loads(config), **changes})
 
 
+def table_of(model):
+    """The JSON object in the blob ``table``."""
+    return json.loads(zstandard.ZstdDecompressor().decompress(load(model)["table"].numpy().tobytes()))
+
+
+def blob(data):
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def packed(table):
+    """The blob of any JSON value, or of bytes in its place."""
+    data = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return blob(zstandard.ZstdCompressor().compress(data))
+
+
+def with_table(kind, **changes):
+    """The table's fields changed."""
+    model, config = files(kind)
+    tensors = {**load(model), "table": packed({**table_of(model), **changes})}
+    return repaired(save(tensors), json.loads(config))
+
+
 def with_tensors(kind, change):
     """The model file's tensors changed."""
     model, config = files(kind)
     return repaired(save(change(load(model))), json.loads(config))
 
 
-def with_bare_chunks(blob, **changes):
-    """A model file of nothing but chunks."""
+def with_bare_chunks(chunks, tensors, factors=None, **changes):
+    """A model file of a table of ``tensors`` and of nothing but chunks."""
     _, config = files("ranked")
-    model = save({"kept": torch.frombuffer(bytearray(blob), dtype=torch.uint8)})
+    blobs = {"kept": blob(chunks), "table": packed({"tensors": tensors})}
+    model = save(blobs if factors is None else {**blobs, "factors": blob(factors)})
     return repaired(model, {**json.loads(config), **changes})
 
 
-def chunks_of(kind):
-    return bytes(load(files(kind)[0])["kept"].numpy())
+def chunks_of(kind, name="kept"):
+    return bytes(load(files(kind)[0])[name].numpy())
 
 
 def chunk(span, kept, *streams, coding=GAPS, shift=0, dtype="float32", form=0):
@@ -88,3 +117,6 @@ def check_valid(delta):
         assert not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < prod(sparse.shape))
         assert bool(torch.isfinite(sparse.values).all())
         assert sparse.values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if sparse.factors is not None:
+            assert bool(torch.isfinite(sparse.factors.left).all() & torch.isfinite(sparse.factors.right).all())
+            assert sparse.factors.product().numel() == prod(sparse.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod, sqrt
@@ -51,7 +51,11 @@ class ChunkWriter:
         self._chunk_dtype, self._span, self._kept = "float32", 0, 0
 
     def add(self, name: str, tensor: SparseTensor) -> None:
-        """The next tensor."""
+        """The next tensor; its factors are not written here.
+
+        Raises:
+            ValueError: kept entries beside factors, where positions follow from the seed.
+        """
         self.table.append((name, tensor.shape))
         values = tensor.values.detach().cpu()
         indices = tensor.indices.cpu().numpy()
@@ -61,6 +65,10 @@ class ChunkWriter:
                 self._flush()
             self._chunk_dtype = dtype or ""
         numel, kept, begin = prod(tensor.shape), len(indices), 0
+        if self.seeded and tensor.factors is not None:
+            if kept:
+                raise ValueError(f"{name} has kept entries beside factors, which no seed draws: give positions='index'")
+            numel = 0
         for first in range(0, max(kept, 1), CHUNK_KEPT):
             last = min(first + CHUNK_KEPT, kept)
             end = int(indices[last - 1]) + 1 if last < kept else numel
@@ -89,8 +97,9 @@ class ChunkReader:
     Args:
         blob: all chunks, shape (bytes,).
         table: name and shape of every tensor, in order.
-        info: method, rate and seed, for positions that are not stored.
+        info: dtype, rate and seed, for positions that are not stored.
         seeded: positions follow from the seed.
+        ranks: of the factors of every tensor, None without; a seed draws nothing from a tensor with factors.
 
     Attributes:
         heads: first entry and head of every chunk; all are read and checked here, which takes no memory to speak of.
@@ -99,12 +108,19 @@ class ChunkReader:
         ValueError: heads that :class:`ChunkWriter` does not write, or a table of more entries than can be counted.
     """
 
-    def __init__(self, blob: ByteArray, table: Table, info: DeltaInfo, *, seeded: bool) -> None:
+    def __init__(
+        self, blob: ByteArray, table: Table, info: DeltaInfo, *, seeded: bool, ranks: Sequence[int | None] | None = None
+    ) -> None:
         self.blob, self.table, self.info, self.seeded = blob, table, info, seeded
+        self._rate = info.pruning_rate if info.drawn_rate is None else info.drawn_rate
         self._sizes = [prod(shape) for _, shape in table]
-        self._offsets = [0, *accumulate(self._sizes)]
-        if self._offsets[-1] > _MOST_TOTAL:
-            raise ValueError(f"tensors of {self._offsets[-1]} entries in all")
+        self._drawn_sizes = [
+            0 if seeded and rank is not None else size
+            for size, rank in zip(self._sizes, ranks or [None] * len(table), strict=True)
+        ]
+        self._offsets = [0, *accumulate(self._drawn_sizes)]
+        if sum(self._sizes) > _MOST_TOTAL:
+            raise ValueError(f"tensors of {sum(self._sizes)} entries in all")
         self.heads = list(self._heads())
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
@@ -149,9 +165,9 @@ class ChunkReader:
 
     def _check_count(self, head: Head) -> None:
         """Refuse, before any is drawn, a number of kept entries that no seed can give."""
-        p = self.info.pruning_rate
+        p = self._rate
         if abs(head.kept - head.span * (1 - p)) > 40 + 40 * sqrt(head.span * p * (1 - p)):
-            raise ValueError(f"no seed keeps {head.kept} of {head.span} entries at pruning_rate {p}")
+            raise ValueError(f"no seed keeps {head.kept} of {head.span} entries at rate {p}")
 
     def _whole(self, index: int, pieces: list[tuple[Tensor, Tensor]]) -> tuple[str, SparseTensor]:
         """Name and kept entries of the tensor at an index of the table, put together from what its chunks hold."""
@@ -173,7 +189,7 @@ class ChunkReader:
         first = bisect_right(self._offsets, begin) - 1
         last = bisect_right(self._offsets, begin + span - 1) - 1
         return [
-            (i, max(begin - self._offsets[i], 0), min(begin + span - self._offsets[i], self._sizes[i]))
+            (i, max(begin - self._offsets[i], 0), min(begin + span - self._offsets[i], self._drawn_sizes[i]))
             for i in range(first, last + 1)
         ]
 
@@ -186,7 +202,7 @@ class ChunkReader:
     ) -> list[Int64Array]:
         """Positions in each tensor that a chunk touches."""
         if drawn is not None:
-            return [_between(drawn(i), start, stop, self._sizes[i]) for i, start, stop in bounds]
+            return [_between(drawn(i), start, stop, self._drawn_sizes[i]) for i, start, stop in bounds]
         assert stored is not None
         ends = np.searchsorted(stored, [self._offsets[i] + stop - begin for i, _, stop in bounds])
         pieces = np.split(stored, ends[:-1])
@@ -195,9 +211,7 @@ class ChunkReader:
     def _drawn(self) -> Callable[[int], Int64Array]:
         """Index in the table to the sampler's positions, for indices that never go back."""
         names = (name for name, _ in self.table)
-        coming = enumerate(
-            kept_positions_of(zip(names, self._sizes, strict=True), self.info.pruning_rate, self.info.seed)
-        )
+        coming = enumerate(kept_positions_of(zip(names, self._drawn_sizes, strict=True), self._rate, self.info.seed))
         current = (-1, np.empty(0, np.int64))
 
         def positions(index: int) -> Int64Array:
