@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dpp_lightning.calibration.distillation import Distillation
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 
@@ -38,11 +39,14 @@ class Objective:
         cost: a candidate delta to a number to be minimised: the output change, or minus a score.
         smooth: the cost is continuous, so that a scalar minimiser may be used; a score is a step function.
         gradients: of the output's error; None where there are none.
+        distillation: trains toward the fine-tuned model's outputs; None where nothing can be trained.
+        distillation: trains toward the fine-tuned model's outputs; None where nothing can be trained.
     """
 
     cost: Callable[[SparseDelta], float]
     smooth: bool = True
     gradients: OutputGradients | None = None
+    distillation: Distillation | None = None
 
 
 class CalibrationSource(Protocol):
@@ -56,12 +60,15 @@ class CalibrationSource(Protocol):
         """
         ...
 
-    def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective | None:
+    def objective(
+        self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False
+    ) -> Objective | None:
         """What a fit goes by; None where there is nothing to go by.
 
         Args:
             base: canonical name to the base's value of every tensor that is pruned or reverted.
             gradients: the fit needs gradients.
+            distillation: the fit trains toward the fine-tuned model's outputs.
         """
         ...
 
@@ -77,17 +84,21 @@ class Calibration:
             for ``wanda``, ``darex-q-layer`` and ``score="activation"``.
         smooth: whether the cost is continuous (an output change) or a step function (an accuracy).
         gradients: of the output's error, for ``darex-learned``.
+        distillation: trains toward the fine-tuned model's outputs, for ``refit``, ``lowrank`` and ``auto``.
     """
 
     cost: Callable[[SparseDelta], float] | None = None
     inputs: Mapping[str, InputStatistics] | None = None
     smooth: bool = True
     gradients: OutputGradients | None = None
+    distillation: Distillation | None = None
 
     def layer_inputs(self, *, products: bool = False) -> Mapping[str, InputStatistics] | None:
         """See :class:`CalibrationSource`."""
         return self.inputs
 
-    def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective | None:
+    def objective(
+        self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False
+    ) -> Objective | None:
         """See :class:`CalibrationSource`; whoever gave the cost knows the base."""
-        return None if self.cost is None else Objective(self.cost, self.smooth, self.gradients)
+        return None if self.cost is None else Objective(self.cost, self.smooth, self.gradients, self.distillation)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dpp_lightning.calibration.distillation import Distillation
+from dpp_lightning.calibration.distillation import Distillation, TrainingSettings
 from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling
 from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
@@ -23,6 +23,7 @@ from dpp_lightning.tensors.factors import Factors
 
 MEANS_BELOW = 4  # mean ranks from which the means of what is left out are worth nothing
 NUMBERS_PER_TEXT = 400  # more trained numbers for each calibration text fit the texts and not the model
+STEPS, RATE = 160, 0.05
 DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
 
 
@@ -51,13 +52,17 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """
     training = calibrator.objective.distillation
     assert training is not None
-    forms = [_Form(name, form, training.loss(form)) for name, form in _untrained(calibrator.pairs, delta)]
+    dtype = _factors_dtype(delta)
+    forms = [
+        _Form(name, form, training.loss(rounded_factors(form, dtype)))
+        for name, form in _untrained(calibrator.pairs, delta)
+    ]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     if _numbers(best.delta) <= NUMBERS_PER_TEXT * training.samples:
-        trained, _ = training.train(best.delta)
-        if trained is not best.delta:
-            trained = _with_new_rest(calibrator.pairs, trained)
+        settings = TrainingSettings(STEPS, RATE, seed=delta.info.seed, factors_dtype=_factors_dtype(delta))
+        trained, _ = training.train(_without_rest(best.delta), settings)
+        trained = _with_new_rest(calibrator.pairs, trained)
         forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))
     if any(len(tensor.values) for tensor in best.delta.tensors.values()):
         best = min(forms, key=lambda form: form.loss)
@@ -69,6 +74,15 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
 
 def _numbers(delta: SparseDelta) -> int:
     return sum(tensor.factors.numbers for tensor in delta.tensors.values() if tensor.factors is not None)
+
+
+def rounded_factors(delta: SparseDelta, dtype: str) -> SparseDelta:
+    """The delta with its factors as a file of that dtype holds them."""
+    tensors = {
+        name: replace(tensor, factors=tensor.factors and tensor.factors.rounded(dtype, name))
+        for name, tensor in delta.tensors.items()
+    }
+    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
 
 
 def _described(best: _Form, before: float, training: Distillation) -> SparseDelta:
@@ -156,6 +170,14 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
     return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
 
 
+def _without_rest(delta: SparseDelta) -> SparseDelta:
+    none = torch.empty(0)
+    tensors = {
+        name: replace(tensor, indices=tensor.indices[:0], values=none) for name, tensor in delta.tensors.items()
+    }
+    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
+
+
 def _damped(form: _Form, training: Distillation) -> list[_Form]:
     """The form with its rest damped otherwise."""
     now, forms = float(form.delta.info.settings.get("damping", DAMPING)), []
@@ -167,5 +189,6 @@ def _damped(form: _Form, training: Distillation) -> list[_Form]:
             name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
         }
         delta = SparseDelta(tensors, form.delta.carried, info, form.delta.new_rows)
-        forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, training.loss(delta)))
+        loss = training.loss(rounded_factors(delta, _factors_dtype(delta)))
+        forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, loss))
     return forms

@@ -36,10 +36,12 @@ class Calibrator:
     Attributes:
         pairs: the pruned tensors in both models, with the inputs of the layers where the method needs them.
         objective: what the fit goes by.
+        dtype: how the file will hold the kept values, for fits that round while they train; None as they are.
     """
 
     pairs: Sequence[TensorPair]
     objective: Objective
+    dtype: str | None = None
 
     def cost(self, delta: SparseDelta) -> float:
         """The number to be minimised, of one candidate."""
@@ -62,6 +64,11 @@ class Calibrator:
         if fit.needs_gradients and self.objective.gradients is None:
             raise ValueError(
                 f"{method} trains on calibration batches: use DeltaPruneCallback, dpp sweep, or dpp prune --calibration"
+            )
+        if fit.needs_distillation and self.objective.distillation is None:
+            raise ValueError(
+                f"{method} trains on batches of calibration data: use DeltaPruneCallback, dpp sweep, or dpp prune "
+                "--calibration"
             )
         rescaling: FoundRescaling = fit.function(self, delta)
         return rescaling

@@ -159,7 +159,7 @@ class _Search:
         pairs = self.plan.covering(spec).pairs
         delta = drawn
         if spec.fit is not None:
-            delta = Calibrator(pairs, self.objective).fit(drawn).apply(drawn)
+            delta = Calibrator(pairs, self.objective, spec.dtype).fit(drawn).apply(drawn)
         delta = cast(delta, pairs, spec)
         if delta.num_bytes > max_bytes:
             raise ValueError(f"{delta.num_bytes:,} bytes once it is fitted")

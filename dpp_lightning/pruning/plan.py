@@ -367,7 +367,7 @@ class PruningPlan:
         if objective is None:
             spec.check_calibration(objective=False, inputs=True)
             return None
-        return Calibrator(plan.pairs, objective).fit(delta)
+        return Calibrator(plan.pairs, objective, spec.dtype).fit(delta)
 
     def draw_and_fit(
         self,

@@ -1,0 +1,224 @@
+"""Distillation: kept values or factors of a delta trained to give the fine-tuned model's outputs and hidden states."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dpp_lightning.calibration.teacher import Forward, Teacher
+from dpp_lightning.calibration.trained_tensors import TrainedTensors
+from dpp_lightning.delta.sparse_delta import SparseDelta
+
+HELD_OUT = 8  # one piece in so many is held out
+CHECK_EVERY = 25  # steps
+WARM_UP, BETAS, EPSILON = 0.06, (0.9, 0.99), 1e-12
+FEWEST = 128  # samples: with fewer the guard is noise
+_BASE_PIECES = 16  # on which the base's error is taken
+
+Report = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How values or factors are trained.
+
+    Attributes:
+        steps: of Adam, each on one piece.
+        learning_rate: of kept values; of factors it is in units of the root mean square of each factor's numbers.
+        seed: of the order of pieces.
+        dtype: that kept values are rounded to in the loop, straight through; None for none.
+        factors_dtype: the same of factors.
+        checkpointing: recompute every block in the backward pass, for less memory.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.02
+    seed: int = 0
+    dtype: str | None = None
+    factors_dtype: str | None = None
+    checkpointing: bool = False
+
+
+class Distillation:
+    """A model, the fine-tuned model's outputs on calibration data, and the loop that trains a delta toward them.
+
+    Args:
+        module: holds the fine-tuned weights now, and the base's whenever a method is called; left as it was.
+        pieces: batches as ``forward`` takes them, of about 8 samples each, at least 2; every eighth is held out.
+        forward: a piece to the outputs that are compared, without padding, gradients flowing.
+        samples: how many samples the pieces have together.
+
+    Raises:
+        ValueError: fewer than two pieces.
+
+    Warns:
+        UserWarning: fewer than 128 samples, or a model whose blocks are not found.
+    """
+
+    def __init__(self, module: nn.Module, pieces: Sequence[Any], forward: Forward, *, samples: int) -> None:
+        if len(pieces) < 2:
+            raise ValueError(
+                "training needs at least two batches of calibration data, one of which is held out: give more "
+                "examples (calibration_samples=, --calibration_samples), a few hundred if there are"
+            )
+        if samples < FEWEST:
+            warnings.warn(
+                f"values are trained on {samples} calibration examples; some hundred are better, and with fewer than "
+                f"{FEWEST} the held-out ones say little",
+                stacklevel=2,
+            )
+        self.module, self.pieces, self.samples = module, [tree_map(_plain, piece) for piece in pieces], samples
+        self.held_out = [i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2] or [len(pieces) - 1]
+        self.training = [i for i in range(len(pieces)) if i not in self.held_out]
+        self.teacher, self._normalised = Teacher(module, forward), False
+        with _evaluating(module):
+            self.teacher.learn(self.pieces)
+
+    def loss(self, delta: SparseDelta) -> float:
+        """The loss of base plus delta on the held-out pieces: 0 is the fine-tuned model's, 2 the base's."""
+        self._normalise()
+        with delta.applied(self.module, force=True):
+            return self._held_out_loss()
+
+    def base_loss(self) -> float:
+        """The loss of the base on the held-out pieces."""
+        self._normalise()
+        return self._held_out_loss()
+
+    def train(
+        self, delta: SparseDelta, settings: TrainingSettings, report: Report | None = None
+    ) -> tuple[SparseDelta, tuple[tuple[float, float], ...]]:
+        """Train the delta's factors, or where it has none its kept values.
+
+        Adam with a cosine and a short warm-up; the numbers are rounded in the loop to what the file holds. The best of
+        the start and of every 25th step on the held-out pieces is returned, so that it is never worse than the start
+        there.
+
+        Args:
+            delta: where training starts; its values are divided by its q first.
+            settings: of the training.
+            report: called with the step, all steps, and the loss of the step.
+
+        Returns:
+            The delta with trained numbers as the file holds them, in float32 and with q = 1, and (step, held-out loss)
+            of all that were looked at. Where no step was better it is the delta that was given, rounded.
+        """
+        self._normalise()
+        with _evaluating(self.module), torch.inference_mode(False), torch.enable_grad():
+            tensors = TrainedTensors(self.module, delta, settings.dtype, settings.factors_dtype)
+            try:
+                tried = self._loop(tensors, settings, report)
+                return tensors.delta(), tried
+            finally:
+                tensors.put_back()
+
+    def _loop(
+        self, tensors: TrainedTensors, settings: TrainingSettings, report: Report | None
+    ) -> tuple[tuple[float, float], ...]:
+        """Train; leaves the best numbers in ``tensors``."""
+        with ExitStack() as stack:
+            products = stack.enter_context(tensors.products())
+            if settings.checkpointing:
+                stack.enter_context(_checkpointed(self.module, products.again))
+            tensors.write()
+            with torch.no_grad():  # which weights are used in ways that are not known is seen here
+                self.teacher.run(self.pieces[self.training[0]])
+            tensors.train_whole(products.unknown)
+            best, tried = tensors.numbers(), [(0.0, self._held_out_in_training())]
+            optimizer = torch.optim.Adam(tensors.groups(settings.learning_rate), betas=BETAS, eps=EPSILON)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for step, number in enumerate(self._order(settings), 1):
+                share = _schedule(step, settings.steps)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
+                loss = self.teacher.loss(self.pieces[number], number)
+                tensors.backward(loss)
+                optimizer.step()
+                tensors.write()
+                if report:
+                    report(step, settings.steps, float(loss.detach()))
+                if step % CHECK_EVERY == 0 or step == settings.steps:
+                    tried.append((float(step), self._held_out_in_training()))
+                    if tried[-1][1] == min(value for _, value in tried):
+                        best = tensors.numbers()
+            tensors.set_numbers(best)
+        return tuple(tried)
+
+    def _order(self, settings: TrainingSettings) -> Iterator[int]:
+        """Numbers of the pieces of every step: all of them in a random order, again and again."""
+        generator, left = torch.Generator().manual_seed(settings.seed), settings.steps
+        while left > 0:
+            order = torch.randperm(len(self.training), generator=generator).tolist()[:left]
+            yield from (self.training[i] for i in order)
+            left -= len(order)
+
+    @torch.no_grad()
+    def _held_out_in_training(self) -> float:
+        losses = [float(self.teacher.loss(self.pieces[number], number)) for number in self.held_out]
+        return sum(losses) / len(losses)
+
+    def _held_out_loss(self) -> float:
+        with _evaluating(self.module):
+            return self._held_out_in_training()
+
+    def _normalise(self) -> None:
+        """Take the base's error, which the module holds now, once."""
+        if not self._normalised:
+            numbers = list(range(len(self.pieces)))[:: -(-len(self.pieces) // _BASE_PIECES)]
+            with _evaluating(self.module):
+                self.teacher.normalise([self.pieces[number] for number in numbers], numbers)
+            self._normalised = True
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to 0."""
+    return min(1.0, step / max(1.0, WARM_UP * steps)) * (1 + cos(pi * step / steps)) / 2
+
+
+def _plain(leaf: Any) -> Any:
+    """A tensor that autograd takes, though it was made in inference mode."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every part of the module is in the mode it was in."""
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+@contextmanager
+def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
+    """Have the blocks of a transformers model computed anew in the backward pass, inside the block.
+
+    Only the layers that can be are told that they train, so that nothing is dropped out.
+
+    Raises:
+        ValueError: a model without such layers.
+    """
+    models = [part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable")]
+    if not models or not getattr(models[0], "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(module).__name__} has no gradient checkpointing: train without it")
+    models[0].gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())})
+    layers = [part for part in models[0].modules() if getattr(part, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        models[0].gradient_checkpointing_disable()

@@ -1,0 +1,239 @@
+"""Products by a weight of which only some numbers are trained: gradients of these alone, none of the whole weight.
+
+A kept entry (i, j) of W in y = x W^T has the gradient g = sum over tokens of gy_i x_j: as many products as there are
+kept entries and tokens, where a dense gradient would be the product of the matrices. Beneath a product of factors
+W = W_0 + B A the layer is y = x W_0^T + (x A^T) B^T, so that W itself is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DENSE_FROM = 1 / 40  # of the entries kept: then the product of the matrices is quicker than that of the entries
+_AT_ONCE = 1 << 16  # kept entries whose products with all tokens are in memory together
+_SHIFTED = (torch.addmm, Tensor.addmm)
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+_LOOKS = (F.embedding, torch.embedding)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+@dataclass
+class TrainedWeight:
+    """The numbers of one weight that are trained.
+
+    Attributes:
+        positions: flat positions of the kept entries, int64, sorted, shape (kept,).
+        values: their deltas, shape (kept,); the weight itself holds them too, as they are rounded; None for none.
+        left, right: factors of shape (rows, rank) and (rank, columns), whose product the weight does not hold; None
+            for none.
+    """
+
+    positions: Tensor
+    values: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def product(self, weight: Tensor) -> Tensor:
+        """The product of the factors, of the weight's shape and dtype."""
+        assert self.left is not None
+        assert self.right is not None
+        return (self.left @ self.right).view(weight.shape).to(weight.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        """``x @ weight.T + bias``, or ``x @ weight + bias`` for a weight of shape (in, out)."""
+        if self.values is None:
+            y = F.linear(x, weight if transposed else weight.t(), bias)
+        else:
+            y = _KeptProduct.apply(x, weight, bias, self.values, self.positions, transposed)
+        if self.left is None or self.right is None:
+            return y
+        first, second = (self.right, self.left) if transposed else (self.left.t(), self.right.t())
+        return y + F.linear(F.linear(x, first.to(x.dtype)), second.to(x.dtype))
+
+    def looked_up(self, rows: Tensor, weight: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of the weight; ``call`` looks them up in a table."""
+        y = call(weight)
+        if self.values is not None:
+            y = _KeptRows.apply(y, rows, weight.shape, self.values, self.positions)
+        if self.left is None or self.right is None:
+            return y
+        return y + (F.embedding(rows, self.left) @ self.right).to(y.dtype)
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """The weight of a convolution with gradients to the trained numbers, by way of one dense gradient at a time."""
+        if self.values is not None:
+            change = (self.values - self.values.detach()).to(weight.dtype)
+            zeros = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+            weight = weight + zeros.index_add(0, self.positions, change).view(weight.shape)
+        return weight if self.left is None else weight + self.product(weight)
+
+
+class KeptProducts(TorchFunctionMode):
+    """While it is active, products by some weights have gradients to their trained numbers.
+
+    Args:
+        weights: identity of a weight, as ``id`` gives it, to its trained numbers.
+
+    Attributes:
+        unknown: identities of weights that were used in a call that is not known here: their gradient is to be taken
+            of the whole weight instead.
+        watched: identities to look out for; those of ``weights`` at first.
+    """
+
+    def __init__(self, weights: Mapping[int, TrainedWeight]) -> None:
+        super().__init__()
+        self.weights, self.watched = dict(weights), set(weights)
+        self.unknown: set[int] = set()
+        self._active = 0
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Active once, also where it is already: for layers that are computed anew in the backward pass, which other
+        threads may do."""
+        if self._active:
+            yield
+            return
+        with self:
+            yield
+
+    def __enter__(self) -> Any:
+        self._active += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._active -= 1
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = self._known(func, args, kwargs)
+        if known is not None:
+            return known()
+        if self.watched and getattr(func, "__name__", "") != "__get__":
+            self.unknown |= {id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} & self.watched
+        return func(*args, **kwargs)
+
+    def _known(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], Tensor] | None:
+        """The call with gradients to trained numbers; None where no such weight is in it, or it is another call."""
+        if func is F.linear:
+            x, weight, bias = _first(("input", "weight", "bias"), args, kwargs)
+            part = self.weights.get(id(weight))
+            return None if part is None else lambda: part.linear(x, weight, bias, transposed=True)
+        if func in _SHIFTED and not {"alpha", "beta"} & kwargs.keys():
+            bias, x, weight = _first(("input", "mat1", "mat2"), args, kwargs)
+            part = self.weights.get(id(weight))
+            return None if part is None else lambda: part.linear(x, weight, bias, transposed=False)
+        if func in _PRODUCTS:
+            x, weight = _first(("input", "other"), args, kwargs)
+            part = self.weights.get(id(weight))
+            return (
+                None if part is None or weight.dim() != 2 else (lambda: part.linear(x, weight, None, transposed=False))
+            )
+        if func in _LOOKS:
+            named = ("weight", "input") if func is torch.embedding else ("input", "weight")
+            found = dict(zip(named, _first(named, args, kwargs), strict=True))
+            rows, weight = found["input"], found["weight"]
+            part = self.weights.get(id(weight))
+            return None if part is None else lambda: part.looked_up(rows, weight, _call(func, named, args, kwargs))
+        if func in _CONVOLUTIONS:
+            weight = _first(("input", "weight"), args, kwargs)[1]
+            part = self.weights.get(id(weight))
+            if part is not None:
+                call = _call(func, ("input", "weight"), args, kwargs)
+                return lambda: call(part.kernel(weight))
+        return None
+
+
+def _call(
+    func: Callable[..., Any], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """The call as a function of its weight."""
+    at = names.index("weight")
+
+    def call(weight: Tensor) -> Tensor:
+        if at < len(args):
+            return func(*args[:at], weight, *args[at + 1 :], **kwargs)
+        return func(*args, **{**kwargs, "weight": weight})
+
+    return call
+
+
+def _first(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of these names, of which the first may be given by place."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+class _KeptProduct(torch.autograd.Function):
+    """``x @ weight.T + bias`` with gradients of x, the bias and the kept entries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, transposed: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, positions)
+        ctx.transposed, ctx.dtype = transposed, values.dtype
+        return F.linear(x, weight if transposed else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, weight, positions = ctx.saved_tensors
+        gy = gradients[0]
+        of_x = of_bias = of_values = None
+        if ctx.needs_input_grad[0]:
+            of_x = gy @ weight if ctx.transposed else gy @ weight.t()
+        flat_gy, flat_x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            of_bias = flat_gy.sum(0)
+        if ctx.needs_input_grad[3]:
+            rows, columns = (flat_gy, flat_x) if ctx.transposed else (flat_x, flat_gy)
+            of_values = products_at(rows, columns, positions).to(ctx.dtype)
+        return of_x, None, of_bias, of_values, None, None
+
+
+class _KeptRows(torch.autograd.Function):
+    """Rows of a table as they are, with gradients of its kept entries."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rows: Tensor, shape: torch.Size, values: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, positions)
+        ctx.columns, ctx.dtype = shape[1], values.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        rows, positions = ctx.saved_tensors
+        gy = gradients[0].reshape(-1, ctx.columns)
+        used, inverse = torch.unique(rows.reshape(-1), return_inverse=True)
+        sums = gy.new_zeros(len(used), ctx.columns).index_add_(0, inverse, gy)
+        row, column = positions // ctx.columns, positions % ctx.columns
+        at = torch.searchsorted(used, row).clamp_(max=len(used) - 1)
+        found = torch.where(used[at] == row, sums[at, column], torch.zeros((), dtype=sums.dtype, device=sums.device))
+        return gradients[0], None, None, found.to(ctx.dtype), None
+
+
+def products_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
+    """Entries of ``rows.T @ columns`` at flat positions, shape (kept,).
+
+    Args:
+        rows: shape (tokens, n).
+        columns: shape (tokens, m).
+        positions: in C order of (n, m), int64, shape (kept,).
+    """
+    width = columns.shape[1]
+    if len(positions) > _DENSE_FROM * rows.shape[1] * width:
+        return (rows.t() @ columns).view(-1)[positions]
+    of_rows, of_columns = rows.t().contiguous(), columns.t().contiguous()
+    parts = [(of_rows[part // width] * of_columns[part % width]).sum(1) for part in positions.split(_AT_ONCE)]
+    return torch.cat(parts) if parts else rows.new_empty(0)
