@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import lgamma, log, prod
 from pathlib import Path
@@ -22,10 +22,11 @@ class TensorCost:
         name: canonical name.
         shape: of the tensor.
         kind: ``pruned``, ``carried`` (dense), ``new rows`` (dense) or ``further module`` (dense, a file of its own).
-        kept: stored entries.
-        density: kept over all entries.
-        positions, values, carried: bytes. What a chunk of several tensors takes is shared out by their kept entries,
-            so that the totals are exact.
+        kept: stored entries, and numbers of factors.
+        density: ``kept`` over all entries.
+        rank: of the tensor's factors; None without.
+        positions, values, factors, carried: bytes. What a chunk of several tensors takes is shared out by what they
+            have in it, so that the totals are exact.
         entropy: bytes that no coding of the positions of independent entries can undercut, log2 C(entries, kept) / 8;
             0 where a seed gives them.
     """
@@ -35,8 +36,10 @@ class TensorCost:
     kind: str
     kept: int = 0
     density: float = 0.0
+    rank: int | None = None
     positions: float = 0.0
     values: float = 0.0
+    factors: float = 0.0
     carried: int = 0
     entropy: float = 0.0
 
@@ -48,10 +51,10 @@ class DeltaCost:
     Attributes:
         method, pruning_rate, seed, q, base, coding: from the config; ``coding`` is that of the positions.
         tensors: one row each.
-        entries, kept, density: of the fine-tuned model without further modules; stored entries, carried ones too; their
-            share.
-        positions, values, carried, config, overhead, total: bytes of the delta by kind, with the weights of further
-            modules among those carried; ``overhead`` is the heads of files and chunks.
+        entries, kept, density: of the fine-tuned model without further modules; stored numbers, of factors and carried
+            ones too; their share.
+        positions, values, factors, carried, config, overhead, total: bytes of the delta by kind, with the weights of
+            further modules among those carried; ``overhead`` is the table of tensors and the heads of files and chunks.
         side_files: bytes of the configuration and tokenizer files beside the delta, not in the total.
         entropy: bytes of entropy of the positions, 0 where the seed gives them.
         above_entropy: bytes of positions over their entropy, minus 1; 0 where nothing is stored.
@@ -71,6 +74,7 @@ class DeltaCost:
     density: float
     positions: int
     values: int
+    factors: int
     carried: int
     config: int
     overhead: int
@@ -95,6 +99,7 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
     """
     reader = DeltaReader.open(source, revision)
     pruned, positions, values = _pruned_rows(reader)
+    factors = _add_factors(reader, pruned)
     unpruned = list(_dense_rows(reader))
     total, config = delta_bytes(reader.folder), (reader.folder / CONFIG_FILE).stat().st_size
     kept = sum(row.kept for row in (*pruned, *unpruned))
@@ -114,9 +119,10 @@ def inspect_delta(source: str | Path, revision: str | None = None) -> DeltaCost:
         density=kept / max(info.entries, 1),
         positions=positions,
         values=values,
+        factors=factors,
         carried=carried,
         config=config,
-        overhead=total - config - positions - values - carried,
+        overhead=total - config - positions - values - factors - carried,
         total=total,
         side_files=further_bytes(reader.folder),
         entropy=entropy,
@@ -142,6 +148,23 @@ def _pruned_rows(reader: DeltaReader) -> tuple[list[TensorCost], int, int]:
         row.density = row.kept / max(prod(row.shape), 1)
         row.entropy = 0.0 if reader.chunks.seeded else position_entropy(prod(row.shape), row.kept) / 8
     return pruned, positions, values
+
+
+def _add_factors(reader: DeltaReader, pruned: Sequence[TensorCost]) -> int:
+    """Put rank, numbers and bytes of factors into the tensors' rows; returns the bytes of all."""
+    if reader.factors is None:
+        return 0
+    total = 0
+    for first, chunk in reader.factors.chunks.chunks():
+        size = chunk.head.stored(values=True)
+        total += size
+        for owner, positions in zip(reader.factors.owners[first:], chunk.positions, strict=False):
+            pruned[owner].factors += size * len(positions) / chunk.head.kept
+    for row, rank, numbers in zip(pruned, reader.table.ranks, reader.table.factor_numbers, strict=True):
+        row.rank = rank
+        row.kept += numbers
+        row.density = row.kept / max(prod(row.shape), 1)
+    return total
 
 
 def position_entropy(entries: int, kept: int) -> float:

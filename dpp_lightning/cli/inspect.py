@@ -86,7 +86,8 @@ _COST_COLUMNS = (
     Column("tensor", text=True, names=True),
     Column("shape", text=True),
     Column("density\n%"),
-    *(Column(f"{name}\nbytes") for name in ("positions", "entropy", "values", "dense")),
+    Column("rank"),
+    *(Column(f"{name}\nbytes") for name in ("positions", "entropy", "values", "factors", "dense")),
 )
 _SIZE_COLUMNS = (
     Column("tensor", text=True, names=True),
@@ -136,13 +137,16 @@ def _show_cost(cost: DeltaCost) -> None:
     rows = [_cells(row) for row in cost.tensors]
     used = [i for i in range(len(_COST_COLUMNS)) if i < 3 or any(row[i] for row in rows)]
     show_table([_COST_COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows])
-    sizes = f"positions {cost.positions:,}, values {cost.values:,}, carried {cost.carried:,}"
-    seed = "positions follow from the seed" if cost.coding == "seed" else ""
+    factors = f", factors {cost.factors:,}" if cost.factors else ""
+    sizes = f"positions {cost.positions:,}, values {cost.values:,}{factors}, carried {cost.carried:,}"
+    seed = (
+        "positions follow from the seed" if cost.coding == "seed" else "" if cost.entropy else "no positions are stored"
+    )
     above = seed or f"positions {100 * cost.above_entropy:+.2f} % from their entropy of {cost.entropy:,.0f} bytes"
     show_lines([
         f"{cost.method}, p = {cost.pruning_rate:g}, seed {cost.seed}, q = {cost.q:.6g}, base {cost.base or 'unnamed'}",
-        f"{cost.kept:,} of {cost.entries:,} entries stored, density {100 * cost.density:.4g} %",
-        f"{cost.total:,} bytes: {sizes}, config {cost.config:,}, heads {cost.overhead:,}",
+        f"{cost.kept:,} numbers stored of {cost.entries:,} entries, density {100 * cost.density:.4g} %",
+        f"{cost.total:,} bytes: {sizes}, config {cost.config:,}, table and heads {cost.overhead:,}",
         above,
         f"ratio {cost.ratio:.1f}: the model has {cost.dense_bytes:,} bytes in its own dtype",
         *([f"further files beside it: {cost.side_files:,} bytes"] if cost.side_files else []),
@@ -150,8 +154,9 @@ def _show_cost(cost: DeltaCost) -> None:
 
 
 def _cells(row: TensorCost) -> tuple[str, ...]:
-    counts = (row.positions, row.entropy, row.values, row.carried)
-    return (row.name, _shape(row.shape), f"{100 * row.density:.3g}", *(f"{n:,.0f}" if n else "" for n in counts))
+    counts = (row.positions, row.entropy, row.values, row.factors, row.carried)
+    rank = "" if row.rank is None else str(row.rank)
+    return (row.name, _shape(row.shape), f"{100 * row.density:.3g}", rank, *(f"{n:,.0f}" if n else "" for n in counts))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

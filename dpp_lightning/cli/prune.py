@@ -46,7 +46,7 @@ def prune_to_folder(
     outside: Literal["carry", "revert"] = "carry",
     blocks: Sequence[str] = (),
     calibration: str | None = None,
-    calibration_samples: int = 64,
+    calibration_samples: int | None = None,
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
     prefix: str | None = None,
@@ -76,8 +76,9 @@ def prune_to_folder(
         carry: globs of tensor names: these are stored dense, such as a new head
         outside: a tensor outside the scope is carried (stored dense) or reverted to the base
         blocks: where the blocks are if names do not tell: leading parts of tensor names, such as 'tower.cells.*'
-        calibration: text (one example a line) or a .safetensors batch, for methods that fit or weigh by data
-        calibration_samples: how many of its examples are used at most
+        calibration: text (one example a line), .tsv (two texts a line) or a .safetensors batch, for methods that fit,
+            train or weigh by data; never what the model is scored on
+        calibration_samples: how many of its examples are used at most; null for 64, and 256 for methods that train
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
@@ -150,7 +151,7 @@ def _named(settings: Sequence[str]) -> dict[str, float | str]:
 
 
 def _read_calibration(
-    spec: PruningSpec, file: str | None, samples: int, finetuned: str, revision: str | None
+    spec: PruningSpec, file: str | None, samples: int | None, finetuned: str, revision: str | None
 ) -> Any | None:
     """The calibration data of a file; what the method cannot do without, or has no use for, is refused."""
     if file is None:
@@ -162,6 +163,8 @@ def _read_calibration(
     check_data_file(file, "--calibration")
     from dpp_lightning.pruning.file_calibration import FileCalibration
 
+    if samples is None and spec.fit is not None:
+        samples = spec.fit.samples
     return FileCalibration(finetuned, file, samples=samples, revision=revision)
 
 
@@ -170,7 +173,8 @@ def _report(folder: Path) -> None:
     reader = DeltaReader.open(folder)
     info, size, side_bytes = reader.info, delta_bytes(folder), further_bytes(folder)
     dense = {**reader.carried, **reader.new_rows}
-    kept = sum(head.kept for _, head in reader.chunks.heads) + sum(t.numel() for t in dense.values())
+    kept = sum(head.kept for _, head in reader.chunks.heads) + sum(reader.table.factor_numbers)
+    kept += sum(t.numel() for t in dense.values())
     say(
         f"{folder}: {size:,} bytes, {info.ratio(size):.1f} times smaller than the model "
         f"({info.method}, p={info.pruning_rate:g}, q={info.q:.4g}, density {100 * kept / max(info.entries, 1):.3g} %)"
