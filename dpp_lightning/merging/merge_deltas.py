@@ -1,6 +1,7 @@
 """Merging: several pruned deltas of one base become one delta, tensor by tensor, on their kept entries alone.
 
-The deltas are read side by side in the order of their tensors' names, so that one tensor of each is in memory.
+Factors are joined: a sum of products is one product of more columns and rows. The deltas are read side by side in the
+order of their tensors' names, so that one tensor of each is in memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dpp_lightning.delta.contents import TASK_SEPARATOR, DeltaContents, DeltaInf
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.merging.products import sum_of_products
 from dpp_lightning.merging.sources import MergeSource, names_in_base
 from dpp_lightning.merging.weights import Weights, delta_weights
 from dpp_lightning.methods.kept_entries import GrowingBuffer
-from dpp_lightning.methods.merge_rules import WeightedEntries, get_merge, trimmed
+from dpp_lightning.methods.merge_rules import WeightedEntries, get_merge, trimmed, weighted_sum
 from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.checkpoints import Weights as BaseWeights
@@ -67,7 +69,7 @@ def merge(
 
     Raises:
         ValueError: deltas of another base (all are named), of tensors that do not fit together, unknown method, weights
-            that do not fit, or settings out of range.
+            that do not fit, settings out of range, or deltas with factors where the method goes by kept entries.
         FileNotFoundError: no such delta.
     """
     settings = _MergeSettings(method, weights, scale, trim_rate, dtype)
@@ -192,13 +194,16 @@ class _Merger:
         self.row = get_merge(settings.method)
         self.weights = delta_weights(settings.weights, [source.task for source in sources], self.row.weight)
         self._names = names_in_base(sources, base, base_name or "the base")
+        self._check_factors()
         self._shapes = self._merged_shapes()
         self._check_conflicts()
         self._carried = _merge_carried({source.task: source.contents.carried for source in sources})
         self._new_rows = dict(sources[0].contents.new_rows)
         first = sources[0].info
         self.seeded = self.row.keeps_all and all(
-            s.info.seeded and (s.info.seed, s.info.pruning_rate) == (first.seed, first.pruning_rate)
+            s.info.seeded and not s.factored
+            and (s.info.seed, s.info.pruning_rate, s.info.drawn_rate)
+            == (first.seed, first.pruning_rate, first.drawn_rate)
             and dict(s.contents.table) == self._shapes
             for s in sources
         )  # fmt: skip
@@ -224,11 +229,9 @@ class _Merger:
         sizes = {name: self.base[name].element_size() * prod(shape) for name, shape in self._shapes.items()}
         done, total = 0, sum(sizes.values())
         for name, shape in self._shapes.items():
-            entries = [
-                self._weighted(k, next(stream)[1], name) for k, stream in enumerate(streams) if name in pruned[k]
-            ]
-            yield name, self._merged(name, shape, entries)
-            del entries  # before the next tensors are read
+            tensors = {k: next(stream)[1] for k, stream in enumerate(streams) if name in pruned[k]}
+            yield name, self._merged(name, shape, tensors)
+            del tensors  # before the next tensors are read
             done += sizes[name]
             if progress:
                 progress(done, total)
@@ -253,6 +256,7 @@ class _Merger:
             seed=first.seed if self.seeded else 0,
             q=1.0,
             seeded=self.seeded,
+            drawn_rate=first.drawn_rate if self.seeded else None,
             base_name=self.base_name or first.base_name,
             base_revision=self.base_revision or (None if self.base_name else first.base_revision),
             base_fingerprint=self._fingerprint(unchanged),
@@ -286,6 +290,15 @@ class _Merger:
                         "vocabularies to one size, or prune these deltas again with that tensor carried (--carry)"
                     )
         return dict(sorted(shapes.items()))
+
+    def _check_factors(self) -> None:
+        """Refuse factors where the rule is not a sum."""
+        factored = [source.task for source in self.sources if source.factored]
+        if factored and self.row.rule is not weighted_sum:
+            raise ValueError(
+                f"{self.settings.method} goes by kept entries, and {', '.join(factored)} hold factors: merge them by "
+                "task-arithmetic, or prune these again with a method that keeps entries, such as importance"
+            )
 
     def _check_conflicts(self) -> None:
         """Refuse what has no meaning in a merge: a tensor here pruned and there carried, vocabularies that differ."""
@@ -321,7 +334,22 @@ class _Merger:
             indices, values = trimmed(indices, values, prod(tensor.shape), self.settings.trim_rate)
         return WeightedEntries(indices, values, self.weights[k](name), self.sources[k].info.q)
 
-    def _merged(self, name: str, shape: tuple[int, ...], deltas: Sequence[WeightedEntries]) -> SparseTensor:
+    def _merged(self, name: str, shape: tuple[int, ...], tensors: Mapping[int, SparseTensor]) -> SparseTensor:
+        """One tensor of the merged delta, of the tensors that some deltas have."""
+        kept, merged = self._merged_entries(shape, [self._weighted(k, tensor, name) for k, tensor in tensors.items()])
+        values = to_dtype(merged, self.settings.dtype, merged, name)
+        weighted = [
+            tensor.factors.scaled(self.weights[k](name) * self.settings.scale)
+            for k, tensor in tensors.items()
+            if tensor.factors is not None
+        ]
+        result = SparseTensor(shape, kept, values, sum_of_products(weighted, shape))
+        self._check.update(gather_entries(self.base[name], result.changed))
+        self._kept += result.stored_numbers
+        return result
+
+    def _merged_entries(self, shape: tuple[int, ...], deltas: Sequence[WeightedEntries]) -> tuple[Tensor, Tensor]:
+        """Positions and values of the merged kept entries, block by block."""
         numel = prod(shape)
         index_dtype = torch.int32 if numel < 2**31 else torch.int64
         indices, values = GrowingBuffer(index_dtype), GrowingBuffer(torch.float32)
@@ -331,10 +359,7 @@ class _Merger:
             block_indices, block_values = self.row.rule(block, size, self.settings.scale)
             indices.append(block_indices.to(index_dtype) + start)
             values.append(block_values)
-        kept, merged = indices.tensor(), values.tensor()
-        self._check.update(gather_entries(self.base[name], kept))
-        self._kept += len(kept)
-        return SparseTensor(shape, kept, to_dtype(merged, self.settings.dtype, merged, name))
+        return indices.tensor(), values.tensor()
 
     def _plain_settings(self) -> dict[str, object]:
         """The settings as the delta's description has them."""

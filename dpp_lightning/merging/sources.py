@@ -27,11 +27,13 @@ class MergeSource:
         task: its name.
         contents: what it consists of.
         folder: where it lies, if it does.
+        factored: whether any tensor has factors.
     """
 
     task: str
     contents: DeltaContents
     folder: Path | None = None
+    factored: bool = False
 
     @classmethod
     def all(cls, deltas: Sequence[SparseDelta | DeltaReader], tasks: Sequence[str] | None) -> list[MergeSource]:
@@ -50,7 +52,10 @@ class MergeSource:
         for name, delta in zip(names, deltas, strict=True):
             if inner := delta.info.tasks:
                 raise ValueError(f"{name} is a merge of {', '.join(inner)}: merge the deltas of single models at once")
-        return [cls(name, delta.contents, at) for name, delta, at in zip(names, deltas, folders, strict=True)]
+        return [
+            cls(name, delta.contents, at, _has_factors(delta))
+            for name, delta, at in zip(names, deltas, folders, strict=True)
+        ]
 
     @property
     def info(self) -> DeltaInfo:
@@ -102,6 +107,12 @@ def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], wh
     if wrong:
         raise ValueError(_wrong_bases_message(wrong, sources))
     return all_names
+
+
+def _has_factors(delta: SparseDelta | DeltaReader) -> bool:
+    if isinstance(delta, DeltaReader):
+        return delta.table.has_factors
+    return any(tensor.factors is not None for tensor in delta.tensors.values())
 
 
 def _check_task_names(tasks: Sequence[str]) -> None:
