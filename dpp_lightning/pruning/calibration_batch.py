@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpp_lightning.pruning.timm_model import TimmConfig, TimmModel, is_timm
 from dpp_lightning.storage.locate import local_folder
 
-_TEXT = (".txt", ".text", ".md")
+_TEXT, _PAIRS = (".txt", ".text", ".md"), ".tsv"
 _ONE_ROW_EACH = (  # of those that go with the model's main input one by one
     "attention_mask",
     "token_type_ids",
@@ -31,7 +32,7 @@ class ModelClass:
 
     Attributes:
         source, revision: folder or hub id.
-        kind: its class in transformers.
+        kind: its class in transformers, or :class:`dpp_lightning.pruning.timm_model.TimmModel`.
         config: its configuration.
     """
 
@@ -57,6 +58,8 @@ class ModelClass:
             )
         if not (local_folder(source, revision, ["config.json"]) / "config.json").is_file():
             raise ValueError(f"{source} has no config.json, which calibration needs to run the fine-tuned model")
+        if is_timm(source, revision):
+            return cls(source, revision, TimmModel, TimmConfig())
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,7 +91,8 @@ def read_batch(model: ModelClass, data: Path, samples: int, max_length: int) -> 
 
     Args:
         model: what they are for.
-        data: text, one example a line, or a ``.safetensors`` file of tensors whose first dimension is the examples.
+        data: text, one example a line, ``.tsv`` with two texts a line, or a ``.safetensors`` file of tensors whose
+            first dimension is the examples.
         samples: how many are used at most.
         max_length: tokens of a text example at most; the model's own limits go before it.
 
@@ -101,12 +105,28 @@ def read_batch(model: ModelClass, data: Path, samples: int, max_length: int) -> 
         raise FileNotFoundError(f"{data}: no such calibration file")
     if data.suffix == ".safetensors":
         return _first_rows(_read_tensors(model, data), model, data, samples)
-    if data.suffix not in _TEXT:
-        raise ValueError(f"{data}: calibration data is text ({', '.join(_TEXT)}) or a batch in .safetensors")
+    if data.suffix not in (*_TEXT, _PAIRS):
+        raise ValueError(
+            f"{data}: calibration data is text ({', '.join(_TEXT)}), pairs of texts ({_PAIRS}) or a batch in "
+            ".safetensors"
+        )
     lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:samples]
     if not lines:
         raise ValueError(f"{data} has no text in it")
-    return _tokens(model, data, lines, max_length)
+    columns = [lines] if data.suffix in _TEXT else _two_columns(lines, data)
+    return _tokens(model, data, columns, max_length)
+
+
+def _two_columns(lines: list[str], data: Path) -> list[list[str]]:
+    """First and second texts of lines with a tab between them."""
+    pairs = [line.split("\t") for line in lines]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2 or not all(text.strip() for text in pair):
+            raise ValueError(
+                f"{data}: text {number} has {len(pair)} columns, and {_PAIRS} holds two texts a line with a tab "
+                "between; for single texts take .txt"
+            )
+    return [[pair[0].strip() for pair in pairs], [pair[1].strip() for pair in pairs]]
 
 
 def prepared(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +197,7 @@ def _first_rows(batch: dict[str, Tensor], model: ModelClass, data: Path, samples
     return batch
 
 
-def _tokens(model: ModelClass, data: Path, lines: list[str], max_length: int) -> dict[str, Tensor]:
+def _tokens(model: ModelClass, data: Path, columns: list[list[str]], max_length: int) -> dict[str, Tensor]:
     cure = f"give a .safetensors batch with the model's inputs by name ({model.inputs})"
     if "input_ids" not in model.takes:
         raise ValueError(f"{data} is text, which {model.kind.__name__} does not take: {cure}")
@@ -197,7 +217,7 @@ def _tokens(model: ModelClass, data: Path, lines: list[str], max_length: int) ->
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [max_length, tokenizer.model_max_length, *([positions] if positions else [])]
     length = min(limit for limit in limits if limit > 0)  # XLNet's is -1: it has none
-    batch = tokenizer(lines, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    batch = tokenizer(*columns, padding=True, truncation=True, max_length=length, return_tensors="pt")
     if set(batch["input_ids"].flatten().tolist()) <= set(tokenizer.all_special_ids):  # transformers may make one up
         raise ValueError(f"{data} is text, of which the tokenizer of {model.source} knows no word: {cure}")
     return {name: tensor for name, tensor in batch.items() if name in model.takes}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpp_lightning.calibration.calibration_data import Objective
+from dpp_lightning.calibration.distillation import Distillation
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import output_change
 from dpp_lightning.calibration.output_gradients import BatchGradients
@@ -18,8 +19,12 @@ from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
+from dpp_lightning.pruning.calibration_pieces import by_length, pieces_of, without_padded_ends
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import named_tensors
+
+SAMPLES = 64  # where no number is given
+_AT_ONCE, _IN_A_STEP = 64, 8  # examples of one forward pass, and of one step of training
 
 
 class FileCalibration:
@@ -31,9 +36,10 @@ class FileCalibration:
 
     Args:
         finetuned: the fine-tuned model's folder or hub id; its ``config.json`` names the architecture.
-        data: a text file, one example a line, for the folder's tokenizer; or a ``.safetensors`` file with the model's
-            inputs by name (``input_ids``, ``attention_mask``, ``pixel_values`` …), first dimension the examples.
-        samples: how many examples are used at most.
+        data: a text file, one example a line, or ``.tsv`` with two texts a line, for the folder's tokenizer; or a
+            ``.safetensors`` file with the model's inputs by name (``input_ids``, ``attention_mask``, ``pixel_values``
+            …), first dimension the examples.
+        samples: how many examples are used at most; None for 64.
         max_length: tokens of a text example at most.
         revision: of a hub id.
 
@@ -48,10 +54,11 @@ class FileCalibration:
         finetuned: str | Path,
         data: str | Path,
         *,
-        samples: int = 64,
+        samples: int | None = None,
         max_length: int = 128,
         revision: str | None = None,
     ) -> None:
+        samples = SAMPLES if samples is None else samples
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
         self.data = Path(data)
@@ -71,32 +78,43 @@ class FileCalibration:
         """
         model, batch = self._ready()
         with collected_inputs(model, products=products) as collector, torch.no_grad():
-            self._outputs(model, batch)
+            for piece in pieces_of(batch, _AT_ONCE):
+                self._outputs(model, piece)
         return collector.statistics
 
-    def objective(self, base: Mapping[str, Tensor], *, gradients: bool) -> Objective:
+    def objective(self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False) -> Objective:
         """The change of the fine-tuned model's output; loads the whole model.
 
         Args:
             base: canonical name to the base's value of every tensor that is pruned or reverted.
             gradients: the fit needs gradients.
+            distillation: the fit trains.
 
         Raises:
             ValueError: the model that ``config.json`` names lacks such a tensor, it cannot run on the data, or the data
                 cannot be cut into the pieces that gradients are taken of.
         """
         model, batch = self._ready()
+        pieces = pieces_of(batch, _AT_ONCE)
         with torch.no_grad():
-            reference = self._outputs(model, batch)
+            reference = [output for piece in pieces for output in self._outputs(model, piece)]
         output = self._gradients(model, batch) if gradients else None
+        training = self._training(model, batch) if distillation else None
         _load_base(model, base)
 
         @torch.no_grad()
         def change(candidate: SparseDelta) -> float:
             with candidate.applied(model, force=True):
-                return output_change(reference, self._outputs(model, batch))
+                return output_change(reference, [o for piece in pieces for o in self._outputs(model, piece)])
 
-        return Objective(change, gradients=output)
+        return Objective(change, gradients=output, distillation=training)
+
+    def _training(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Distillation:
+        """Training toward the model as it stands, on pieces of examples of similar length."""
+        self._check_rows(batch, "trains on pieces of it", "take a method that does not train, such as 'importance'")
+        pieces = [without_padded_ends(piece) for piece in pieces_of(by_length(batch), _IN_A_STEP)]
+        samples = max((len(tensor) for tensor in batch.values() if tensor.dim()), default=0)
+        return Distillation(model, pieces, lambda piece: self._outputs(model, piece), samples=samples)
 
     def _ready(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The fine-tuned model and the batch as it takes it."""
@@ -107,13 +125,7 @@ class FileCalibration:
         return model, prepared(model, self.batch)
 
     def _gradients(self, model: nn.Module, batch: Mapping[str, Tensor]) -> BatchGradients:
-        rows = {name: len(tensor) for name, tensor in batch.items() if tensor.dim()}
-        if len(set(rows.values())) > 1:
-            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
-            raise ValueError(
-                f"{self.data} cannot be cut into pieces, of which gradients are taken, as its tensors differ in rows "
-                f"({counts}): take a method that needs no gradients, such as 'darex-q'"
-            )
+        self._check_rows(batch, "takes gradients of pieces of it", "take a method that needs none, such as 'darex-q'")
 
         def forward(piece: Mapping[str, Tensor]) -> Tensor:
             outputs = self._outputs(model, piece)
@@ -121,6 +133,16 @@ class FileCalibration:
             return torch.cat([o.reshape(-1, o.shape[-1]) for o in outputs]) if len(classes) == 1 else outputs[0]
 
         return BatchGradients(model, batch, forward)
+
+    def _check_rows(self, batch: Mapping[str, Tensor], why: str, cure: str) -> None:
+        """Refuse a batch that holds more of some things (patches, images) than examples, where it must be cut."""
+        rows = {name: len(tensor) for name, tensor in batch.items() if tensor.dim()}
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise ValueError(
+                f"{self.data} cannot be cut into pieces, as its tensors differ in rows ({counts}), and the method "
+                f"{why}: {cure}"
+            )
 
     def _outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs that are compared, without the places of padding."""
