@@ -128,6 +128,53 @@ def test_positions_of_a_huge_span_take_no_memory_for_it(claim):
         tracemalloc.stop()
 
 
+MAP = [["w", [4, 3], 1]]  # a table of one tensor with factors: 7 numbers
+NOTHING = chunk(12, 0, b"", b"")  # kept beside them
+FACTOR_FAULTS = {
+    "gaps": (chunk(7, 7, b"\0" * 7, b"", *[b"\x7f" * 7] * 4), "states 7 of 7 numbers"),
+    "a bitmap of all": (chunk(7, 7, b"\x7f", *[b"\x7f" * 7] * 4, coding=BITMAP), "states 7 of 7 numbers"),
+    "some": (chunk(7, 6, *[b"\x7f" * 6] * 4, coding=ALL), "states 6 of 7 numbers"),
+    "none": (chunk(7, 0, coding=ALL), "states 0 of 7 numbers"),
+    "from a seed": (chunk(7, 7, *[b"\x7f" * 7] * 4, coding=SEED), "do not follow from a seed"),
+    "too few": (chunk(6, 6, *[b"\x7f" * 6] * 4, coding=ALL), "1 entries before"),
+    "too many": (chunk(8, 8, *[b"\x7f" * 8] * 4, coding=ALL), "where 7 entries are left"),
+    "another dtype": (chunk(7, 7, *[b"\x7f" * 7] * 2, coding=ALL, dtype="bfloat16"), "holds them in float32"),
+    "not finite": (chunk(7, 7, b"\xff" * 7, *[b"\x7f" * 7] * 3, coding=ALL), "not finite"),
+    "fewer values": (chunk(7, 7, b"\x7f", *[b"\x7f" * 7] * 3, coding=ALL), "streams of"),
+    "no bytes": (b"", "7 entries before"),
+}
+
+
+@pytest.mark.parametrize("fault", FACTOR_FAULTS)
+def test_chunks_of_factors_that_no_writer_makes_are_refused(fault):
+    blob, message = FACTOR_FAULTS[fault]
+    refused(*with_bare_chunks(NOTHING, MAP, blob, dtype="float32"), message)
+
+
+def test_the_factors_that_these_are_made_of_are_read():
+    blob = chunk(7, 7, *[b"\x7f" * 7] * 4, coding=ALL)
+    delta = SparseDelta.from_bytes(*with_bare_chunks(NOTHING, MAP, blob, dtype="float32"))
+    assert (delta.tensors["w"].factors.left.shape, delta.tensors["w"].factors.right.shape) == ((4, 1), (1, 3))
+    check_valid(delta)
+
+
+HALVES = [[b"\0" * (1 << 20)] * 4, [(ZEROS, 1 << 28), *[b"\0" * (1 << 20)] * 3]]
+
+
+@pytest.mark.parametrize("streams", HALVES, ids=["fewer than the rank", "a stream of 256 MiB"])
+def test_factors_of_a_huge_tensor_take_no_memory_for_it(streams):
+    """Of a rank of 2**17 in 2**36 entries: 2**36 numbers are claimed, a million are there."""
+    nothing = chunk(1 << 36, 0, b"", b"")
+    blob = chunk(1 << 20, 1 << 20, *streams, coding=ALL)
+    case = with_bare_chunks(nothing, [["w", [1 << 18, 1 << 18], 1 << 17]], blob, dtype="float32")
+    tracemalloc.start()
+    try:
+        refused(*case)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize("kept", [0, 1, 1 << 20])
 def test_a_seed_is_not_asked_for_billions_of_positions(rate, kept):
