@@ -249,6 +249,9 @@ def decode_values(dtype: str, form: int, groups: list[int], streams: Streams) ->
     if dtype in GROUP:
         assert form == 0
         integers = streams.next().view(np.int8)
+        if dtype == "int4":
+            halves = [half for byte in integers.view(np.uint8).tolist() for half in (byte % 16, byte // 16)]
+            integers = np.array([half - 16 if half > 7 else half for half in halves[: sum(groups)]], dtype=np.int8)
         scales = bfloat16(streams.planes(2)).tolist()
         values, begin = [], 0
         for count in groups:

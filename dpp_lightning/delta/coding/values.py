@@ -32,7 +32,8 @@ def encode_values(values: list[Tensor], dtype: str) -> tuple[int, list[ByteArray
     if dtype in INTEGERS:
         quantized = [quantize(v, dtype) for v in values]
         integers, scales = (torch.cat(tensors) for tensors in zip(*quantized, strict=True))
-        return PLANES, [integers.numpy().view(np.uint8), *_planes(_bits(scales))]
+        held = _nibbles(integers) if dtype == "int4" else integers.numpy().view(np.uint8)
+        return PLANES, [held, *_planes(_bits(scales))]
     together = _bits(torch.cat(values))
     magnitude = (1 << (8 * together.itemsize - 1)) - 1
     usual = np.array([_usual(_bits(v) & magnitude) for v in values], dtype=together.dtype)
@@ -64,8 +65,10 @@ def decode_values(dtype: str, form: int, streams: list[ByteArray], counts: list[
     """
     kept = sum(counts)
     if dtype in INTEGERS and form == PLANES:
-        _check_lengths(streams, [kept, *[sum(-(-c // INTEGERS[dtype][1]) for c in counts)] * 2])
-        integers = torch.from_numpy(streams[0].copy().view(np.int8))
+        stored = (kept + 1) // 2 if dtype == "int4" else kept
+        _check_lengths(streams, [stored, *[sum(-(-c // INTEGERS[dtype][1]) for c in counts)] * 2])
+        held = _from_nibbles(streams[0], kept) if dtype == "int4" else streams[0].copy().view(np.int8)
+        integers = torch.from_numpy(held)
         if kept and not -INTEGERS[dtype][0] <= int(integers.min()) <= int(integers.max()) <= INTEGERS[dtype][0]:
             raise ValueError(f"values of {dtype} beyond {INTEGERS[dtype][0]}")
         scales = _floats(_joined(streams[1:], "bfloat16"), "bfloat16")
@@ -81,6 +84,23 @@ def decode_values(dtype: str, form: int, streams: list[ByteArray], counts: list[
         return _floats(_with_signs(dtype, streams, counts), dtype)
     _check_lengths(streams, [kept] * len(streams))
     return _floats(_joined(streams, dtype), dtype)
+
+
+def _nibbles(integers: Tensor) -> ByteArray:
+    """Numbers in [-8, 7] two to a byte, the first in the low half; a byte is then nearly a symbol of its own, for
+    which the entropy coder is closer to the entropy than for one number."""
+    halves = np.zeros(-(-integers.numel() // 2) * 2, dtype=np.uint8)
+    halves[: integers.numel()] = integers.numpy().view(np.uint8) & 15
+    return halves[::2] | (halves[1::2] << 4)
+
+
+def _from_nibbles(stored: ByteArray, count: int) -> npt.NDArray[np.int8]:
+    """The inverse of :func:`_nibbles`."""
+    halves = np.empty(2 * len(stored), dtype=np.uint8)
+    halves[::2], halves[1::2] = stored & 15, stored >> 4
+    if halves[count:].any():
+        raise ValueError("half a byte behind the last value of int4 that is not 0")
+    return ((halves[:count] ^ 8).astype(np.int16) - 8).astype(np.int8)
 
 
 def _with_signs(dtype: str, streams: list[ByteArray], counts: list[int]) -> UnsignedArray:
