@@ -38,13 +38,15 @@ class ChunkWriter:
         sink: where the chunks go.
         seeded: positions follow from the seed and are not stored.
         dtype: ``int8`` or ``int4`` to store values so; otherwise each tensor's own dtype is kept.
+        least: kept entries that a chunk has at least, but for the last; None for what suits the positions.
 
     Attributes:
         table: name and shape of every tensor so far.
     """
 
-    def __init__(self, sink: BinaryIO, *, seeded: bool, dtype: str | None) -> None:
+    def __init__(self, sink: BinaryIO, *, seeded: bool, dtype: str | None, least: int | None = None) -> None:
         self.sink, self.seeded, self.dtype = sink, seeded, dtype
+        self.least = least or (SEEDED_LEAST if seeded else CHUNK_LEAST)
         self.table: Table = []
         self._positions: list[Int64Array] = []
         self._values: list[Tensor] = []
@@ -77,7 +79,7 @@ class ChunkWriter:
                 self._values.append(values[first:last])
             self._span, self._kept = self._span + end - begin, self._kept + last - first
             begin = end
-            if self._kept >= (SEEDED_LEAST if self.seeded else CHUNK_LEAST):
+            if self._kept >= self.least:
                 self._flush()
 
     def close(self) -> None:

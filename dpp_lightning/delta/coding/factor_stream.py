@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import torch
 
+from dpp_lightning.delta.coding.chunk import SEEDED_LEAST
 from dpp_lightning.delta.coding.chunk_stream import ChunkReader, ChunkWriter
 from dpp_lightning.delta.coding.positions import ALL, ByteArray
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, Table
@@ -46,7 +47,7 @@ class FactorWriter:
     def __init__(self, sink: BinaryIO, dtype: str | None) -> None:
         self.ranks: list[int | None] = []
         self._dtype = dtype or _DEFAULT_DTYPE
-        self._chunks = ChunkWriter(sink, seeded=False, dtype=self._dtype)
+        self._chunks = ChunkWriter(sink, seeded=False, dtype=self._dtype, least=SEEDED_LEAST)
 
     def add(self, name: str, shape: tuple[int, ...], factors: Factors | None) -> None:
         """The next tensor's.
