@@ -16,9 +16,9 @@ from dpp_lightning.delta.contents import Table
 from dpp_lightning.delta.safe_names import check_name
 from dpp_lightning.tensors.factors import matrix_shape, stored_numbers
 
-_LEVEL = 19  # zstandard: a table is small and written once
+_LEVEL, _LEVEL_OF_LARGE, _LARGE = 19, 9, 1 << 19  # zstandard: the best, but of many experts' names it takes 10 s
 _MOST_BYTES = 1 << 24  # of the JSON: about 250,000 tensors
-_MOST_SMALL, _MOST_RATIO = 1 << 16, 500  # regular names of 40,000 experts are compressed 70 times
+_MOST_SMALL, _MOST_RATIO = 1 << 16, 256  # regular names of 70,000 experts are compressed 100 times
 _MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
 _MOST_DIMS = 16
 _TYPES: dict[str, type] = {"tensors": list, "reverted": list, "unchanged": list, "names": dict}
@@ -72,7 +72,8 @@ def write_table(table: TensorTable) -> bytes:
         "names": table.names,
     }
     data = json.dumps({key: value for key, value in fields.items() if value}, separators=(",", ":")).encode()
-    blob = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+    level = _LEVEL if len(data) < _LARGE else _LEVEL_OF_LARGE
+    blob = zstandard.ZstdCompressor(level=level).compress(data)
     if len(data) > _most(len(blob)):
         raise ValueError(f"a delta of {len(rows):,} tensors, whose names and shapes are more than a file may have")
     return blob

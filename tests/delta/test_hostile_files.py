@@ -1,5 +1,6 @@
 """Files that were damaged or made to harm: a ValueError that says why, soon and in little memory, or a valid delta."""
 
+import itertools
 import json
 import struct
 import tracemalloc
@@ -130,6 +131,17 @@ TABLES = {
     "no object": (compress(b"[1]"), "no JSON object"),
     "nested": (compress(b"[" * 50_000), "not readable JSON"),
 }
+
+
+def test_the_table_of_a_mixture_with_70_000_experts_is_within_its_bounds():
+    """The most regular names that there are: what compresses best must still be read."""
+    parts = itertools.product(range(61), range(384), ("gate", "up", "down"))
+    table = [(f"layers.{i}.mlp.experts.{j}.{kind}_proj.weight", (2048, 7168)) for i, j, kind in parts]
+    blob = write_table(TensorTable(table, [None] * len(table)))
+    assert read_table(blob).tensors == table
+    assert len(blob) < 4 * len(table)
+    with pytest.raises(ValueError, match="more than a file may have"):
+        write_table(TensorTable([(f"{name}.{'x' * 300}", shape) for name, shape in table], [None] * len(table)))
 
 
 @pytest.mark.parametrize("fault", TABLES)
