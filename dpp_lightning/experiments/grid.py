@@ -116,7 +116,7 @@ class Experiment:
 
     def run(self, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> Iterator[Result]:
         """Every method, rate and seed (one for a method that draws nothing); what a method fits is found once per
-        method and rate, on the first seed's mask."""
+        method and rate, on the first seed's mask, or for each seed where it belongs to one mask."""
         for method in methods:
             for rate in rates:
                 rescaling: FoundRescaling | None = None
@@ -125,7 +125,9 @@ class Experiment:
                     if (method, float(rate), seed) in self.done:
                         continue
                     start, known, spec = time.perf_counter(), rescaling, self._spec(method, rate, seed)
-                    if rescaling is None and spec.fit is not None and seed != drawn_seeds[0]:
+                    if spec.fit is not None and spec.fit.one_mask:
+                        known = rescaling = None
+                    elif rescaling is None and spec.fit is not None and seed != drawn_seeds[0]:
                         first = self._spec(method, rate, drawn_seeds[0])
                         rescaling = self.plan.draw_and_fit(first, self.calibration)[1]
                     delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling)

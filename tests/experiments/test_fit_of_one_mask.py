@@ -1,0 +1,48 @@
+"""What a method finds serves the other seeds, unless it belongs to one mask."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dpp_lightning.experiments.grid import Experiment
+
+
+class Plan:
+    """Notes with what each seed is fitted: what was found before, or None where it is fitted anew."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Any] = {}
+
+    def draw_and_fit(self, spec: Any, calibration: Any, known: Any = None) -> tuple[Any, Any]:
+        self.known[spec.seed] = known
+        delta = SimpleNamespace(applied=lambda target, force: nullcontext())
+        return delta, known or SimpleNamespace(tried=[0.0] * 3)
+
+
+def run(method: str, monkeypatch: pytest.MonkeyPatch, done: tuple = ()) -> tuple[Plan, list[int]]:
+    monkeypatch.setattr(Experiment, "_result", lambda self, delta, score, start, forwards: forwards)
+    plan = Plan()
+    experiment = Experiment(plan, {}, lambda: 0.0, lambda: 0.0, None, "output_change", True, None, done=done)  # type: ignore[arg-type]
+    return plan, list(experiment.run([method], [0.9], [0, 1, 2]))  # type: ignore[arg-type]
+
+
+def test_q_of_the_first_seed_serves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, forwards = run("darex-q", monkeypatch)
+    assert plan.known[0] is None
+    assert plan.known[1] is plan.known[2] is not None
+    assert forwards == [3, 0, 0]
+
+
+def test_trained_values_are_trained_for_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, forwards = run("refit", monkeypatch)
+    assert plan.known == {0: None, 1: None, 2: None}
+    assert forwards == [3, 3, 3]
+
+
+def test_a_resumed_run_trains_only_the_seeds_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = run("refit", monkeypatch, done=(("refit", 0.9, 0),))
+    assert plan.known == {1: None, 2: None}
