@@ -128,6 +128,26 @@ def test_positions_of_a_huge_span_take_no_memory_for_it(claim):
         tracemalloc.stop()
 
 
+HALVES_OF_BYTES = {
+    "a half behind the last": (b"\x21\x13", "half a byte behind"),
+    "the integer -8": (b"\x81\x03", "beyond 7"),
+    "a byte for each": (b"\1\1\1", "streams of"),
+    "a byte too few": (b"\1", "streams of"),
+}
+
+
+@pytest.mark.parametrize("fault", HALVES_OF_BYTES)
+def test_int4_is_two_integers_a_byte_and_nothing_else(fault):
+    def case(integers):
+        blob = chunk(100, 3, b"\0\0\0", b"", integers, b"\x7f", b"\0", dtype="int4")
+        return with_bare_chunks(blob, ONE_TENSOR, dtype="int4")
+
+    data, message = HALVES_OF_BYTES[fault]
+    refused(*case(data), message)
+    values = SparseDelta.from_bytes(*case(b"\xf1\x03")).tensors["w"].values
+    assert (values / values[0]).tolist() == [1, -1, 3]
+
+
 MAP = [["w", [4, 3], 1]]  # a table of one tensor with factors: 7 numbers
 NOTHING = chunk(12, 0, b"", b"")  # kept beside them
 FACTOR_FAULTS = {

@@ -91,7 +91,8 @@ def _nibbles(integers: Tensor) -> ByteArray:
     which the entropy coder is closer to the entropy than for one number."""
     halves = np.zeros(-(-integers.numel() // 2) * 2, dtype=np.uint8)
     halves[: integers.numel()] = integers.numpy().view(np.uint8) & 15
-    return halves[::2] | (halves[1::2] << 4)
+    packed: ByteArray = halves[::2] | np.left_shift(halves[1::2], np.uint8(4))
+    return packed
 
 
 def _from_nibbles(stored: ByteArray, count: int) -> npt.NDArray[np.int8]:
