@@ -60,9 +60,7 @@ class CalibrationSource(Protocol):
         """
         ...
 
-    def objective(
-        self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False
-    ) -> Objective | None:
+    def objective(self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False) -> Objective | None:
         """What a fit goes by; None where there is nothing to go by.
 
         Args:
@@ -97,8 +95,6 @@ class Calibration:
         """See :class:`CalibrationSource`."""
         return self.inputs
 
-    def objective(
-        self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False
-    ) -> Objective | None:
+    def objective(self, base: Mapping[str, Tensor], *, gradients: bool, distillation: bool = False) -> Objective | None:
         """See :class:`CalibrationSource`; whoever gave the cost knows the base."""
         return None if self.cost is None else Objective(self.cost, self.smooth, self.gradients, self.distillation)

@@ -129,9 +129,7 @@ class Distillation:
             if settings.checkpointing:
                 stack.enter_context(_checkpointed(self.module, products.again))
             tensors.write()
-            with torch.no_grad():  # which weights are used in ways that are not known is seen here
-                self.teacher.run(self.pieces[self.training[0]])
-            tensors.train_whole(products.unknown)
+            tensors.train_whole(products.unknown_in(self._run_once))
             best, tried = tensors.numbers(), [(0.0, self._held_out_in_training())]
             optimizer = torch.optim.Adam(tensors.groups(settings.learning_rate), betas=BETAS, eps=EPSILON)
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -159,6 +157,10 @@ class Distillation:
             order = torch.randperm(len(self.training), generator=generator).tolist()[:left]
             yield from (self.training[i] for i in order)
             left -= len(order)
+
+    @torch.no_grad()
+    def _run_once(self) -> None:
+        self.teacher.run(self.pieces[self.training[0]])
 
     @torch.no_grad()
     def _held_out_in_training(self) -> float:
@@ -212,7 +214,8 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
     models = [part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable")]
     if not models or not getattr(models[0], "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(module).__name__} has no gradient checkpointing: train without it")
-    models[0].gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())})
+    settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+    _of_any_version(models[0], "enable")(settings)
     layers = [part for part in models[0].modules() if getattr(part, "gradient_checkpointing", False)]
     for layer in layers:
         layer.training = True
@@ -221,4 +224,12 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
     finally:
         for layer in layers:
             layer.training = False
-        models[0].gradient_checkpointing_disable()
+        _of_any_version(models[0], "disable")()
+
+
+def _of_any_version(model: nn.Module, what: str) -> Callable[..., Any]:
+    """A method that newer versions of transformers call ``activation_checkpointing_...``."""
+    found: Callable[..., Any] = getattr(model, f"activation_checkpointing_{what}", None) or getattr(
+        model, f"gradient_checkpointing_{what}"
+    )
+    return found

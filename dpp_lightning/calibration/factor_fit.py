@@ -172,9 +172,7 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
 
 def _without_rest(delta: SparseDelta) -> SparseDelta:
     none = torch.empty(0)
-    tensors = {
-        name: replace(tensor, indices=tensor.indices[:0], values=none) for name, tensor in delta.tensors.items()
-    }
+    tensors = {name: replace(tensor, indices=tensor.indices[:0], values=none) for name, tensor in delta.tensors.items()}
     return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
 
 

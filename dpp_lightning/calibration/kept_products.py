@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _DENSE_FROM = 1 / 40  # of the entries kept: then the product of the matrices is quicker than that of the entries
 _AT_ONCE = 1 << 16  # kept entries whose products with all tokens are in memory together
@@ -82,35 +82,37 @@ class KeptProducts(TorchFunctionMode):
     Args:
         weights: identity of a weight, as ``id`` gives it, to its trained numbers.
 
-    Attributes:
-        unknown: identities of weights that were used in a call that is not known here: their gradient is to be taken
-            of the whole weight instead.
-        watched: identities to look out for; those of ``weights`` at first.
     """
 
     def __init__(self, weights: Mapping[int, TrainedWeight]) -> None:
         super().__init__()
-        self.weights, self.watched = dict(weights), set(weights)
-        self.unknown: set[int] = set()
-        self._active = 0
+        self.weights = dict(weights)
+        self._watched: set[int] = set()
+        self._unknown: set[int] = set()
+
+    def unknown_in(self, run: Callable[[], Any]) -> set[int]:
+        """Identities of weights that are used in calls that are not known here, so that their gradient is to be taken
+        of the whole weight.
+
+        Args:
+            run: makes the calls, while this is active.
+        """
+        self._watched, self._unknown = set(self.weights), set()
+        try:
+            run()
+        finally:
+            self._watched = set()
+        return self._unknown
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Active once, also where it is already: for layers that are computed anew in the backward pass, which other
-        threads may do."""
-        if self._active:
+        """Active for layers that are computed anew in the backward pass, which runs outside of modes or in another
+        thread; nothing where it is active already."""
+        if any(mode is self for mode in _get_current_function_mode_stack()):
             yield
             return
         with self:
             yield
-
-    def __enter__(self) -> Any:
-        self._active += 1
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._active -= 1
-        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,8 +121,8 @@ class KeptProducts(TorchFunctionMode):
         known = self._known(func, args, kwargs)
         if known is not None:
             return known()
-        if self.watched and getattr(func, "__name__", "") != "__get__":
-            self.unknown |= {id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} & self.watched
+        if self._watched and getattr(func, "__name__", "") != "__get__":
+            self._unknown |= {id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} & self._watched
         return func(*args, **kwargs)
 
     def _known(

@@ -15,8 +15,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.dtypes import to_dtype
 from dpp_lightning.tensors.factors import Factors
 from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
-from dpp_lightning.tensors.name_matching import match_names
-from dpp_lightning.tensors.names import NamedTensor, named_tensors
+from dpp_lightning.tensors.names import NamedTensor
 
 _LEAST_SCALE = 1e-5
 
@@ -66,12 +65,9 @@ class TrainedTensors:
         self._frozen = [p for p in module.parameters() if p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        named = {n.name: n for n in named_tensors(module)}
-        names = match_names(delta.tensors, named)
-        if missing := [name for name in delta.tensors if name not in names]:
-            raise ValueError(f"the model lacks tensors of the delta: {', '.join(missing[:5])}")
+        _, named = delta.find_in(module)
         self.tensors = {
-            name: self._prepared(named[names[name]], tensor)
+            name: self._prepared(named[name], tensor)
             for name, tensor in delta.tensors.items()
             if tensor.factors is not None or tensor.values.numel()
         }
@@ -112,7 +108,6 @@ class TrainedTensors:
                     scatter_entries(owner, trained.start.indices, trained.base)
                 trained.whole, trained.base = True, owner.detach().reshape(-1).clone()
                 self._products.weights.pop(id(owner), None)
-        self._products.watched = set()
         for trained in self.tensors.values():
             if trained.whole:
                 for owner, _ in trained.named.pieces:

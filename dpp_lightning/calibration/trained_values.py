@@ -10,7 +10,7 @@ from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.rescaling import keep_rate
 
-STEPS = 200
+STEPS = 400
 _RATE, _RATE_AT = 0.02, 22_700  # learning rate where so many values are kept; it falls with the root of their number
 _LEAST_RATE, _MOST_RATE = 1e-3, 3e-2
 _FROM_DELTA = 0.01  # of the entries kept: with more, training starts from delta / q and not from 0
@@ -43,9 +43,7 @@ def fit_values(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     if losses[best_q] < after:
         trained, after = untrained[best_q], losses[best_q]
     said = {"texts": training.samples, "steps": STEPS, "held_out_before": tried[0][1], "held_out_after": after}
-    found = SparseDelta(
-        trained.tensors, trained.carried, replace(trained.info, training=said), trained.new_rows
-    )
+    found = SparseDelta(trained.tensors, trained.carried, replace(trained.info, training=said), trained.new_rows)
     return FoundRescaling(lambda _: found, tried)
 
 

@@ -180,7 +180,7 @@ class SparseDelta:
             ValueError: tensors missing or of another shape, another base, or values that overflow the target's dtype.
             RuntimeError: this delta is applied to the target already.
         """
-        targets, named = self._find(target)
+        targets, named = self.find_in(target)
         if any(name in self._originals.get(n.owner, ()) for name, n in named.items()):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
         if not force:
@@ -201,9 +201,9 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors.
         """
-        targets, named = self._find(target)
+        targets, named = self.find_in(target)
         if base is not None:
-            sources, _ = self._find(base)
+            sources, _ = self.find_in(base)
             kept = {name: gather_entries(sources[name], tensor.changed) for name, tensor in self.tensors.items()}
             originals = self._held(sources, kept)
         elif all(name in self._originals.get(n.owner, ()) for name, n in named.items()):
@@ -242,7 +242,7 @@ class SparseDelta:
         Raises:
             ValueError: as :meth:`apply_`, before anything is yielded.
         """
-        (base_tensors, _), base_names = self._find(base), source_names(base)
+        (base_tensors, _), base_names = self.find_in(base), source_names(base)
         _, sums = self._base_values_and_sums(base_tensors, base, force=force)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
@@ -380,7 +380,7 @@ class SparseDelta:
         if check.hexdigest() != self.info.base_check:
             raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), self.info))
 
-    def _find(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, NamedTensor]]:
+    def find_in(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, NamedTensor]]:
         """The target's tensors under this delta's names, shapes checked, and where they lie in the target."""
         self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}

@@ -199,7 +199,7 @@ _LAYER_Q = Fit("dpp_lightning.calibration.layer_q:fit_layer_q", needs_inputs=Tru
 _LEARNED = Fit("dpp_lightning.calibration.learned_rescaling:fit_coefficients", needs_gradients=True)
 _PARTITIONS = Fit("dpp_lightning.calibration.dpa:fit_partitions")
 _VALUES = Fit(
-    "dpp_lightning.calibration.trained_values:fit_values", needs_distillation=True, one_mask=True, samples=256
+    "dpp_lightning.calibration.trained_values:fit_values", needs_distillation=True, one_mask=True, samples=512
 )
 _FACTORS = Fit(
     "dpp_lightning.calibration.factor_fit:fit_factors",

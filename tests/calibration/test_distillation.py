@@ -1,0 +1,258 @@
+"""Training kept values and factors: gradients as of dense autograd, held-out guard, and a module left as it was."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from dpp_lightning import METHODS, SparseDelta, prune
+from dpp_lightning.calibration import Calibration, collected_inputs
+from dpp_lightning.calibration.distillation import Distillation, TrainingSettings
+from dpp_lightning.calibration.trained_tensors import TrainedTensors
+from dpp_lightning.methods import PruningSpec
+from dpp_lightning.pruning.plan import PruningPlan
+from dpp_lightning.pruning.scope import Scope
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def bert():
+    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **SMALL))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=True, num_key_value_heads=1, **SMALL))
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL))
+
+
+def convolutions():
+    return nn.ModuleDict(
+        {"stem": nn.Conv2d(3, 8, 3, padding=1), "layers": nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(2))}
+    )
+
+
+MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
+
+
+def pieces_for(name, count=4, samples=4):
+    generator = torch.Generator().manual_seed(5)
+    if name == "vit":
+        return [{"pixel_values": torch.randn(samples, 3, 8, 8, generator=generator)} for _ in range(count)]
+    pieces = []
+    for _ in range(count):
+        mask = torch.ones(samples, 10, dtype=torch.int64)
+        mask[0, 6:] = 0
+        ids = torch.randint(5, 40, (samples, 10), generator=generator)
+        pieces.append({"input_ids": ids, "attention_mask": mask})
+    return pieces
+
+
+def two_models(name, scale=0.05):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    finetuned = {n: t + scale * torch.randn_like(t) if t.is_floating_point() else t for n, t in base.items()}
+    if name in ("gpt2", "llama"):
+        embedding = "transformer.wte.weight" if name == "gpt2" else "model.embed_tokens.weight"
+        finetuned["lm_head.weight"] = finetuned[embedding]
+    return model, base, finetuned
+
+
+def training_on(name, samples=4, count=4):
+    model, base, finetuned = two_models(name)
+    model.load_state_dict(finetuned)
+    pieces = pieces_for(name, count, samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training = Distillation(model, pieces, lambda piece: model(**piece).logits, samples=samples * count)
+    plan_base = {n: t.clone() for n, t in base.items()}
+    model.load_state_dict(base)
+    return model, training, PruningPlan.of(plan_base, finetuned, Scope())
+
+
+def gradient_of(leaf):
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+
+
+SETTINGS = {
+    "refit": {"pruning_rate": 0.7},
+    "refit everywhere": {"pruning_rate": 0.7, "method_settings": {"where": "all"}},
+    "lowrank": {"method_settings": {"rank": 2}},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_gradients_of_trained_numbers_are_those_of_dense_autograd(name, method):
+    model, training, plan = training_on(name)
+    delta = plan.draw(PruningSpec(method.split()[0], **SETTINGS[method]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training.base_loss()
+    tensors = TrainedTensors(model, delta, None, None)
+    with tensors.products() as products:
+        tensors.write()
+        tensors.train_whole(products.unknown_in(training._run_once))
+        tensors.backward(training.teacher.loss(training.pieces[0], 0))
+    got = {n: {kind: gradient_of(leaf) for kind, leaf in t.leaves.items()} for n, t in tensors.tensors.items()}
+    sparse = [n for n, t in tensors.tensors.items() if not t.whole]
+    assert sum(name.endswith("weight") for name in sparse) >= 8
+    tensors.put_back()
+
+    tensors = TrainedTensors(model, delta, None, None)  # all tensors the dense way
+    for trained in tensors.tensors.values():
+        if not trained.whole:
+            trained.whole, trained.base = True, trained.named.tensor.detach().reshape(-1).clone()
+    with tensors.products():
+        tensors.train_whole(())
+    tensors.backward(training.teacher.loss(training.pieces[0], 0))
+    for tensor_name, trained in tensors.tensors.items():
+        for kind, leaf in trained.leaves.items():
+            grad, dense = got[tensor_name][kind], gradient_of(leaf)
+            limit = 1e-4 * float(dense.abs().amax()) + 1e-7 if dense.numel() else 0
+            assert not dense.numel() or float((grad - dense).abs().amax()) <= limit, (tensor_name, kind)
+    tensors.put_back()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_training_lowers_the_held_out_loss_and_leaves_the_module_as_it_was(name, method):
+    model, training, plan = training_on(name)
+    model.train()
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+    needed = [p.requires_grad for p in model.parameters()]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    delta = plan.draw(PruningSpec(method.split()[0], **SETTINGS[method]))
+    if delta.info.method == "refit":
+        delta = delta.rescaled(1.0)
+    settings = TrainingSettings(30, 0.02 if delta.info.method == "refit" else 0.05, seed=1)
+    trained, tried = training.train(delta, settings)
+    assert tried[0][0] == 0
+    assert min(loss for _, loss in tried[1:]) < tried[0][1]
+    assert training.loss(trained) == pytest.approx(min(loss for _, loss in tried), rel=1e-3)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == needed
+    assert all(p.grad is None for p in model.parameters())
+    assert all(part.training for part in model.modules())
+    again, _ = training.train(delta, settings)
+    for tensor_name, tensor in trained.tensors.items():
+        assert torch.equal(again.tensors[tensor_name].values, tensor.values)
+
+
+def test_the_base_has_loss_two_and_the_fine_tuned_model_none():
+    _model, training, plan = training_on("bert", count=8)
+    whole = plan.draw(PruningSpec("dare", 0.0))
+    assert training.loss(whole) < 1e-6
+    losses = [float(training.teacher.loss(training.pieces[i], i)) for i in range(8)]
+    with torch.no_grad():
+        assert sum(losses) / 8 == pytest.approx(2.0, rel=1e-4)
+
+
+def test_padding_plays_no_part():
+    _model, training, _ = training_on("bert")
+    piece = training.pieces[0]
+    other = {**piece, "input_ids": torch.where(piece["attention_mask"] == 0, 7, piece["input_ids"])}
+    training.base_loss()
+    assert float(training.teacher.loss(piece, 0)) == pytest.approx(float(training.teacher.loss(other, 0)), rel=1e-5)
+
+
+def test_layers_computed_anew_give_the_same_training():
+    model, training, plan = training_on("bert")
+    delta = plan.draw(PruningSpec("refit", 0.7)).rescaled(1.0)
+    _one, tried = training.train(delta, TrainingSettings(12, 0.02))
+    _other, tried_anew = training.train(delta, TrainingSettings(12, 0.02, checkpointing=True))
+    assert [loss for _, loss in tried] == pytest.approx([loss for _, loss in tried_anew], rel=1e-4)
+    assert not any(part.training for part in model.modules())
+
+
+def test_values_are_rounded_to_what_the_file_holds(tmp_path):
+    _model, training, plan = training_on("bert")
+    spec = PruningSpec("refit", 0.7)
+    delta, found = plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
+    assert delta.info.dtype == "int4"
+    assert delta.q == 1.0
+    assert delta.info.training["texts"] == 16
+    assert delta.info.training["held_out_after"] < delta.info.training["held_out_before"]
+    delta.save_pretrained(tmp_path / "delta")
+    read = SparseDelta.from_pretrained(tmp_path / "delta")
+    assert training.loss(read) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)
+    for name, tensor in read.tensors.items():
+        assert torch.equal(tensor.values, delta.tensors[name].values)
+    assert found.apply(delta) is not delta
+
+
+def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
+    model, training, plan = training_on("bert", samples=8, count=16)
+    model.load_state_dict(two_models("bert")[2])
+    with collected_inputs(model, products=True) as collector, torch.no_grad():
+        for piece in training.pieces:
+            model(**piece)
+    model.load_state_dict(two_models("bert")[1])
+    calibration = Calibration(lambda _: 0.0, inputs=collector.statistics, distillation=training)
+    spec = PruningSpec("lowrank", method_settings={"rank": 1})
+    delta, found = plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)
+    assert len(found.tried) == 4  # plain, with means, weighted, and the best of them trained
+    assert delta.info.training["form"].endswith("trained")
+    assert delta.info.training["held_out_after"] == pytest.approx(min(loss for _, loss in found.tried))
+    assert training.loss(delta) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)
+    assert delta.info.factors_dtype == "int4"
+
+
+def test_what_nothing_was_trained_in_is_not_divided_by():
+    _model, training, plan = training_on("bert")
+    assert training.base_loss() > 0
+    unchanged = replace(plan.draw(PruningSpec("dare", 0.0)).info)
+    assert unchanged.method == "dare"
+
+
+def test_one_piece_is_refused():
+    model, _, _ = training_on("bert")
+    with pytest.raises(ValueError, match="two batches"):
+        Distillation(model, pieces_for("bert", 1), lambda piece: model(**piece).logits, samples=4)
+
+
+def test_few_samples_are_warned_of():
+    model, _, _ = training_on("bert")
+    with pytest.warns(UserWarning, match="trained on 8 calibration examples"):
+        Distillation(model, pieces_for("bert", 2), lambda piece: model(**piece).logits, samples=8)
+
+
+def test_a_model_without_blocks_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="no hidden states of Sequential"):
+        Distillation(model, [torch.randn(64, 4)] * 2, model, samples=128)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.fit and row.fit.needs_distillation])
+def test_methods_that_train_say_what_they_need(method):
+    _, base, finetuned = two_models("bert")
+    if METHODS[method].fit.required:
+        settings = {"max_bytes": 10_000} if method == "auto" else {}
+        with pytest.raises(ValueError, match="trains on calibration data: give it"):
+            prune(base, finetuned, method, 0.9, **settings)
+    else:
+        assert (
+            parameters_to_vector([t.values for t in prune(base, finetuned, method, rank=1).tensors.values()]).numel()
+            == 0
+        )
