@@ -26,6 +26,7 @@ from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 
@@ -44,10 +45,12 @@ class CalibrationData:
         waiting: whether :meth:`take_first` must be called once training has drawn its first batch.
 
     Raises:
-        ValueError: if data is needed that there is not, or that the module's evaluation step does not take.
+        ValueError: if data is needed that there is not, or that the module's evaluation step does not take, or if a
+            method trains.
     """
 
     def __init__(self, settings: PruneSettings, trainer: pl.Trainer) -> None:
+        refuse_training(settings.methods, "DeltaPruneCallback")
         self._settings, self._trainer = settings, trainer
         self.batch: CalibrationBatch | None = None
         self.labelled: tuple[Any, str] | None = None
@@ -129,6 +132,25 @@ class CalibrationData:
         except Exception as error:  # of the user's step, in any way
             return error
         return None
+
+
+def refuse_training(methods: Iterable[str], callback: str) -> None:
+    """Refuse methods that train by distillation before a fit is made in vain, as a callback has one batch of data.
+
+    Args:
+        methods: names of methods.
+        callback: the class that is asked for them.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    fits = {name: get_method(name).fit for name in methods}
+    training = [name for name, fit in fits.items() if fit is not None and fit.needs_distillation]
+    if training:
+        raise ValueError(
+            f"{callback} cannot train what {', '.join(training)} needs trained: leave it out, save the fine-tuned "
+            f"model, and take dpp prune --method {training[0]} --calibration FILE"
+        )
 
 
 class CalibrationPasses:
