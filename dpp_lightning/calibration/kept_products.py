@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,17 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _DENSE_FROM = 1 / 40  # of the entries kept: then the product of the matrices is quicker than that of the entries
 _AT_ONCE = 1 << 16  # kept entries whose products with all tokens are in memory together
-_SHIFTED = (torch.addmm, Tensor.addmm)
-_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _LOOKS = (F.embedding, torch.embedding)
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+# the first arguments of every call that is known, in order
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), ("bias", "input", "weight")),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), ("input", "weight")),
+    F.embedding: ("input", "weight"),
+    torch.embedding: ("weight", "input"),
+    **dict.fromkeys(_CONVOLUTIONS, ("input", "weight")),
+}
 
 
 @dataclass
@@ -129,33 +137,22 @@ class KeptProducts(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[], Tensor] | None:
         """The call with gradients to trained numbers; None where no such weight is in it, or it is another call."""
-        if func is F.linear:
-            x, weight, bias = _first(("input", "weight", "bias"), args, kwargs)
-            part = self.weights.get(id(weight))
-            return None if part is None else lambda: part.linear(x, weight, bias, transposed=True)
-        if func in _SHIFTED and not {"alpha", "beta"} & kwargs.keys():
-            bias, x, weight = _first(("input", "mat1", "mat2"), args, kwargs)
-            part = self.weights.get(id(weight))
-            return None if part is None else lambda: part.linear(x, weight, bias, transposed=False)
-        if func in _PRODUCTS:
-            x, weight = _first(("input", "other"), args, kwargs)
-            part = self.weights.get(id(weight))
-            return (
-                None if part is None or weight.dim() != 2 else (lambda: part.linear(x, weight, None, transposed=False))
-            )
+        names = _ARGUMENTS.get(func)
+        if names is None:
+            return None
+        given: dict[str, Any] = {n: args[i] if i < len(args) else kwargs.get(n) for i, n in enumerate(names)}
+        weight = given["weight"]
+        part = self.weights.get(id(weight))
+        if part is None or {"alpha", "beta"} & kwargs.keys():
+            return None
         if func in _LOOKS:
-            named = ("weight", "input") if func is torch.embedding else ("input", "weight")
-            found = dict(zip(named, _first(named, args, kwargs), strict=True))
-            rows, weight = found["input"], found["weight"]
-            part = self.weights.get(id(weight))
-            return None if part is None else lambda: part.looked_up(rows, weight, _call(func, named, args, kwargs))
+            return partial(part.looked_up, given["input"], weight, _call(func, names, args, kwargs))
         if func in _CONVOLUTIONS:
-            weight = _first(("input", "weight"), args, kwargs)[1]
-            part = self.weights.get(id(weight))
-            if part is not None:
-                call = _call(func, ("input", "weight"), args, kwargs)
-                return lambda: call(part.kernel(weight))
-        return None
+            call = _call(func, names, args, kwargs)
+            return lambda: call(part.kernel(weight))
+        if weight.dim() != 2:
+            return None
+        return partial(part.linear, given["input"], weight, given.get("bias"), transposed=func is F.linear)
 
 
 def _call(
@@ -170,11 +167,6 @@ def _call(
         return func(*args, **{**kwargs, "weight": weight})
 
     return call
-
-
-def _first(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments of these names, of which the first may be given by place."""
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
 class _KeptProduct(torch.autograd.Function):

@@ -18,7 +18,7 @@ from dpp_lightning.pruning.plan import PruningPlan
 
 _BITS = {"refit": 4.6, "lowrank": 4.6, "importance": 9.0, "dare": 12.0}  # a kept number, to begin with
 _TRIES = 5  # of a rate, until its bytes are at most those wanted and nearly as many
-_NEAR = 0.95  # of the bytes: a larger delta would hardly be better
+_NEAR, _AIM = 0.95, 0.98  # of the bytes: a larger delta would hardly be better
 _SPARE = 0.98  # of the bytes for forms that are trained: trained values may take a little more than drawn ones
 _LEAST_LOSS_RATIO = 2.0  # steps of bytes where a loss is wanted
 
@@ -143,14 +143,14 @@ class _Search:
 
     def _form(self, name: str, make: Callable[[float], PruningSpec], max_bytes: int) -> Form:
         """The largest delta of a form within the bytes, fitted."""
-        size, drawn = float(max_bytes), None
+        size, num_bytes = float(max_bytes), 0
         for _ in range(_TRIES):
             spec = make(size)
             drawn = self.plan.draw(spec)
             num_bytes = cast(drawn, self.plan.covering(spec).pairs, spec).num_bytes
             if _NEAR * max_bytes <= num_bytes <= max_bytes:
-                break
-            size = max(size - (num_bytes - 0.98 * max_bytes), size / 4)
+                return self._fitted(name, spec, drawn, max_bytes)
+            size = max(size - (num_bytes - _AIM * max_bytes), size / 4)
         if num_bytes > max_bytes:
             raise ValueError(f"{num_bytes:,} bytes at pruning_rate={spec.pruning_rate:g}")
         return self._fitted(name, spec, drawn, max_bytes)

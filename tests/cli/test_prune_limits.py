@@ -7,7 +7,14 @@ from dpp_lightning.cli.prune import _named, number_of_bytes
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("50000", 50_000), ("50kB", 50_000), ("0.24MB", 240_000), ("48KiB", 49_152), ("1 M", 1_000_000), ("2GB", 2 * 10**9)],
+    [
+        ("50000", 50_000),
+        ("50kB", 50_000),
+        ("0.24MB", 240_000),
+        ("48KiB", 49_152),
+        ("1 M", 1_000_000),
+        ("2GB", 2 * 10**9),
+    ],
 )
 def test_bytes_with_their_unit(text, number):
     assert number_of_bytes(text) == number

@@ -48,7 +48,7 @@ def test_refit_everywhere_draws_as_dare():
 
 
 def test_what_is_left_out_is_the_bases_after_applying():
-    base, finetuned = pair()
+    base, _ = pair()
     delta = plan_of().draw(PruningSpec("refit", 0.8))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     delta.apply_(base, force=True)
@@ -57,7 +57,7 @@ def test_what_is_left_out_is_the_bases_after_applying():
 
 
 def test_a_rate_that_keeps_more_than_the_maps_have_is_refused():
-    with pytest.raises(ValueError, match="keeps more than the .* entries that refit covers: take a rate of 0"):
+    with pytest.raises(ValueError, match=r"keeps more than the .* entries that refit covers: take a rate of 0"):
         plan_of().draw(PruningSpec("refit", 0.0))
 
 
