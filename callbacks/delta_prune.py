@@ -87,7 +87,8 @@ class DeltaPruneCallback(pl.Callback):
         revision: branch, tag or commit of a base that is a hub id.
         objective: how q is searched: ``output_change`` on one unlabelled batch, or ``metric`` on labelled data held out
             from training and from the scored split.
-        calibration_samples: size of the batch for the output change.
+        calibration_samples: how many items are taken for calibration; default 64, 512 for methods that train
+            (``refit``, ``lowrank``), 1024 for ``auto``.
         calibration_dataloader: data for q; default the DataModule's ``calibration_dataloader()``, else, without labels,
             fixed samples of the training data.
         output_layer: submodule whose output is compared; default the last one with parameters, which gives the logits.
@@ -147,7 +148,7 @@ class DeltaPruneCallback(pl.Callback):
         pretrained: str | None = None,
         revision: str | None = None,
         objective: Literal["output_change", "metric"] = "output_change",
-        calibration_samples: int = 64,
+        calibration_samples: int | None = None,
         calibration_dataloader: Iterable[Any] | None = None,
         output_layer: str | None = None,
         output_measure: Measure = "mean",

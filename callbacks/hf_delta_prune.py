@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.prune_run.calibration_data import measured_on
 from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
 from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
@@ -73,7 +75,8 @@ class HFDeltaPruneCallback(TrainerCallback):
             the callback was attached if training resumes. What it lacks, such as a new head, is carried.
         revision: branch, tag or commit of a hub id.
         objective: what q is searched by: ``output_change`` (no labels) or ``metric`` on ``calibration_dataset``.
-        calibration_samples: how many items the output change is measured on.
+        calibration_samples: how many items are taken for calibration; default 64, 512 for methods that train
+            (``refit``, ``lowrank``), 1024 for ``auto``.
         calibration_dataset: items as the trainer's other data sets have them; default the training data.
         output_layer: name of the submodule whose output is compared; default the model's logits.
         output_measure: see ``DeltaPruneCallback``.
@@ -117,7 +120,7 @@ class HFDeltaPruneCallback(TrainerCallback):
         pretrained: str | None = None,
         revision: str | None = None,
         objective: Literal["output_change", "metric"] = "output_change",
-        calibration_samples: int = 64,
+        calibration_samples: int | None = None,
         calibration_dataset: Any = None,
         output_layer: str | None = None,
         output_measure: Measure = "mean",
@@ -314,16 +317,20 @@ class HFDeltaPruneCallback(TrainerCallback):
         if settings.fits and settings.objective == "metric":
             self._source = "calibration_dataset"
         by_change = settings.fits and settings.objective == "output_change"
-        if not (by_change or settings.plot or settings.needs_inputs or settings.methods_with_gradients):
+        if not (by_change or settings.plot or settings.needs_inputs or settings.needs_batch):
             return
-        self._batch, source = calibration_batch(passes.trainer, self.calibration_dataset, settings.calibration_samples)
+        self._batch, source = calibration_batch(passes.trainer, self.calibration_dataset, settings.samples)
         self._source = self._source or source
         if passes.output_layer is not None:
             resolve_layer(passes.module, passes.output_layer)
         try:
-            passes.outputs(self._batch, lambda _, output: output)
+            passes.outputs(measured_on(self._batch), lambda _, output: output)
             if settings.methods_with_gradients:
-                passes.output_gradients(self._batch)
+                passes.output_gradients(measured_on(self._batch))
+            if settings.methods_that_train:
+                with warnings.catch_warnings():  # they come once it is trained
+                    warnings.simplefilter("ignore", UserWarning)
+                    passes.distillation(self._batch)
         except Exception as error:  # of the user's model, in any way
             fault = " ".join(str(error).split())
             cure = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, move_data_to_device, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from dpp_lightning.calibration.distillation import Distillation
 from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.calibration.pieces import pieces_of, samples_of
 from dpp_lightning.callbacks.prune_run.calibration_batch import (
     CURE,
     CalibrationBatch,
@@ -24,9 +27,8 @@ from dpp_lightning.callbacks.prune_run.calibration_batch import (
 )
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch
-from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.callbacks.prune_run.settings import SAMPLES, PruneSettings
 from dpp_lightning.methods.input_statistics import InputStatistics
-from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.plan import PruningPlan
 
@@ -45,12 +47,10 @@ class CalibrationData:
         waiting: whether :meth:`take_first` must be called once training has drawn its first batch.
 
     Raises:
-        ValueError: if data is needed that there is not, or that the module's evaluation step does not take, or if a
-            method trains.
+        ValueError: if data is needed that there is not, or that the module's evaluation step does not take.
     """
 
     def __init__(self, settings: PruneSettings, trainer: pl.Trainer) -> None:
-        refuse_training(settings.methods, "DeltaPruneCallback")
         self._settings, self._trainer = settings, trainer
         self.batch: CalibrationBatch | None = None
         self.labelled: tuple[Any, str] | None = None
@@ -59,7 +59,7 @@ class CalibrationData:
             self.labelled = labelled_loader(trainer, settings.calibration_dataloader)
             _try_labelled(trainer, settings, *self.labelled)
         compares_outputs = bool(settings.plot) or (settings.fits and settings.objective == "output_change")
-        if compares_outputs or settings.needs_inputs or settings.methods_with_gradients:
+        if compares_outputs or settings.needs_inputs or settings.needs_batch:
             self._take_batch()
 
     @property
@@ -85,7 +85,7 @@ class CalibrationData:
         self.batch = self._tried(batch)
 
     def _take_batch(self) -> None:
-        trainer, samples = self._trainer, self._settings.calibration_samples
+        trainer, samples = self._trainer, self._settings.samples
         loaders, source = _calibration_loaders(trainer, self._settings.calibration_dataloader)
         fitting = trainer.state.fn == TrainerFn.FITTING
         trained = trainer.fit_loop._combined_loader if fitting else None
@@ -126,31 +126,16 @@ class CalibrationData:
         try:
             with _as_it_was(self._trainer), isolate_rng():
                 layer = settings.output_layer_of(module)
-                passes.outputs(batch, layer, settings.forward_fn, lambda _, output: output)
+                passes.outputs(measured_on(batch), layer, settings.forward_fn, lambda _, output: output)
                 if settings.methods_with_gradients:
-                    passes.output_gradients(batch, settings.forward_fn)
+                    passes.output_gradients(measured_on(batch), settings.forward_fn)
+                if settings.methods_that_train:
+                    with warnings.catch_warnings():  # they come once it is trained
+                        warnings.simplefilter("ignore", UserWarning)
+                        passes.distillation(batch, settings.forward_fn)
         except Exception as error:  # of the user's step, in any way
             return error
         return None
-
-
-def refuse_training(methods: Iterable[str], callback: str) -> None:
-    """Refuse methods that train by distillation before a fit is made in vain, as a callback has one batch of data.
-
-    Args:
-        methods: names of methods.
-        callback: the class that is asked for them.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    fits = {name: get_method(name).fit for name in methods}
-    training = [name for name, fit in fits.items() if fit is not None and fit.needs_distillation]
-    if training:
-        raise ValueError(
-            f"{callback} cannot train what {', '.join(training)} needs trained: leave it out, save the fine-tuned "
-            f"model, and take dpp prune --method {training[0]} --calibration FILE"
-        )
 
 
 class CalibrationPasses:
@@ -165,6 +150,7 @@ class CalibrationPasses:
         source: name of the data that q is searched on, for the results; empty where none is needed.
         inputs: statistics of the fine-tuned model's layer inputs by canonical name; empty where no method needs them.
         gradients: of the output's error; None where no method needs them.
+        distillation: trains kept values and factors; None where no method does.
     """
 
     def __init__(self, settings: PruneSettings, passes: EvaluationPasses, data: CalibrationData) -> None:
@@ -174,20 +160,25 @@ class CalibrationPasses:
         self._output_change: OutputChange | None = None
         self.inputs: dict[str, InputStatistics] = {}
         self.gradients: BatchGradients | None = None
+        self.distillation: Distillation | None = None
 
     def measure_finetuned(self) -> None:
         """Measure the fine-tuned model, whose weights the module holds now, as the pruned ones are compared with it."""
-        settings, passes, batch = self._settings, self._passes, self._batch
-        if batch is None:
+        settings, passes = self._settings, self._passes
+        if self._batch is None:
             return
+        batch = measured_on(self._batch)
         layer = settings.output_layer_of(passes.trainer.lightning_module)
         outputs = partial(passes.outputs, batch, layer, settings.forward_fn)
         self._output_change = OutputChange(outputs, settings.output_measure)
         self._output_change.take_reference()
-        if settings.needs_inputs:
-            self.inputs = passes.layer_inputs(batch, settings.forward_fn)
+        if settings.needs_inputs or settings.uses_moments:
+            pieces = pieces_of(self._batch, SAMPLES)
+            self.inputs = passes.layer_inputs(pieces, settings.forward_fn, products=settings.uses_moments)
         if settings.methods_with_gradients:
             self.gradients = passes.output_gradients(batch, settings.forward_fn)
+        if settings.methods_that_train:
+            self.distillation = passes.distillation(self._batch, settings.forward_fn)
 
     def with_inputs(self, plan: PruningPlan) -> PruningPlan:
         """See :func:`with_known_inputs`."""
@@ -206,6 +197,11 @@ class CalibrationPasses:
     def metric(self) -> Callable[[], float] | None:
         """Score on labelled calibration data; None where q is not searched by it."""
         return None if self._labelled is None else partial(self._passes.score, self._labelled)
+
+
+def measured_on(batch: Any) -> Any:
+    """The samples that outputs are compared on at once: the first 64 of a batch that can be cut."""
+    return pieces_of(batch, SAMPLES)[0] if samples_of(batch) > SAMPLES else batch
 
 
 def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
@@ -312,10 +308,10 @@ def with_known_inputs(plan: PruningPlan, inputs: Mapping[str, InputStatistics], 
     Raises:
         ValueError: they are not known of most.
     """
-    if not settings.needs_inputs:
+    if not (settings.needs_inputs or settings.uses_moments) or not inputs:
         return plan
     plan = plan.with_inputs(inputs)
-    for method in settings.methods:
+    for method in settings.methods if settings.needs_inputs else ():
         if unknown := unknown_inputs(plan.pairs, method, settings.method_settings.get(method, {})):
             rank_zero_warn(unknown)
     return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
+from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.tensors.shards import reshard
 
@@ -25,7 +26,7 @@ LOADER_SUFFIX = "/dataloader_idx_"  # follows a metric's name where there are se
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
 
 _NO_LOGITS = (
-    "darex-learned needs logits with gradients: give {} a forward(batch) that returns them (got {}), or pass "
+    "methods that train need logits with gradients: give {} a forward(batch) that returns them (got {}), or pass "
     "DeltaPruneCallback(forward_fn=...)"
 )
 
@@ -69,15 +70,18 @@ class EvaluationPasses:
         # rank 0's value on all ranks, so that all of them come to the same decisions
         return float(self.trainer.strategy.broadcast(float(metrics[self.monitor])))
 
-    def layer_inputs(self, batch: Any, forward_fn: ForwardFn | None = None) -> dict[str, InputStatistics]:
-        """Statistics of the input of every weight on one batch, by canonical name; weights that the evaluation step
-        does not reach are left out."""
-        with collected_inputs(self.trainer.lightning_module) as collector:
-            if forward_fn is not None:
-                self._forward_output(batch, forward_fn)
-            else:
-                for _ in self._evaluation_steps(batch):
-                    pass
+    def layer_inputs(
+        self, batches: Sequence[Any], forward_fn: ForwardFn | None = None, *, products: bool = False
+    ) -> dict[str, InputStatistics]:
+        """Statistics of the input of every weight on some batches, by canonical name, with products of features where
+        they are asked for; weights that the evaluation step does not reach are left out."""
+        with collected_inputs(self.trainer.lightning_module, products=products) as collector:
+            for batch in batches:
+                if forward_fn is not None:
+                    self._forward_output(batch, forward_fn)
+                else:
+                    for _ in self._evaluation_steps(batch):
+                        pass
         return collector.statistics
 
     def outputs(self, batch: Any, layer: str | None, forward_fn: ForwardFn | None, reduce: Reduce) -> list[Tensor]:
@@ -122,6 +126,26 @@ class EvaluationPasses:
                 return forward_fn(module, smaller_batch) if forward_fn else _logits(module, smaller_batch)
 
         return BatchGradients(module, trainer.strategy.batch_to_device(batch), forward)
+
+    def distillation(self, batch: Any, forward_fn: ForwardFn | None) -> SharedDistillation:
+        """Training toward the outputs of the weights as they stand, on pieces of one batch.
+
+        The output is as for :meth:`output_gradients`. The first process trains, and all have its numbers.
+
+        Raises:
+            ValueError: if the module cannot be called so, or the batch cannot be cut.
+        """
+        trainer, module = self.trainer, self.trainer.lightning_module
+
+        def forward(piece: Any) -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                output = forward_fn(module, piece) if forward_fn else _logits(module, piece)
+            return without_padding(output, piece)
+
+        def from_first(compute: Callable[[], Any]) -> Any:
+            return trainer.strategy.broadcast(compute() if trainer.is_global_zero else None)
+
+        return SharedDistillation(module, trainer.strategy.batch_to_device(batch), forward, from_first)
 
     def _evaluation_steps(self, batch: Any) -> Iterator[Tensor | None]:
         """Put one batch through the module's ``calibration_steps`` if it has them, else through its evaluation step.

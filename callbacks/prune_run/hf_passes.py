@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.callbacks.prune_run.training import SharedDistillation
 from dpp_lightning.methods.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
@@ -129,11 +130,14 @@ class HFPasses:
             mask = self._token_mask(batch)
             return [reduce(i, _without_padding(t.detach().clone(), mask)) for i, t in enumerate(found)]
 
-    def layer_inputs(self, batch: Any) -> dict[str, InputStatistics]:
-        """Statistics of the input of every weight on one batch, by canonical name."""
-        with undisturbed(self.trainer), torch.no_grad(), collected_inputs(self.module) as collector:
+    def layer_inputs(self, batches: Sequence[Any], *, products: bool = False) -> dict[str, InputStatistics]:
+        """Statistics of the input of every weight on some batches, by canonical name, with products of features where
+        they are asked for."""
+        collected = collected_inputs(self.module, products=products)
+        with undisturbed(self.trainer), torch.no_grad(), collected as collector:
             self.module.eval()
-            self._forward(batch)
+            for batch in batches:
+                self._forward(batch)
         return collector.statistics
 
     def output_gradients(self, batch: Any) -> BatchGradients:
@@ -150,6 +154,23 @@ class HFPasses:
             return logits[0]
 
         return BatchGradients(self.module, self.trainer._prepare_inputs(batch), forward)
+
+    def distillation(self, batch: Any) -> SharedDistillation:
+        """Training toward the logits of the weights as they stand, on pieces of one batch; the first process trains,
+        and all have its numbers.
+
+        Raises:
+            ValueError: if the model gives no logits, or the batch cannot be cut.
+        """
+
+        def forward(piece: Any) -> list[Tensor]:
+            mask = self._token_mask(piece)
+            return [_without_padding(logits, mask) for logits in self._logits(piece)]
+
+        def of_first(compute: Callable[[], Any]) -> Any:
+            return from_first(self.trainer, compute() if self.is_first else None)
+
+        return SharedDistillation(self.module, self.trainer._prepare_inputs(batch), forward, of_first)
 
     def _scored(self) -> tuple[Any, str | None]:
         """The evaluation data that the monitor is of, and its name where there are several sets."""

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpp_lightning.calibration.output_change import OutputChange
+from dpp_lightning.calibration.pieces import pieces_of
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
-from dpp_lightning.callbacks.prune_run.calibration_data import with_known_inputs
+from dpp_lightning.callbacks.prune_run.calibration_data import measured_on, with_known_inputs
 from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
 from dpp_lightning.callbacks.prune_run.fit_notices import prefix_of
 from dpp_lightning.callbacks.prune_run.hf_passes import HFPasses, from_first
@@ -25,7 +26,7 @@ from dpp_lightning.callbacks.prune_run.progress import (
 )
 from dpp_lightning.callbacks.prune_run.run_identity import run_identity
 from dpp_lightning.callbacks.prune_run.run_rows import RunRows
-from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.callbacks.prune_run.settings import SAMPLES, PruneSettings
 from dpp_lightning.experiments.grid import Experiment, QCurve, Result
 from dpp_lightning.experiments.results import ResultsLog
 from dpp_lightning.experiments.tables import console_table
@@ -99,8 +100,11 @@ class HFPruneRun:
         """Score the fine-tuned model, the base and every pruned model; curves over q if a plot is asked for."""
         settings, passes = self.settings, self.passes
         change = self._measured_change()
-        inputs = passes.layer_inputs(self.batch) if settings.needs_inputs else {}
-        gradients = passes.output_gradients(self.batch) if settings.methods_with_gradients else None
+        uses_inputs = settings.needs_inputs or settings.uses_moments
+        pieces = pieces_of(self.batch, SAMPLES) if uses_inputs else []
+        inputs = passes.layer_inputs(pieces, products=settings.uses_moments) if uses_inputs else {}
+        gradients = passes.output_gradients(measured_on(self.batch)) if settings.methods_with_gradients else None
+        distillation = passes.distillation(self.batch) if settings.methods_that_train else None
         finetuned = self.rows.reference("fine-tuned")
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)
@@ -109,7 +113,7 @@ class HFPruneRun:
         with self.base.exchanged(self.module, replaced):
             plan = exchanged_plan(self.module, self.base, replaced, self.scope, settings.pretrained, settings.revision)
             experiment = self._experiment(with_known_inputs(plan, inputs, settings), change)
-            experiment.gradients = gradients
+            experiment.gradients, experiment.distillation = gradients, distillation
             curves = self.rows.make(experiment, finetuned)
         if settings.apply:
             assert experiment.last is not None  # apply is not combined with resume, so a row was made
@@ -120,7 +124,7 @@ class HFPruneRun:
         """Change of the outputs on the calibration batch against the fine-tuned model, whose weights are held now."""
         if self.batch is None:
             return None
-        change = OutputChange(partial(self.passes.outputs, self.batch), self.settings.output_measure)
+        change = OutputChange(partial(self.passes.outputs, measured_on(self.batch)), self.settings.output_measure)
         change.take_reference()
         # the first process's value on all, since rounding could make their searches differ
         return lambda: float(from_first(self.passes.trainer, change()))

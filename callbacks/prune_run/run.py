@@ -125,6 +125,7 @@ class PruneRun:
             change=self.calibration.output_change,
             metric=self.calibration.metric,
             gradients=self.calibration.gradients,
+            distillation=self.calibration.distillation,
             objective=settings.objective,
             higher_is_better=settings.mode == "max",
             folder=self.folder if saves else None,

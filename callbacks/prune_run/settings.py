@@ -21,6 +21,7 @@ from dpp_lightning.tensors.dtypes import DTYPES
 from dpp_lightning.tensors.names import without_adapters
 
 LAST_HIDDEN = "last_hidden"
+SAMPLES = 64  # of calibration, that outputs are compared on at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class PruneSettings:
     pretrained: str | None
     revision: str | None
     objective: Literal["output_change", "metric"]
-    calibration_samples: int
+    calibration_samples: int | None
     calibration_dataloader: Iterable[Any] | None
     output_layer: str | None
     output_measure: Measure
@@ -72,7 +73,7 @@ class PruneSettings:
             *self._plot_faults(),
             *self._apply_faults(),
         ]
-        if self.calibration_samples < 1:
+        if self.calibration_samples is not None and self.calibration_samples < 1:
             faults.append(f"calibration_samples must be at least 1, got {self.calibration_samples}")
         if not faults:  # what is uploaded where follows from settings that are right
             faults += self._hub_faults()
@@ -98,6 +99,29 @@ class PruneSettings:
     def needs_inputs(self) -> bool:
         """Whether a method needs what the layers see as input on calibration data."""
         return any(get_method(name).needs_inputs(self.method_settings.get(name, {})) for name in self.methods)
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether a method uses second moments of the layers' inputs."""
+        return any((fit := get_method(name).fit) is not None and fit.uses_moments for name in self.methods)
+
+    @property
+    def methods_that_train(self) -> list[str]:
+        """The methods that train kept values or factors on the outputs of the fine-tuned model."""
+        fits = {name: get_method(name).fit for name in self.methods}
+        return [name for name, fit in fits.items() if fit is not None and fit.needs_distillation]
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a method needs gradients or trains, whatever q is searched by."""
+        return bool(self.methods_with_gradients or self.methods_that_train)
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples: those asked for, or as many as the method that takes most has by default."""
+        fits = [get_method(name).fit for name in self.methods]
+        most = max((fit.samples for fit in fits if fit is not None), default=SAMPLES)
+        return most if self.calibration_samples is None else self.calibration_samples
 
     @property
     def methods_with_gradients(self) -> list[str]:

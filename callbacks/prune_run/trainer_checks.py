@@ -33,9 +33,12 @@ def check_shards(settings: PruneSettings, module: nn.Module) -> None:
     Raises:
         ValueError: if parameters are in shards and a method needs gradients.
     """
-    if settings.methods_with_gradients and any(is_dtensor(p) for p in module.parameters()):
-        name = settings.methods_with_gradients[0]
-        raise ValueError(f"{name} needs gradients of whole parameters, but they are in shards: leave it out")
+    needing = [*settings.methods_with_gradients, *settings.methods_that_train]
+    if needing and any(is_dtensor(p) for p in module.parameters()):
+        raise ValueError(
+            f"{', '.join(needing)}: gradients of whole parameters are needed, but they are in shards: leave it out, "
+            "and prune the saved model with dpp prune --calibration FILE"
+        )
 
 
 def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -63,7 +66,7 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
     if stage == "fit" and settings.ckpt == "best":
         best_checkpoints(trainer)
         warn_of_several(trainer)
-    if settings.forward_fn is None and settings.methods_with_gradients:
+    if settings.forward_fn is None and settings.needs_batch:
         check_callable(module)
     if settings.objective == "metric":
         labelled_loader(trainer, settings.calibration_dataloader)

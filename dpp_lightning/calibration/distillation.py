@@ -17,6 +17,7 @@ from dpp_lightning.calibration.teacher import Forward, Teacher
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
 
+IN_A_STEP = 8  # samples of a piece, on each of which one step is made
 HELD_OUT = 8  # one piece in so many is held out
 CHECK_EVERY = 25  # steps
 WARM_UP, BETAS, EPSILON = 0.06, (0.9, 0.99), 1e-12

@@ -78,7 +78,7 @@ def prune_to_folder(
         blocks: where the blocks are if names do not tell: leading parts of tensor names, such as 'tower.cells.*'
         calibration: text (one example a line), .tsv (two texts a line) or a .safetensors batch, for methods that fit,
             train or weigh by data; never what the model is scored on
-        calibration_samples: how many of its examples are used at most; null for 64, of methods that train 256 or 512
+        calibration_samples: how many of its examples are used at most; null for 64, of methods that train 512, of auto 1024
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a

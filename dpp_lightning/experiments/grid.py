@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from dpp_lightning.calibration.calibration_data import Calibration, OutputGradients
+from dpp_lightning.calibration.distillation import Distillation
 from dpp_lightning.calibration.fit_rescaling import FoundRescaling, cast
 from dpp_lightning.calibration.q_search import q_grid
 from dpp_lightning.delta.folder import delta_bytes
@@ -31,8 +32,8 @@ class Result:
         method: a name of ``METHODS``, or ``base`` / ``fine-tuned``.
         score: the monitored metric on the scored split.
         q, pruning_rate, seed: None for base and fine-tuned.
-        num_kept, density, num_bytes, ratio: kept entries, stored over all entries, true bytes of the delta folder's
-            files, dense bytes over these; base: 0, fine-tuned: dense.
+        num_kept, density, num_bytes, ratio: kept entries and numbers of factors, stored over all entries, true bytes of
+            the delta folder's files, dense bytes over these; base: 0, fine-tuned: dense.
         seconds: pruning, the search for q where this row made it, scoring and saving.
         forwards: evaluations of the objective that the search of q took, on the row that made it.
         split, q_split: the data of the score and of the search.
@@ -82,6 +83,7 @@ class Experiment:
             None if no method needs it.
         metric: scores the target on the calibration split; only for the objective ``metric``.
         gradients: of the output's error on the calibration batch; only for ``darex-learned``.
+        distillation: trains toward the fine-tuned model's outputs; only for methods that train.
         objective: what q is searched by.
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).
@@ -111,6 +113,7 @@ class Experiment:
     monitor: str = "score"
     reference_scores: dict[str, float] = field(default_factory=dict)
     gradients: OutputGradients | None = None
+    distillation: Distillation | None = None
     done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
 
@@ -135,12 +138,12 @@ class Experiment:
                         score = self.score()
                     self.last = delta
                     forwards = len(rescaling.tried) if rescaling is not None and known is None else 0
-                    yield self._result(delta, score, start, forwards)
+                    yield self._result(spec, delta, score, start, forwards)
 
     @property
     def calibration(self) -> Calibration:
         """What fits go by: the chosen objective on the calibration data."""
-        return Calibration(self._cost, smooth=self._smooth, gradients=self.gradients)
+        return Calibration(self._cost, smooth=self._smooth, gradients=self.gradients, distillation=self.distillation)
 
     def _spec(self, method: str, rate: float, seed: int) -> PruningSpec:
         settings = self.method_settings.get(method, {})
@@ -176,9 +179,9 @@ class Experiment:
         with delta.applied(self.target, force=True):
             return self.change()
 
-    def _result(self, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
-        info, row = delta.info, get_method(delta.info.method)
-        name = delta_name(info.method, info.pruning_rate, info.seed)
+    def _result(self, spec: PruningSpec, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
+        info, row = delta.info, spec.row
+        name = delta_name(spec.method, spec.pruning_rate, spec.seed)
         if self.folder is None:
             num_bytes = delta.num_bytes
         else:  # the bytes that were written, without encoding them a second time
@@ -190,19 +193,19 @@ class Experiment:
             )
             num_bytes = delta_bytes(saved)
         return Result(
-            method=info.method,
+            method=spec.method,
             score=score,
-            pruning_rate=info.pruning_rate,
-            seed=info.seed,
+            pruning_rate=spec.pruning_rate,
+            seed=spec.seed,
             q=delta.q,
-            num_kept=delta.num_kept,
+            num_kept=delta.num_kept + delta.num_factor_numbers,
             density=delta.density,
             num_bytes=num_bytes,
             ratio=info.ratio(num_bytes),
             seconds=time.perf_counter() - start,
             forwards=forwards,
             split=self.split,
-            q_split=self.q_split if row.fit or row.needs_inputs(info.settings) else "",
+            q_split=self.q_split if row.fit or row.needs_inputs(spec.method_settings) else "",
             folder=name,
         )
 

@@ -207,7 +207,7 @@ _FACTORS = Fit(
     uses_moments=True,
     one_mask=True,
     required=False,
-    samples=256,
+    samples=512,
 )
 _CHOICE = Fit(
     "dpp_lightning.pruning.auto:choose",
@@ -215,7 +215,7 @@ _CHOICE = Fit(
     uses_moments=True,
     draws=True,
     one_mask=True,
-    samples=256,
+    samples=1024,
 )
 
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from dpp_lightning.calibration.calibration_data import Objective
-from dpp_lightning.calibration.distillation import Distillation
+from dpp_lightning.calibration.distillation import IN_A_STEP, Distillation
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import output_change
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
+from dpp_lightning.calibration.pieces import pieces_of, training_pieces
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
-from dpp_lightning.pruning.calibration_pieces import by_length, pieces_of, without_padded_ends
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import named_tensors
 
 SAMPLES = 64  # where no number is given
-_AT_ONCE, _IN_A_STEP = 64, 8  # examples of one forward pass, and of one step of training
+_AT_ONCE = 64  # examples of one forward pass
 
 
 class FileCalibration:
@@ -112,7 +112,7 @@ class FileCalibration:
     def _training(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Distillation:
         """Training toward the model as it stands, on pieces of examples of similar length."""
         self._check_rows(batch, "trains on pieces of it", "take a method that does not train, such as 'importance'")
-        pieces = [without_padded_ends(piece) for piece in pieces_of(by_length(batch), _IN_A_STEP)]
+        pieces = training_pieces(batch, IN_A_STEP)
         samples = max((len(tensor) for tensor in batch.values() if tensor.dim()), default=0)
         return Distillation(model, pieces, lambda piece: self._outputs(model, piece), samples=samples)
 

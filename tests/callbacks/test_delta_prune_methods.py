@@ -12,9 +12,6 @@ from torch import nn
 from dpp_lightning import METHODS, SparseDelta
 from dpp_lightning.callbacks import DeltaPruneCallback
 
-# methods that train are refused by the callback
-TAKEN = {name: row for name, row in METHODS.items() if not (row.fit and row.fit.needs_distillation)}
-
 
 def logits(module, batch):
     return module.net(batch[0])
@@ -39,14 +36,15 @@ def test_all_methods_in_one_run(tmp_path):
     module = Foreign()
     base = {n: t.detach().clone() for n, t in module.state_dict().items()}
     callback = DeltaPruneCallback(
-        list(TAKEN), [0.8, 0.95], [0, 1], monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
-        method_settings={"importance": {"score": "activation"}, "struct-dare": {"b": 0.5}, "darex-q-layer": {"rows": "median"}},
+        list(METHODS), [0.8, 0.95], [0, 1], monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
+        method_settings={"importance": {"score": "activation"}, "struct-dare": {"b": 0.5}, "darex-q-layer": {"rows": "median"},
+                         "lowrank": {"rank": 2}, "auto": {"max_bytes": 9000}},
         blocks=["*"],
     )  # fmt: skip
     fit(callback, module)
     rows = {(r.method, r.pruning_rate, r.seed): r for r in callback.results if r.pruning_rate}
-    num_random = sum(method.random for method in TAKEN.values())
-    assert len(rows) == 2 * (2 * num_random + len(TAKEN) - num_random)
+    num_random = sum(method.random for method in METHODS.values())
+    assert len(rows) == 2 * (2 * num_random + len(METHODS) - num_random)
     module.load_state_dict(base)
     for row in rows.values():
         delta = SparseDelta.from_pretrained(tmp_path / row.folder)
@@ -58,6 +56,11 @@ def test_all_methods_in_one_run(tmp_path):
     assert learned.score != dare.score or learned.num_bytes != dare.num_bytes
     saved = SparseDelta.from_pretrained(tmp_path / "importance-p0.8-seed0").info.settings
     assert saved == {"score": "activation"}
+    for method in ("refit", "lowrank", "auto"):
+        training = SparseDelta.from_pretrained(tmp_path / rows[method, 0.8, 0].folder).info.training
+        assert method == "auto" or training["texts"] == 1024
+        assert training.get("held_out_after", 0) <= training.get("held_out_before", 1)
+    assert all(rows["auto", rate, 0].num_bytes <= 9000 for rate in (0.8, 0.95))
 
 
 def test_labels_are_used_by_every_fit_under_the_metric(tmp_path):
