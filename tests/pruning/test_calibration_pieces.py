@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dpp_lightning import prune
+from dpp_lightning.calibration.pieces import by_length, pieces_of, without_padded_ends
 from dpp_lightning.pruning import file_calibration
-from dpp_lightning.pruning.calibration_pieces import by_length, pieces_of, without_padded_ends
 from dpp_lightning.pruning.file_calibration import FileCalibration
 from dpp_lightning.tensors.names import canonical_tensors
 
