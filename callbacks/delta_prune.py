@@ -33,9 +33,10 @@ from dpp_lightning.callbacks.prune_run.fit_notices import (
 )
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, LogReporter, Reporter
+from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter
 from dpp_lightning.callbacks.prune_run.run import PruneRun
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
+from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, rows_reporter
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.block_checks import check_method
@@ -128,7 +129,8 @@ class DeltaPruneCallback(pl.Callback):
         settings: the arguments, checked.
         results: a row for the base, the fine-tuned and each pruned model. Where the trainer starts the ranks itself
             (``ddp_fork``, ``ddp_spawn``) they stay there: read ``results.jsonl``, or ``trainer.callback_metrics``.
-        reporter: is called with every row as it is made; may be replaced before a run.
+        reporter: is called with every row as it is made; may be set before a run. Default: a bar over the rows on a
+            terminal where the trainer shows bars, else a line for each.
 
     Raises:
         ValueError: at construction or before training starts, if a rate is outside [0, 1), a method unknown, settings
@@ -179,7 +181,7 @@ class DeltaPruneCallback(pl.Callback):
             method_settings=method_settings or {}, apply=apply, ckpt=ckpt, plot=plot, resume=resume,
             save_deltas=save_deltas, lora=lora, push_to_hub=push_to_hub, hub_private=hub_private,
         )  # fmt: skip
-        self.reporter: Reporter = LogReporter()
+        self.reporter: Reporter | None = None
         self.results: list[Result] = []
         self._asked = self.settings
         self._fitted: weakref.ref[pl.LightningModule] | None = None  # the module of the last fit
@@ -352,9 +354,10 @@ class DeltaPruneCallback(pl.Callback):
             scope = self._scope(trainer, pl_module)
             if not can_be_pruned(base, pl_module, scope, settings.callback):
                 return
-            self.results = PruneRun(
-                settings, trainer, base, scope, self._calibration, self._folder, self.reporter
-            ).run()
+            finish_bar(trainer)
+            with nullcontext(self.reporter) if self.reporter else rows_reporter(trainer) as reporter:
+                run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
+                self.results = run.run()
         if trainer.is_global_zero and settings.push_to_hub is not None:
             push_deltas(self._folder, settings.repositories, private=settings.hub_private)
 

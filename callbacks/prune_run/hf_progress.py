@@ -24,6 +24,7 @@ class RowsBar:
     def __init__(self, *, visible: bool = True) -> None:
         self._visible = visible
         self._pending: list[str] = []
+        self._row = "base and fine-tuned"
         self._bar: Any = None
 
     def __enter__(self) -> RowsBar:
@@ -40,7 +41,12 @@ class RowsBar:
         self._pending = [f"{method} p={rate:g} seed={seed}" for method, rate, seed in pending]
         total = kept + len(pending)
         hidden = not self._visible or not pending
-        self._bar = tqdm(total=total, initial=kept, desc="base and fine-tuned", leave=False, disable=hidden)
+        self._bar = tqdm(total=total, initial=kept, desc=self._row, leave=False, disable=hidden)
+
+    def stage(self, text: str) -> None:
+        """Show what is being done for the row in progress."""
+        if self._bar is not None:
+            self._bar.set_description(f"{self._row}: {text}")
 
     def row(self, result: Result, monitor: str) -> None:
         """Write a line for the row that was made, and show the next one beside the bar, which goes after the last."""
@@ -50,6 +56,7 @@ class RowsBar:
         if result.pruning_rate is not None:
             self._bar.update()
         if result.method != "base" and self._pending:
-            self._bar.set_description(self._pending.pop(0))
+            self._row = self._pending.pop(0)
+            self._bar.set_description(self._row)
         elif not self._pending:
             self._bar.close()

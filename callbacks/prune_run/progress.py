@@ -39,6 +39,13 @@ class Reporter(Protocol):
             monitor: name of its score.
         """
 
+    def stage(self, text: str) -> None:
+        """Something is tried for the row in progress.
+
+        Args:
+            text: what, such as ``candidate 7``.
+        """
+
 
 class LogReporter:
     """Reports every row through Lightning's logger of messages."""
@@ -51,6 +58,9 @@ class LogReporter:
     def row(self, result: Result, monitor: str) -> None:
         """Report the row's score."""
         rank_zero_info(describe_result(result, monitor))
+
+    def stage(self, text: str) -> None:
+        """Nothing: it would be a line for every candidate."""
 
 
 def describe_result(result: Result, monitor: str) -> str:

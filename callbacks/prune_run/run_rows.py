@@ -93,6 +93,7 @@ class RunRows:
         """
         settings = self.settings
         self._record_references(experiment, finetuned)
+        experiment.stage = self.reporter.stage
         for result in experiment.run(settings.methods, settings.rates, settings.seeds):
             self._save_adapter(experiment, result)
             self._record(result)

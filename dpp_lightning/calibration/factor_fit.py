@@ -61,7 +61,7 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     before = next(form.loss for form in forms if form.name == "plain")
     if _numbers(best.delta) <= NUMBERS_PER_TEXT * training.samples:
         settings = TrainingSettings(STEPS, RATE, seed=delta.info.seed, factors_dtype=_factors_dtype(delta))
-        trained, _ = training.train(_without_rest(best.delta), settings)
+        trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
         trained = _with_new_rest(calibrator.pairs, trained)
         forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))
     if any(len(tensor.values) for tensor in best.delta.tensors.values()):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.tensors.dtypes import to_dtype
+
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,28 @@ class Calibrator:
         pairs: the pruned tensors in both models, with the inputs of the layers where the method needs them.
         objective: what the fit goes by.
         dtype: how the file will hold the kept values, for fits that round while they train; None as they are.
+        report: is told what is tried, such as ``candidate 7``; None where nobody asks.
     """
 
     pairs: Sequence[TensorPair]
     objective: Objective
     dtype: str | None = None
+    report: Report | None = None
+    _candidates: Iterator[int] = field(default_factory=lambda: count(1))
 
     def cost(self, delta: SparseDelta) -> float:
         """The number to be minimised, of one candidate."""
+        self.tell(f"candidate {next(self._candidates)}")
         return self.objective.cost(delta)
+
+    def tell(self, text: str) -> None:
+        """Report what is tried now."""
+        if self.report is not None:
+            self.report(text)
+
+    def tell_step(self, step: int, steps: int, loss: float) -> None:
+        """Report a step of training, as :class:`dpp_lightning.calibration.distillation.Distillation` gives it."""
+        self.tell(f"step {step} of {steps}, loss {loss:.3f}")
 
     def fit(self, delta: SparseDelta) -> FoundRescaling:
         """Find what the delta's method fits.

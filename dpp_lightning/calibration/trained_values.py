@@ -38,7 +38,7 @@ def fit_values(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     start = untrained[best_q] if keep >= _FROM_DELTA else _zeros(delta)
     rate = min(_MOST_RATE, max(_LEAST_RATE, _RATE * sqrt(_RATE_AT / max(delta.num_kept, 1))))
     settings = TrainingSettings(STEPS, rate, seed=delta.info.seed, dtype=calibrator.dtype)
-    trained, tried = training.train(start, settings)
+    trained, tried = training.train(start, settings, calibrator.tell_step)
     after = min(value for _, value in tried)
     if losses[best_q] < after:
         trained, after = untrained[best_q], losses[best_q]

@@ -17,7 +17,15 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from dpp_lightning.cli.exit_codes import DONE, USAGE_ERROR, describe
 from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repeated
@@ -220,15 +228,35 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+class BytesDone:
+    """Moves a bar on.
+
+    Args:
+        bar, task: of rich.
+        action: what is being done.
+    """
+
+    def __init__(self, bar: Progress, task: TaskID, action: str) -> None:
+        self._bar, self._task, self._action = bar, task, action
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes are done, of so many."""
+        self._bar.update(self._task, completed=done, total=total)
+
+    def stage(self, text: str) -> None:
+        """Show what is being tried beside the bar."""
+        self._bar.update(self._task, description=f"{self._action}: {text}")
+
+
 @contextmanager
-def progress_bar(action: str) -> Iterator[Callable[[int, int], Any]]:
+def progress_bar(action: str) -> Iterator[BytesDone]:
     """A bar on the terminal with bytes a second.
 
     Args:
         action: what is being done, such as ``"pruning"``.
 
     Yields:
-        A function to call with the bytes done and the bytes in all.
+        To be called with the bytes done and the bytes in all.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -239,4 +267,4 @@ def progress_bar(action: str) -> Iterator[Callable[[int, int], Any]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(action, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield BytesDone(bar, task, action)

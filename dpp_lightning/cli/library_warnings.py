@@ -1,11 +1,36 @@
-"""The library's warnings on the command line: one line each, without the place in the code that raised them."""
+"""What the libraries say on the command line: ours in one line each, what no user can act on not at all.
+
+``DPP_VERBOSE=1`` shows everything.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from pathlib import Path
 
+from dpp_lightning.storage.quiet_loading import is_verbose
+
 _PACKAGE = Path(__file__).parents[1]
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
+_NOISE = re.compile(
+    r"Tip: For seamless|litmodels|available: False|^Loading `\w+` to estimate number of stepping batches|"
+    r"^`Trainer\.\w+` stopped: `(max_epochs|max_steps)=",
+    re.IGNORECASE,
+)
+_NOISY_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*`tensorboardX` has been removed",
+    r".*does not have many workers",
+    r"The dirpath has changed from",
+    r"Checkpoint directory .* exists and is not empty",
+    r".*litmodels",
+)
 
 
 def show_in_one_line() -> None:
@@ -19,3 +44,18 @@ def show_in_one_line() -> None:
         return f"dpp: warning: {message}\n" if ours else others(message, category, filename, lineno, line)
 
     warnings.formatwarning = format_warning
+
+
+def quiet_libraries() -> None:
+    """Drop what Lightning says that no user can act on, in this process: advertisements, hardware that is not there,
+    the end of a fit that ended as it was asked to, and warnings about its own innards."""
+    if is_verbose():
+        return
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_of_use)
+    for message in _NOISY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return _NOISE.search(record.getMessage()) is None

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from jsonargparse import ActionYesNo, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,6 +25,7 @@ from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.optim import AdamR
+from dpp_lightning.storage.quiet_loading import VERBOSE, is_verbose
 from dpp_lightning.tasks import (
     AdaMergingModule,
     CausalLMModule,
@@ -39,6 +40,7 @@ from dpp_lightning.tasks import (
 )
 from dpp_lightning.trainer.checkpoint_io import AtomicCheckpointIO, SameCheckpoint
 from dpp_lightning.trainer.interruption import how_to_resume, lost_rank
+from dpp_lightning.trainer.model_size import ModelSize
 from dpp_lightning.trainer.strategies import FSDP2Strategy
 
 SHORT_NAMES = (
@@ -75,6 +77,9 @@ settings of a class, which an option that ends in .help lists:
 
 where in the code an error was raised:
   {SHOW_TRACEBACK}=1 dpp {{name}} --config NAME
+
+what Lightning and transformers say of themselves, which is quiet by default:
+  {VERBOSE}=1 dpp {{name}} --config NAME
 
 exit codes:
 {{codes}}
@@ -184,6 +189,8 @@ class DPPCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Add the callbacks of options, check sources of data and weights, and keep the config of an earlier fit."""
         add_delta_callback(self.config[self.subcommand])
+        if self.subcommand == "fit":
+            _say_size_in_one_line(self.config.fit)
         check_sources(self.config[self.subcommand])
         if self.subcommand == "predict":
             add_prediction_writer(self.config[self.subcommand])
@@ -242,6 +249,16 @@ def add_delta_callback(config: Namespace) -> None:
     if config.get("ckpt_path") is not None:
         raise ValueError("--delta goes onto the base, --ckpt_path loads fine-tuned weights: give one of them")
     _replace_callbacks(config, DeltaPruneCallback, ApplyDelta, delta=delta, task=task)
+
+
+def _say_size_in_one_line(config: Namespace) -> None:
+    """Have the model's size in one line in place of Lightning's table, unless the user said which."""
+    callbacks = listed(config.trainer.get("callbacks"))
+    chosen = config.trainer.get("enable_model_summary") is not None or config.trainer.get("barebones")
+    if chosen or is_verbose() or any(is_callback(callback, ModelSummary) for callback in callbacks):
+        return
+    config.trainer.enable_model_summary = False
+    config.trainer.callbacks = [*callbacks, class_config(ModelSize)]
 
 
 def add_prediction_writer(config: Namespace) -> None:

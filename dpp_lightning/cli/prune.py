@@ -78,7 +78,8 @@ def prune_to_folder(
         blocks: where the blocks are if names do not tell: leading parts of tensor names, such as 'tower.cells.*'
         calibration: text (one example a line), .tsv (two texts a line) or a .safetensors batch, for methods that fit,
             train or weigh by data; never what the model is scored on
-        calibration_samples: how many of its examples are used at most; null for 64, of methods that train 512, of auto 1024
+        calibration_samples: how many of its examples are used at most; null for 64, 512 for methods that train,
+            1024 for auto
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
@@ -106,6 +107,7 @@ def prune_to_folder(
             weights_only=weights_only,
             overwrite=overwrite,
             progress=progress,
+            report=progress.stage,
         )
     _report(folder)
 
@@ -132,7 +134,7 @@ def number_of_bytes(text: str) -> int:
     match = _BYTES.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"--max_bytes is a number of bytes such as 50000, 50kB, 0.24MB or 48KiB, got {text!r}")
-    prefix, binary = match["prefix"].upper(), bool(match["binary"])
+    prefix, binary = (match["prefix"] or "").upper(), bool(match["binary"])
     return int(float(match["number"]) * (1024 if binary else 1000) ** ("KMG".index(prefix) + 1 if prefix else 0))
 
 

@@ -21,11 +21,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, full_name
+from dpp_lightning.callbacks.prune_run.rows_bar import RowsBar
 from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
-from dpp_lightning.cli.sweep_progress import BarReporter
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
@@ -132,7 +132,7 @@ class SweepCLI(DPPCLI):
         evaluate = self.trainer.validate if self.options.split == "validation" else self.trainer.test
         is_first = self.trainer.is_global_zero
         try:
-            with BarReporter(visible=is_first) as callback.reporter:
+            with RowsBar(visible=is_first) as callback.reporter:
                 evaluate(**{**arguments, "verbose": False})
         except SystemExit as stop:
             if signal_code(stop) and is_first:

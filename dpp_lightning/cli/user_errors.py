@@ -1,13 +1,12 @@
 """Errors of the Lightning commands: what the user can cure is one line and an exit code, a bug keeps its traceback."""
 
-import logging
-import warnings
 from collections.abc import Callable
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dpp_lightning.cli.command import say
 from dpp_lightning.cli.exit_codes import DONE, FAILED, INTERRUPTED, TERMINATED, describe
+from dpp_lightning.cli.library_warnings import quiet_libraries
 
 
 def guarded(command: str, act: Callable[[], object]) -> int:
@@ -20,7 +19,7 @@ def guarded(command: str, act: Callable[[], object]) -> int:
     Returns:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
-    _silence_what_no_user_can_cure()
+    quiet_libraries()
     try:
         act()
     except SystemExit as stop:
@@ -35,17 +34,6 @@ def guarded(command: str, act: Callable[[], object]) -> int:
             say(note)
         return code
     return DONE
-
-
-def _silence_what_no_user_can_cure() -> None:
-    """Drop Lightning's advertisements, and two warnings about its own innards and its own former dependency."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    for message in (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r".*`tensorboardX` has been removed"):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
 
 
 def signal_code(stop: SystemExit) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dpp_lightning.calibration.calibration_data import Calibration, OutputGradients
 from dpp_lightning.calibration.distillation import Distillation
-from dpp_lightning.calibration.fit_rescaling import FoundRescaling, cast
+from dpp_lightning.calibration.fit_rescaling import FoundRescaling, Report, cast
 from dpp_lightning.calibration.q_search import q_grid
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.delta.sparse_delta import SparseDelta
@@ -84,6 +84,7 @@ class Experiment:
         metric: scores the target on the calibration split; only for the objective ``metric``.
         gradients: of the output's error on the calibration batch; only for ``darex-learned``.
         distillation: trains toward the fine-tuned model's outputs; only for methods that train.
+        stage: is told what is tried for the row in progress.
         objective: what q is searched by.
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).
@@ -114,6 +115,7 @@ class Experiment:
     reference_scores: dict[str, float] = field(default_factory=dict)
     gradients: OutputGradients | None = None
     distillation: Distillation | None = None
+    stage: Report | None = None
     done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
 
@@ -132,8 +134,8 @@ class Experiment:
                         known = rescaling = None
                     elif rescaling is None and spec.fit is not None and seed != drawn_seeds[0]:
                         first = self._spec(method, rate, drawn_seeds[0])
-                        rescaling = self.plan.draw_and_fit(first, self.calibration)[1]
-                    delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling)
+                        rescaling = self.plan.draw_and_fit(first, self.calibration, report=self.stage)[1]
+                    delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling, report=self.stage)
                     with delta.applied(self.target, force=True):
                         score = self.score()
                     self.last = delta

@@ -55,8 +55,8 @@ class Fit:
         samples: how many calibration examples it takes where no number is given.
         required: without it the method would be another one, so that pruning without calibration data is an error.
         options: a function whose keyword-only parameters are the fit's settings.
-        draws: it draws the delta by itself: its function is ``(PruningPlan, PruningSpec, CalibrationSource) ->
-            (SparseDelta, FoundRescaling)``, and the method has no selection of its own.
+        draws: it draws the delta by itself: its function is ``(PruningPlan, PruningSpec, CalibrationSource, Report)
+            -> (SparseDelta, FoundRescaling)``, and the method has no selection of its own.
         uses_moments: it uses the means and second moments of the layers' inputs, where there is calibration data.
     """
 

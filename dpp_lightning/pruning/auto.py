@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource, Objective
-from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, cast
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, Report, cast
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
@@ -45,7 +45,7 @@ class Form:
 
 
 def choose(
-    plan: PruningPlan, spec: PruningSpec, calibration: CalibrationSource | None
+    plan: PruningPlan, spec: PruningSpec, calibration: CalibrationSource | None, report: Report | None = None
 ) -> tuple[SparseDelta, FoundRescaling]:
     """The best form within ``max_bytes``, or the smallest within ``max_loss``.
 
@@ -53,6 +53,7 @@ def choose(
         plan: the two models.
         spec: of method ``auto``: its seed, and ``max_bytes`` or ``max_loss`` among its settings.
         calibration: data that forms are trained on, of which an eighth is held out to compare them.
+        report: is told what is tried.
 
     Returns:
         The delta, which says in ``info.training["compared"]`` what it was compared with, and the losses.
@@ -67,7 +68,7 @@ def choose(
     objective = calibration.objective(known.replaced_base, gradients=False, distillation=True)
     if objective is None or objective.distillation is None:
         raise ValueError("auto compares forms on calibration data, which this source does not give")
-    search = _Search(known, spec, objective)
+    search = _Search(known, spec, objective, report)
     forms = search.within_bytes(int(max_bytes)) if max_bytes else search.within_loss(float(max_loss))
     within = [form for form in forms if max_bytes or form.loss <= max_loss]
     best = min(within or forms, key=lambda form: form.loss if max_bytes or not within else form.num_bytes)
@@ -85,6 +86,7 @@ class _Search:
     plan: PruningPlan
     spec: PruningSpec
     objective: Objective
+    report: Report | None = None
 
     def within_loss(self, max_loss: float) -> list[Form]:
         """Forms of more and more bytes, until one has that loss or less."""
@@ -159,13 +161,17 @@ class _Search:
         pairs = self.plan.covering(spec).pairs
         delta = drawn
         if spec.fit is not None:
-            delta = Calibrator(pairs, self.objective, spec.dtype).fit(drawn).apply(drawn)
+            delta = Calibrator(pairs, self.objective, spec.dtype, self._telling(name)).fit(drawn).apply(drawn)
         delta = cast(delta, pairs, spec)
         if delta.num_bytes > max_bytes:
             raise ValueError(f"{delta.num_bytes:,} bytes once it is fitted")
         assert self.objective.distillation is not None
         told, loss = delta.info.training.get("form", ""), self.objective.distillation.loss(delta)
         return Form(f"{name} ({told})" if told else name, delta, delta.num_bytes, loss)
+
+    def _telling(self, name: str) -> Report | None:
+        report = self.report
+        return None if report is None else lambda text: report(f"{name}, {text}")
 
 
 def _with_info(delta: SparseDelta, **changes: Any) -> SparseDelta:

@@ -20,6 +20,7 @@ from dpp_lightning.calibration.pieces import pieces_of, training_pieces
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
+from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import named_tensors
 
@@ -203,7 +204,9 @@ def load_model(model_class: ModelClass) -> nn.Module:
     """
     source = model_class.source
     try:
-        model, info = model_class.kind.from_pretrained(source, revision=model_class.revision, output_loading_info=True)
+        with without_load_report():
+            settings = {"revision": model_class.revision, "output_loading_info": True}
+            model, info = model_class.kind.from_pretrained(source, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source}: transformers cannot load it for calibration: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])

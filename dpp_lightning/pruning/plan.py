@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource
-from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, cast
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, Report, cast
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
@@ -347,7 +347,12 @@ class PruningPlan:
         return SparseDelta(tensors, carried, plan.info(spec, check), rows)
 
     def fit(
-        self, spec: PruningSpec, delta: SparseDelta, calibration: CalibrationSource | None
+        self,
+        spec: PruningSpec,
+        delta: SparseDelta,
+        calibration: CalibrationSource | None,
+        *,
+        report: Report | None = None,
     ) -> FoundRescaling | None:
         """What the spec's method finds on calibration data; None where it fits nothing or there is no data.
 
@@ -355,6 +360,7 @@ class PruningPlan:
             spec: what the delta was drawn by.
             delta: one mask, as :meth:`draw` gives it.
             calibration: what the fit goes by.
+            report: is told what is tried.
 
         Raises:
             ValueError: the method cannot do without an objective, inputs or gradients that the data does not give.
@@ -367,13 +373,15 @@ class PruningPlan:
         if objective is None:
             spec.check_calibration(objective=False, inputs=True)
             return None
-        return Calibrator(plan.pairs, objective, spec.dtype).fit(delta)
+        return Calibrator(plan.pairs, objective, spec.dtype, report).fit(delta)
 
     def draw_and_fit(
         self,
         spec: PruningSpec,
         calibration: CalibrationSource | None = None,
         rescaling: FoundRescaling | None = None,
+        *,
+        report: Report | None = None,
     ) -> tuple[SparseDelta, FoundRescaling | None]:
         """One pruned delta, with the q or weights that its method finds.
 
@@ -381,6 +389,7 @@ class PruningPlan:
             spec: what is drawn; a plan that does not know the layers' inputs yet learns them by :meth:`for_spec`.
             calibration: what a fit goes by; None leaves q at the method's own.
             rescaling: what was found on another mask of the same method and rate; nothing is fitted then.
+            report: is told what is tried.
 
         Returns:
             The delta, its values in the spec's dtype, and what was found for it.
@@ -390,11 +399,11 @@ class PruningPlan:
         """
         if spec.row.fit is not None and spec.row.fit.draws:
             spec.check_calibration(objective=calibration is not None, inputs=True)
-            return spec.row.fit.function(self, spec, calibration)
+            return spec.row.fit.function(self, spec, calibration, report)
         delta = self.draw(spec)
         if spec.q is not None:
             return delta.rescaled(spec.q), None
-        rescaling = rescaling or self.fit(spec, delta, calibration)
+        rescaling = rescaling or self.fit(spec, delta, calibration, report=report)
         if rescaling is not None:
             delta = rescaling.apply(delta)
         return cast(delta, self.covering(spec).pairs, spec), rescaling

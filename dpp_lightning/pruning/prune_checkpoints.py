@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource
+from dpp_lightning.calibration.fit_rescaling import Report
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import set_q, write_files
@@ -40,6 +41,7 @@ def prune_checkpoint(
     weights_only: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Prune the delta between two checkpoints into a delta folder, which appears whole or not at all.
 
@@ -61,6 +63,7 @@ def prune_checkpoint(
             modules (sentence-transformers).
         overwrite: replace an older delta in the output folder, at once when the new one is complete.
         progress: called with the bytes of both models that are done, and all of them.
+        report: told what a fit tries.
 
     Raises:
         ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`; or the output is, holds or lies in an input.
@@ -91,12 +94,14 @@ def prune_checkpoint(
             _stream(folder, plan, spec, beside, progress)
             q = spec.q
             if q is None and spec.fit is not None and calibration is not None:
-                rescaling = plan.fit(spec, drawn := SparseDelta.from_pretrained(folder), calibration)
+                drawn = SparseDelta.from_pretrained(folder)
+                rescaling = plan.fit(spec, drawn, calibration, report=report)
                 q = rescaling.apply(drawn).q if rescaling is not None else None
             if q is not None:
                 set_q(folder, q)
         else:  # the kept values get weights, which are known only when all entries are
-            plan.draw_and_fit(spec, calibration)[0].save_pretrained(folder, side_files=beside)
+            delta, _ = plan.draw_and_fit(spec, calibration, report=report)
+            delta.save_pretrained(folder, side_files=beside)
     return local_path(output)
 
 

@@ -17,7 +17,7 @@ class Plan:
     def __init__(self) -> None:
         self.known: dict[int, Any] = {}
 
-    def draw_and_fit(self, spec: Any, calibration: Any, known: Any = None) -> tuple[Any, Any]:
+    def draw_and_fit(self, spec: Any, calibration: Any, known: Any = None, *, report: Any = None) -> tuple[Any, Any]:
         self.known[spec.seed] = known
         delta = SimpleNamespace(applied=lambda target, force: nullcontext())
         return delta, known or SimpleNamespace(tried=[0.0] * 3)

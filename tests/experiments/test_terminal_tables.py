@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
+from dpp_lightning.callbacks.prune_run.rows_bar import RowsBar
 from dpp_lightning.cli.eval import _show
-from dpp_lightning.cli.sweep_progress import BarReporter
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.tables import console_table, markdown_table
 from dpp_lightning.experiments.terminal_tables import Column, cut_names, show_lines, show_table
@@ -76,7 +76,7 @@ def test_names_are_no_markup(name, terminal, capsys):
     _show({"results": {name: {f"acc{name},none": 0.25, f"acc{name}_stderr,none": 0.125}}})
     assert f"{name}  acc{name}  0.2500  0.1250" in capsys.readouterr().out
     file = io.StringIO()
-    reporter = BarReporter(console=Console(file=file, width=200))
+    reporter = RowsBar(console=Console(file=file, width=200))
     reporter.row(Result("base", 0.5), name)
     assert f"base: {name} 0.5000" in file.getvalue()
 

@@ -22,6 +22,7 @@ from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.output_folder import DELTA, check_output
+from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tasks.common.module import ScoredModule
 from dpp_lightning.tasks.common.pretrained import check_pretrained, loading
@@ -116,7 +117,7 @@ class AdaMergingModule(ScoredModule):
         cls: Any = AutoModelForSequenceClassification if self.architecture == "classification" else AutoModelForCausalLM
         settings = {"revision": self.revision or "main", "dtype": torch.float32, "output_loading_info": True}
         source = check_pretrained(self.pretrained, self.revision)
-        with loading(self.pretrained):
+        with loading(self.pretrained), without_load_report():
             model, info = cls.from_pretrained(source, **settings)
         return model.requires_grad_(False).eval(), set(info["missing_keys"])
 

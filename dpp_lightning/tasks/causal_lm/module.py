@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpp_lightning.calibration.output_change import resolve_layer
 from dpp_lightning.optim import AdamR
+from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.tasks.causal_lm.generation import generate_texts
 from dpp_lightning.tasks.causal_lm.packing import check_packing_isolates
 from dpp_lightning.tasks.causal_lm.sample_log import log_samples
@@ -208,7 +209,7 @@ def _load(pretrained: str, revision: str | None, dtype: str, attention: str | No
     Raises:
         ValueError: the files lack some of its tensors.
     """
-    with loading(pretrained):
+    with loading(pretrained), without_load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             pretrained,
             revision=revision or "main",

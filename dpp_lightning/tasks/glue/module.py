@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dpp_lightning.optim import AdamR
+from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.tasks.common.lora import LoRA
 from dpp_lightning.tasks.common.module import FineTuningModule
 from dpp_lightning.tasks.common.optimization import Schedule
@@ -112,7 +113,7 @@ def _load(pretrained: str, revision: str | None, num_labels: int, seed: int) -> 
         FileNotFoundError: no such base.
     """
     source = check_pretrained(pretrained, revision)
-    with torch.random.fork_rng(devices=[]), loading(pretrained):
+    with torch.random.fork_rng(devices=[]), loading(pretrained), without_load_report():
         torch.manual_seed(seed)  # the new head is a function of the seed alone
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source,

@@ -1,4 +1,4 @@
-"""The progress of a sweep on a terminal: rows done of all, the row in progress, the time left; a line for every row."""
+"""The progress of a run on a terminal: rows done of all, the row in progress, the time left; a line for every row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpp_lightning.experiments.terminal_tables import printable
 _WEEK = 7 * 24 * 3600.0
 
 
-class BarReporter:
+class RowsBar:
     """Reports the rows of a :class:`dpp_lightning.callbacks.DeltaPruneCallback` by a progress bar and lines above it.
 
     It is a context manager: the bar is removed when the block ends.
@@ -45,9 +45,9 @@ class BarReporter:
             speed_estimate_period=_WEEK,
         )
         self._task = self._bar.add_task("", total=None)
-        self._visible, self._pending, self._kept, self._made = visible, list[Row](), 0, 0
+        self._visible, self._pending, self._kept, self._made, self._row = visible, list[Row](), 0, 0, ""
 
-    def __enter__(self) -> BarReporter:
+    def __enter__(self) -> RowsBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,7 +59,8 @@ class BarReporter:
         if kept:
             self._print(f"{kept} rows were made before and are kept; {len(pending)} are left")
         if pending:
-            self._bar.update(self._task, total=len(pending) + kept, completed=kept, description="base and fine-tuned")
+            self._describe("base and fine-tuned")
+            self._bar.update(self._task, total=len(pending) + kept, completed=kept)
             self._bar.start()
 
     def row(self, result: Result, monitor: str) -> None:
@@ -75,9 +76,17 @@ class BarReporter:
         if self._made < len(self._pending):
             method, rate, seed = self._pending[self._made]
             if self._made or result.method == "fine-tuned":
-                self._bar.update(self._task, description=f"{method} p={rate:g} seed={seed}")
+                self._describe(f"{method} p={rate:g} seed={seed}")
         else:
             self._bar.stop()
+
+    def stage(self, text: str) -> None:
+        """Show what is being done for the row in progress."""
+        self._bar.update(self._task, description=f"{self._row}: {text}")
+
+    def _describe(self, row: str) -> None:
+        self._row = row
+        self._bar.update(self._task, description=row)
 
     def _print(self, text: str) -> None:
         if self._visible:
