@@ -216,21 +216,34 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
     if not models or not getattr(models[0], "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(module).__name__} has no gradient checkpointing: train without it")
     settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
-    _of_any_version(models[0], "enable")(settings)
-    layers = [part for part in models[0].modules() if getattr(part, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
+    before = [(part, _switches(part), set(part._forward_hooks)) for part in module.modules()]
     try:
+        _enabling(models[0])(settings)
+        for part in models[0].modules():
+            part.training = part.training or bool(getattr(part, "gradient_checkpointing", False))
         yield
     finally:
-        for layer in layers:
-            layer.training = False
-        _of_any_version(models[0], "disable")()
+        for part, switches, hooks in before:
+            part.training = False
+            for name in _switches(part).keys() - switches.keys():
+                delattr(part, name)
+            vars(part).update(switches)
+            for number in part._forward_hooks.keys() - hooks:
+                del part._forward_hooks[number]
 
 
-def _of_any_version(model: nn.Module, what: str) -> Callable[..., Any]:
-    """A method that newer versions of transformers call ``activation_checkpointing_...``."""
-    found: Callable[..., Any] = getattr(model, f"activation_checkpointing_{what}", None) or getattr(
-        model, f"gradient_checkpointing_{what}"
-    )
+_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
+
+
+def _switches(part: nn.Module) -> dict[str, Any]:
+    """What transformers sets on a module to have it computed anew."""
+    return {name: vars(part)[name] for name in _SWITCHES if name in vars(part)}
+
+
+def _enabling(model: nn.Module) -> Callable[..., Any]:
+    """A method that newer versions of transformers call ``activation_checkpointing_enable``."""
+    newer: Callable[..., Any] | None = getattr(model, "activation_checkpointing_enable", None)
+    older: Callable[..., Any] | None = getattr(model, "gradient_checkpointing_enable", None)
+    found = newer or older
+    assert found is not None
     return found

@@ -1,7 +1,6 @@
 """Training kept values and factors: gradients as of dense autograd, held-out guard, and a module left as it was."""
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,12 +42,6 @@ def llama():
 
 def vit():
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL))
-
-
-def convolutions():
-    return nn.ModuleDict(
-        {"stem": nn.Conv2d(3, 8, 3, padding=1), "layers": nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(2))}
-    )
 
 
 MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
@@ -157,15 +150,20 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_module_as_it_was(name,
     assert all(part.training for part in model.modules())
     again, _ = training.train(delta, settings)
     for tensor_name, tensor in trained.tensors.items():
-        assert torch.equal(again.tensors[tensor_name].values, tensor.values)
+        other = again.tensors[tensor_name]
+        assert torch.equal(other.values, tensor.values)
+        assert (other.factors is None) == (tensor.factors is None)
+        if tensor.factors is not None:
+            assert torch.equal(other.factors.left, tensor.factors.left)
+            assert tensor.factors.is_whole or torch.equal(other.factors.right, tensor.factors.right)
 
 
 def test_the_base_has_loss_two_and_the_fine_tuned_model_none():
     _model, training, plan = training_on("bert", count=8)
     whole = plan.draw(PruningSpec("dare", 0.0))
     assert training.loss(whole) < 1e-6
-    losses = [float(training.teacher.loss(training.pieces[i], i)) for i in range(8)]
     with torch.no_grad():
+        losses = [float(training.teacher.loss(training.pieces[i], i)) for i in range(8)]
         assert sum(losses) / 8 == pytest.approx(2.0, rel=1e-4)
 
 
@@ -184,6 +182,7 @@ def test_layers_computed_anew_give_the_same_training():
     _other, tried_anew = training.train(delta, TrainingSettings(12, 0.02, checkpointing=True))
     assert [loss for _, loss in tried] == pytest.approx([loss for _, loss in tried_anew], rel=1e-4)
     assert not any(part.training for part in model.modules())
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 def test_values_are_rounded_to_what_the_file_holds(tmp_path):
@@ -219,11 +218,32 @@ def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
     assert delta.info.factors_dtype == "int4"
 
 
-def test_what_nothing_was_trained_in_is_not_divided_by():
-    _model, training, plan = training_on("bert")
-    assert training.base_loss() > 0
-    unchanged = replace(plan.draw(PruningSpec("dare", 0.0)).info)
-    assert unchanged.method == "dare"
+def checkpointing_of(model):
+    return [(name, getattr(part, "gradient_checkpointing", None)) for name, part in model.named_modules()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("on_before", [False, True])
+def test_an_error_in_training_leaves_the_module_as_it_was(checkpointing, on_before):
+    model, training, plan = training_on("bert")
+    if on_before:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    model.train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    hooks = [list(part._forward_hooks) for part in model.modules()]
+    state = checkpointing_of(model)
+    delta = plan.draw(PruningSpec("refit", 0.7)).rescaled(1.0)
+
+    def fail(step, steps, loss):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        training.train(delta, TrainingSettings(3, 0.02, checkpointing=checkpointing), fail)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert all(part.training for part in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert [list(part._forward_hooks) for part in model.modules()] == hooks
+    assert checkpointing_of(model) == state
 
 
 def test_one_piece_is_refused():
