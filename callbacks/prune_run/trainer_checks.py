@@ -54,6 +54,11 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
             ModelCheckpoint for the best weights, no gradients or labels for a method that needs them, or no way to
             upload.
     """
+    if trainer.barebones:
+        raise ValueError(
+            "DeltaPruneCallback scores models by what the module logs, and Trainer(barebones=True) logs nothing: "
+            "leave barebones out (--trainer.barebones false), or the callback"
+        )
     warn_of_direction(settings)
     refuse_flat_parameters(trainer, "DeltaPruneCallback")
     refuse_fsdp1(trainer, "DeltaPruneCallback")

@@ -36,6 +36,8 @@ _REFUSING = (
     "datasets.",
     "lm_eval.",
 )
+# Packages of loggers, in which any error is about an account, a server or an installation: a missing requirement too.
+_LOGGERS = ("lightning.pytorch.loggers.", "lightning.fabric.loggers.", "wandb.", "mlflow.", "comet_ml.", "neptune.")
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
@@ -67,8 +69,16 @@ def _message(error: BaseException | None) -> str | None:
             return str(error)
         if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
             return str(error)
+        if isinstance(error, Exception) and _raised_in(error).startswith(_LOGGERS):
+            return _of_logger(error)
         error = error.__cause__
     return None
+
+
+def _of_logger(error: BaseException) -> str:
+    """What a logger refuses, with the way round it."""
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    return f"the logger cannot be used: {text}; or take another one, such as --trainer.logger CSVLogger, or false"
 
 
 def _is_failure(error: BaseException | None) -> bool:

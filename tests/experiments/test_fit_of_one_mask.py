@@ -24,7 +24,7 @@ class Plan:
 
 
 def run(method: str, monkeypatch: pytest.MonkeyPatch, done: tuple = ()) -> tuple[Plan, list[int]]:
-    monkeypatch.setattr(Experiment, "_result", lambda self, delta, score, start, forwards: forwards)
+    monkeypatch.setattr(Experiment, "_result", lambda self, spec, delta, score, start, forwards: forwards)
     plan = Plan()
     experiment = Experiment(plan, {}, lambda: 0.0, lambda: 0.0, None, "output_change", True, None, done=done)  # type: ignore[arg-type]
     return plan, list(experiment.run([method], [0.9], [0, 1, 2]))  # type: ignore[arg-type]
