@@ -19,8 +19,9 @@ class ApplyDelta(pl.Callback):
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: in ``setup``, if the callback is used in a fit, the delta is damaged, or the delta has no such task
-            or the module has another one; at the start of the run, if the module does not hold the delta's base.
+        ValueError: in ``setup``, if the callback is used in a fit or beside another one, the delta is damaged, or the
+            delta has no such task or the module has another one; at the start of the run, if the module does not hold
+            the delta's base.
         FileNotFoundError: in ``setup``, if there is no such delta.
     """
 
@@ -29,8 +30,19 @@ class ApplyDelta(pl.Callback):
         self._delta: SparseDelta | None = None  # read in setup
         self._applied = False
 
+    @property
+    def state_key(self) -> str:
+        """Of this delta alone, so that Lightning tells several from one another."""
+        return f"{type(self).__qualname__}({self.folder!r}, {self.task!r}, {self.revision!r})"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read and check the delta."""
+        others = [c.folder for c in trainer.callbacks if isinstance(c, ApplyDelta) and c is not self]  # type: ignore[attr-defined]
+        if others:
+            raise ValueError(
+                f"the deltas {self.folder} and {', '.join(others)} would both go onto one base: apply one in each run, "
+                "or merge them first (dpp merge)"
+            )
         if stage == "fit":
             raise ValueError("a delta is applied to a base that is scored, not trained: use validate, test or predict")
         delta = SparseDelta.from_pretrained(self.folder, revision=self.revision)

@@ -73,7 +73,8 @@ def prefix_of(folder: Path, folders: Sequence[Path]) -> str:
     if len(folders) < 2:
         return "dpp"
     unique = [other.name for other in folders].count(folder.name) == 1
-    return f"dpp/{folder.name if unique else folder.as_posix().strip('/')}"
+    parts = [part for part in folder.parts if part.strip("/.")]  # loggers take no '..' in a name
+    return f"dpp/{folder.name if unique else '/'.join(parts)}"
 
 
 def tell_earlier_run(folder: Path, results_file: str) -> None:

@@ -17,6 +17,7 @@ from dpp_lightning.callbacks.prune_run.fit_notices import prefix_of
 from dpp_lightning.callbacks.prune_run.hf_passes import HFPasses, from_first
 from dpp_lightning.callbacks.prune_run.hf_trainer_checks import hf_folder, pruning_callbacks
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
+from dpp_lightning.callbacks.prune_run.logger_report import RunReport, boards_of_transformers, show_run
 from dpp_lightning.callbacks.prune_run.progress import (
     RESULTS_FILE,
     Reporter,
@@ -168,8 +169,11 @@ class HFPruneRun:
         """The table on the console, a plot of the curves, and the mean scores for the trainer's loggers."""
         settings, monitor, trainer = self.settings, self.passes.monitor, self.passes.trainer
         folders = [hf_folder(other, trainer) for other in pruning_callbacks(trainer)]
-        trainer.log(mean_scores(self.rows.results, settings, monitor, prefix_of(self.folder, folders)))
+        prefix = prefix_of(self.folder, folders)
+        trainer.log(mean_scores(self.rows.results, settings, monitor, prefix))
         if not self.passes.is_first:
             return
         console_table(self.rows.results, monitor)
-        save_plot_and_name_files(self.rows.results, curves, self.folder, settings, monitor)
+        figures = save_plot_and_name_files(self.rows.results, curves, self.folder, settings, monitor)
+        report = RunReport(self.rows.results, figures, prefix, trainer.state.global_step)
+        show_run(boards_of_transformers(trainer.callback_handler.callbacks), report)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpp_lightning.callbacks.prune_run.fit_notices import metric_prefix
+from dpp_lightning.callbacks.prune_run.logger_report import RunReport, boards_of_lightning, show_run
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation, rate_text
 from dpp_lightning.experiments.plots import plot_over_q
@@ -133,19 +134,25 @@ def report_results(
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         rank_zero_info("fast_dev_run: each method was tried at one rate and seed, and nothing was saved")
         return
-    save_plot_and_name_files(results, curves, folder, settings, monitor)
+    figures = save_plot_and_name_files(results, curves, folder, settings, monitor)
+    prefix = metric_prefix(settings, trainer)
+    show_run(boards_of_lightning(trainer.loggers), RunReport(results, figures, prefix, trainer.global_step))
 
 
 def save_plot_and_name_files(
     results: Sequence[Result], curves: Sequence[QCurve], folder: Path, settings: PruneSettings, monitor: str
-) -> None:
+) -> list[Path]:
     """Plot the curves over q into the folder, if there are any, and tell what was written there.
 
     Args:
         results, curves, folder, settings, monitor: as for :func:`report_results`.
+
+    Returns:
+        The files of pictures.
     """
     if curves:
         base, finetuned = (row.score for row in results[:2])
         plot_over_q(curves, folder / PLOT_FILE, monitor=monitor, finetuned=finetuned, base=base)
     written = f"deltas and {RESULTS_FILE}" if settings.save_deltas else RESULTS_FILE
     rank_zero_info(f"{written} are in {folder}")
+    return [folder / PLOT_FILE] if curves else []

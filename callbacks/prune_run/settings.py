@@ -175,11 +175,12 @@ class PruneSettings:
     def _method_faults(self) -> list[str]:
         """Settings of a method that is not run or does not have them; a dtype that would lose a method's values."""
         faults = []
-        for name, settings in self.method_settings.items():
+        for name in self.method_settings:
             if name not in self.methods:
                 faults.append(f"method_settings name {name!r}, which is not among the methods {list(self.methods)}")
-            elif name in METHODS:
-                faults += _refused(partial(METHODS[name].check, 0), [settings])
+        for name in self.methods:
+            if name in METHODS:
+                faults += _refused(partial(METHODS[name].check, 0), [self.method_settings.get(name, {})])
         for name in self.methods if self.dtype in DTYPES else ():
             if name in METHODS:
                 faults += _refused(partial(METHODS[name].check_dtype, name), [self.dtype])

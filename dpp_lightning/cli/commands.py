@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         show_in_one_line()
+        if os.getcwd() not in sys.path:  # classes in the current folder, as with python -m; nothing is shadowed
+            sys.path.append(os.getcwd())
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,6 +27,7 @@ from dpp_lightning.cli.command import FunctionCommand
 from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
+from dpp_lightning.cli.prune import number_of_bytes
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
@@ -49,6 +51,7 @@ class SweepOptions:
         split: the data that every model is scored on
         curve: a method, for which score and output change are plotted over q
         deltas: save a delta folder for each row; their bytes are counted all the same
+        max_bytes: of method auto: bytes that a delta may have, such as 50kB
     """
 
     output: str
@@ -58,11 +61,16 @@ class SweepOptions:
     split: Literal["test", "validation"] = "test"
     curve: str | None = None
     deltas: bool = True
+    max_bytes: str | None = None
 
     def grid(self) -> dict[str, list[Any]]:
         """The callback's settings that the options give."""
         given = {"method": self.methods, "pruning_rate": self.rates, "seeds": self.seeds}
         return {name: list(values) for name, values in given.items() if values}
+
+    def limits(self) -> dict[str, Any]:
+        """The settings of method auto that the options give."""
+        return {} if self.max_bytes is None else {"max_bytes": number_of_bytes(self.max_bytes)}
 
     def check(self) -> None:
         """Refuse what is wrong whatever the config says.
@@ -71,6 +79,8 @@ class SweepOptions:
             ValueError: an unknown method, a rate outside [0, 1), a value twice, a folder that cannot be written.
         """
         settings: dict[str, Any] = {**self.grid(), "plot": (self.curve or False) if self.methods else False}
+        if "auto" in self.methods:  # the limit may be the config's
+            settings["method_settings"] = {"auto": self.limits() or {"max_bytes": 1}}
         DeltaPruneCallback(**settings)
         check_writable(Path(self.output))
 
@@ -130,6 +140,11 @@ class SweepCLI(DPPCLI):
         """Score every pruned model on the split, and write the report."""
         (callback,) = (c for c in self.trainer.callbacks if isinstance(c, DeltaPruneCallback))  # type: ignore[attr-defined]
         evaluate = self.trainer.validate if self.options.split == "validation" else self.trainer.test
+        if self.options.split == "test" and type(self.model).test_step is LightningModule.test_step:
+            raise ValueError(
+                f"{type(self.model).__name__} has no test_step, and a sweep scores the test split by default: give it "
+                "one, or score the validation split with --split validation"
+            )
         is_first = self.trainer.is_global_zero
         try:
             with RowsBar(visible=is_first) as callback.reporter:
@@ -221,6 +236,8 @@ def _settings(configured: dict[str, Any], options: SweepOptions) -> dict[str, An
     settings: dict[str, Any] = options.grid()
     methods = settings.get("method", configured.get("method", []))
     of_methods = {name: s for name, s in (configured.get("method_settings") or {}).items() if name in methods}
+    if "auto" in methods and options.limits():
+        of_methods["auto"] = options.limits()
     settings |= {"method_settings": of_methods or None, "output_dir": options.output, "plot": options.curve or False}
     settings |= {"resume": True, "apply": False, "ckpt": "last", "push_to_hub": None, "hub_private": None}
     return settings | ({} if options.deltas else {"save_deltas": False})

@@ -11,7 +11,7 @@ from rich.console import Console
 from dpp_lightning.experiments.grid import Result, mean_and_deviation
 from dpp_lightning.experiments.terminal_tables import Column, printable, show_table
 
-_COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
+COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def console_table(results: Sequence[Result], monitor: str, console: Console | No
         monitor: name of the score.
         console: where to; default the standard output.
     """
-    columns = [Column(heading, text=heading == "model", names=heading == "model") for heading in _COLUMNS]
+    columns = [Column(heading, text=heading == "model", names=heading == "model") for heading in COLUMNS]
     show_table(columns, summary_rows(results), console, title="Pruned deltas", caption=table_caption(results, monitor))
 
 
@@ -118,7 +118,7 @@ def table_caption(results: Sequence[Result], monitor: str) -> str:
 
 def markdown_table(results: Iterable[Result]) -> str:
     """The summary as a Markdown table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in summary_rows(results))]) + "\n"
 
 
