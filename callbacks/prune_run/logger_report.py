@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ def boards_of_lightning(loggers: Iterable[Any]) -> list[tuple[str, Show]]:
     for logger in loggers:
         names = {cls.__name__ for cls in type(logger).__mro__}
         if "TensorBoardLogger" in names:
-            found.append(("TensorBoard", lambda report, known=logger: _to_tensorboard(known.experiment, report)))
+            found.append(("TensorBoard", partial(_of_experiment, _to_tensorboard, logger)))
         elif "WandbLogger" in names:
-            found.append(("Weights & Biases", lambda report, known=logger: _to_wandb(known.experiment, report)))
+            found.append(("Weights & Biases", partial(_of_experiment, _to_wandb, logger)))
         elif "MLFlowLogger" in names:
-            found.append(("MLflow", lambda report, known=logger: _to_mlflow(known.experiment, known.run_id, report)))
+            found.append(("MLflow", partial(_to_mlflow, logger)))
     return found
 
 
@@ -62,11 +63,11 @@ def boards_of_transformers(callbacks: Iterable[Any]) -> list[tuple[str, Show]]:
     for callback in callbacks:
         names = {cls.__name__ for cls in type(callback).__mro__}
         if "TensorBoardCallback" in names and callback.tb_writer is not None:
-            found.append(("TensorBoard", lambda report, writer=callback.tb_writer: _to_tensorboard(writer, report)))
+            found.append(("TensorBoard", partial(_to_tensorboard, callback.tb_writer)))
         elif "WandbCallback" in names and getattr(callback, "_wandb", None) is not None and callback._wandb.run:
-            found.append(("Weights & Biases", lambda report, run=callback._wandb.run: _to_wandb(run, report)))
+            found.append(("Weights & Biases", partial(_to_wandb, callback._wandb.run)))
         elif "MLflowCallback" in names and getattr(callback, "_ml_flow", None) is not None:
-            found.append(("MLflow", lambda report, known=callback._ml_flow: _to_active_mlflow(known, report)))
+            found.append(("MLflow", partial(_to_active_mlflow, callback._ml_flow)))
     return found
 
 
@@ -101,7 +102,13 @@ def _to_wandb(run: Any, report: RunReport) -> None:
     run.log(shown)  # at the logger's own step: an earlier one would be dropped
 
 
-def _to_mlflow(client: Any, run_id: str, report: RunReport) -> None:
+def _of_experiment(show: Callable[[Any, RunReport], None], logger: Any, report: RunReport) -> None:
+    """Show a run on what a logger holds, which is made when it is first asked for."""
+    show(logger.experiment, report)
+
+
+def _to_mlflow(logger: Any, report: RunReport) -> None:
+    client, run_id = logger.experiment, logger.run_id
     client.log_table(run_id, data=report.columns, artifact_file=f"{report.prefix}/table.json")
     for path in report.figures:
         client.log_artifact(run_id, str(path), artifact_path=report.prefix)
