@@ -1,4 +1,5 @@
-"""``dpp export``: a trainer's checkpoint to a folder that from_pretrained loads, or to a delta folder."""
+"""``dpp export``: a trainer's checkpoint to a folder that from_pretrained loads or to a delta folder; a delta to a LoRA
+adapter."""
 
 from __future__ import annotations
 
@@ -11,8 +12,15 @@ from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.output_folder import DELTA, DENSE, check_output
-from dpp_lightning.storage.source_kind import check_checkpoint, check_configuration, check_model
+from dpp_lightning.storage.source_kind import check_checkpoint, check_configuration, check_delta, check_model
 from dpp_lightning.tensors.dtypes import FLOATS
+
+_ADAPTER_ORDER = "dpp export DELTA --peft --base BASE"
+_ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
+_OF_ADAPTERS = (
+    *("checkpoint", "output", "overwrite", "dtype", "architecture", "base", "base_revision"),
+    *("peft", "lora_only", "task", "force"),
+)
 
 
 def export_to_folder(
@@ -33,20 +41,26 @@ def export_to_folder(
     seed: int = 0,
     q: float | None = None,
     method_settings: dict[str, float | str] | None = None,
+    peft: bool = False,
+    lora_only: bool = False,
+    task: str | None = None,
+    force: bool = False,
 ) -> None:
-    """Write a trainer's checkpoint as a folder that from_pretrained loads, or with --base as a delta folder.
+    """Write a trainer's checkpoint as a folder that from_pretrained loads, or with --base as a delta folder; or with
+    --peft a delta of low rank as a LoRA adapter.
 
     Taken are a Lightning .ckpt, a sharded checkpoint of Lightning (FSDP, ModelParallel) and a
     torch.distributed.checkpoint folder, block by block, without a GPU or a process group. No code in the checkpoint is
     run: pickles, .metadata too, are read for tensors and plain values alone. Optimizer states are never read.
 
     Args:
-        checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files
-        output: the model's or the delta's folder, new or empty, or see --overwrite; it is none of the inputs and lies
-            neither inside nor around one
+        checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files; with --peft a delta folder or hub id
+        output: the folder that is written, new or empty, or see --overwrite; it is none of the inputs and lies neither
+            inside nor around one
         overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
             that holds any other file is refused all the same
-        dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's
+        dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's. With --peft of
+            the LoRA weights: float32 (null), bfloat16 or float16
         max_shard_bytes: largest file of weights
         config_from: folder or hub id of configuration and tokenizer; by default --base, else the checkpoint's
             hyper-parameter pretrained
@@ -54,15 +68,26 @@ def export_to_folder(
         architecture: class of transformers such as BertForTokenClassification; by default the class of the model type
             whose tensors these are
         prefix: what stands before the model's own names, where the checkpoint holds several models
-        base: prune the delta to this folder or hub id, as dpp prune does
+        base: prune the delta to this folder or hub id, as dpp prune does; with --peft the delta's base, null for the
+            one that it names
         base_revision: branch, tag or commit where the base is a hub id
         method: the pruning method
         pruning_rate: fraction of the delta's entries that is dropped, in [0, 1)
         seed: of the random selections, an integer >= 0
         q: divide kept values by this; null for the method's own
         method_settings: the method's own settings, one by one as in --method_settings.budget model
+        peft: write a delta of method lowrank as an adapter that peft.PeftModel.from_pretrained loads
+        lora_only: leave out biases, norms and heads, which vLLM and other engines do not load
+        task: of a merged delta with a head for each task, the one to write
+        force: take the base although it is another one than the delta was drawn from
     """
+    _check_form(locals())
     spec = None
+    if peft:
+        of_adapter: dict[str, Any] = {"dtype": dtype or "float32", "architecture": architecture, "task": task}
+        of_adapter |= {"lora_only": lora_only, "force": force, "base_revision": base_revision, "overwrite": overwrite}
+        _write_adapter(checkpoint, base, output, of_adapter)
+        return
     of_a_delta: dict[str, Any] = {
         "method": method,
         "pruning_rate": pruning_rate,
@@ -113,8 +138,45 @@ COMMAND = FunctionCommand(
         "what is written": "output",
         "the model": "config_from",
         "a delta folder in place of a dense one": "base",
+        "a LoRA adapter of a delta": "peft",
     },
 )
+
+
+def _check_form(values: dict[str, Any]) -> None:
+    """Refuse options of a LoRA adapter where none is written, and with --peft those of checkpoints and of pruning.
+
+    Raises:
+        ValueError: with the options' names.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(export_to_folder).parameters.items()}
+    given = [name for name, default in defaults.items() if values[name] != default]
+    if not values["peft"]:
+        if options := [f"--{name}" for name in given if name in ("lora_only", "task", "force")]:
+            raise ValueError(f"{', '.join(options)}: only of a LoRA adapter; give --peft too, or leave it out")
+        return
+    if options := [f"--{name}" for name in given if name not in _OF_ADAPTERS]:
+        raise ValueError(f"{', '.join(options)}: not of a LoRA adapter, which --peft writes of a delta; leave it out")
+    if values["dtype"] not in _ADAPTER_DTYPES:
+        raise ValueError(f"--dtype {values['dtype']}: LoRA weights are float32, bfloat16 or float16")
+
+
+def _write_adapter(delta: str, base: str | None, output: str, settings: dict[str, Any]) -> None:
+    """Check the sources, write the adapter's folder and say what is in it."""
+    check_delta(delta, "DELTA", order=_ADAPTER_ORDER)
+    if base is not None:
+        check_model(base, "--base", settings["base_revision"], order=_ADAPTER_ORDER)
+    from dpp_lightning.export.adapter_folder import ADAPTER, export_adapter
+
+    inputs = ("DELTA", delta), ("--base", base)
+    check_output(output, ADAPTER, overwrite=settings["overwrite"], inputs=inputs, argument="--output")
+    adapter = export_adapter(delta, base, output, **settings)
+    ranks = sorted(set(adapter.ranks.values()))
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    for note in adapter.notes:
+        say(note)
+    whole = f", {len(adapter.saved_modules)} modules whole" if adapter.saved_modules else ""
+    say(f"{output}: LoRA of {len(adapter.ranks)} modules, {span}{whole}, {adapter.num_bytes:,} bytes")
 
 
 def _check_dense(dtype: str | None, of_a_delta: dict[str, Any]) -> None:
