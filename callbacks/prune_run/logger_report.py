@@ -82,13 +82,11 @@ def show_run(boards: Iterable[tuple[str, Show]], report: RunReport) -> None:
 
 
 def _to_tensorboard(writer: Any, report: RunReport) -> None:
-    import numpy as np
-    from PIL import Image
+    from matplotlib.image import imread
 
     writer.add_text(f"{report.prefix}/table", markdown_table(report.results), global_step=report.step)
     for path in report.figures:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = imread(path)[..., :3]
         writer.add_image(f"{report.prefix}/{path.stem}", pixels, global_step=report.step, dataformats="HWC")
     writer.flush()
 
