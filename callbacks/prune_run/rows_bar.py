@@ -66,9 +66,9 @@ class _TimeLeft(ProgressColumn):
 
 
 class RowsBar:
-    """Reports the rows of a callback that prunes by a progress bar and lines above it.
+    """Reports the rows of a callback that prunes by a line for each, and on a terminal by a progress bar below them.
 
-    It is a context manager: the bar is removed when the block ends.
+    It is a context manager: the bar is removed after the last row, at the latest when the block ends.
 
     Args:
         visible: False on ranks other than the first, which report nothing.
@@ -91,6 +91,7 @@ class RowsBar:
             disable=not visible,
             redirect_stdout=False,
             redirect_stderr=False,
+            transient=True,
         )
         self._task = self._bar.add_task("", total=None)
         self._visible, self._pending, self._kept, self._made, self._row = visible, list[Row](), 0, 0, ""
@@ -100,15 +101,15 @@ class RowsBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        self._stop()
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
-        """Show the bar; the rows of an earlier run count as done."""
+        """Show the bar if the console is a terminal; the rows of an earlier run count as done."""
         self._pending, self._kept, self._made = list(pending), kept, 0
         self._start = self._last = time.monotonic()
         if kept:
             self._print(f"{kept} rows were made before and are kept; {len(pending)} are left")
-        if pending:
+        if pending and self._console.is_terminal:
             self._describe("base and fine-tuned")
             self._bar.update(self._task, total=len(pending) + kept, completed=kept)
             self._bar.start()
@@ -130,7 +131,7 @@ class RowsBar:
             if self._made or result.method == "fine-tuned":
                 self._describe(f"{method} p={rate:g} seed={seed}")
         else:
-            self._bar.stop()
+            self._stop()
 
     def stage(self, text: str) -> None:
         """Show what is being done for the row in progress."""
@@ -139,6 +140,10 @@ class RowsBar:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._print(text)
+
+    def _stop(self) -> None:
+        if self._bar.live.is_started:  # rich would print an empty line where it was not
+            self._bar.stop()
 
     def _seconds_left(self) -> float | None:
         current = time.monotonic() - self._last

@@ -140,3 +140,18 @@ def test_every_epoch_of_trained_coefficients_is_told(tmp_path):
     stages = [what for kind, what in recorder.seen if kind == "stage"]
     assert stages
     assert all(re.fullmatch(r"epoch \d+ of at most 20, loss \S+", text) for text in stages)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_is_gone_at_the_end_and_the_lines_stay(terminal):
+    file = io.StringIO()
+    with RowsBar(console=Console(file=file, force_terminal=terminal, width=120)) as bar:
+        bar.begin([("dare", 0.9, 0)], 0)
+        bar.row(Result("fine-tuned", 0.9), "acc")
+        bar.row(Result("dare", 0.8, 0.9, 0), "acc")
+    text = file.getvalue()
+    assert "[1/1] dare p=0.9 seed=0: acc 0.8000" in text
+    if terminal:
+        assert text.endswith("\x1b[1A\x1b[2K")  # up to the bar's line, and erase it
+    else:
+        assert len(text.splitlines()) == 2
