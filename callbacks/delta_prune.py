@@ -34,9 +34,10 @@ from dpp_lightning.callbacks.prune_run.fit_notices import (
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter
+from dpp_lightning.callbacks.prune_run.rows_bar import rows_reporter
 from dpp_lightning.callbacks.prune_run.run import PruneRun
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
-from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, rows_reporter
+from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, shows_bars
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.block_checks import check_method
@@ -355,7 +356,8 @@ class DeltaPruneCallback(pl.Callback):
             if not can_be_pruned(base, pl_module, scope, settings.callback):
                 return
             finish_bar(trainer)
-            with nullcontext(self.reporter) if self.reporter else rows_reporter(trainer) as reporter:
+            shown = shows_bars(trainer)
+            with nullcontext(self.reporter) if self.reporter else rows_reporter(shown=shown) as reporter:
                 run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
                 self.results = run.run()
         if trainer.is_global_zero and settings.push_to_hub is not None:

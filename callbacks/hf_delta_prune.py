@@ -19,7 +19,6 @@ from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
 from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
 from dpp_lightning.callbacks.prune_run.hf_passes import HFForwardFn, HFPasses, calibration_batch
-from dpp_lightning.callbacks.prune_run.hf_progress import RowsBar
 from dpp_lightning.callbacks.prune_run.hf_run import HFPruneRun
 from dpp_lightning.callbacks.prune_run.hf_trainer_checks import (
     check_hf_trainer,
@@ -29,7 +28,8 @@ from dpp_lightning.callbacks.prune_run.hf_trainer_checks import (
 )
 from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
-from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, LogReporter, Reporter
+from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter
+from dpp_lightning.callbacks.prune_run.rows_bar import rows_reporter
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_checks import warn_of_direction
 from dpp_lightning.experiments.grid import Result
@@ -99,8 +99,8 @@ class HFDeltaPruneCallback(TrainerCallback):
     Attributes:
         settings: the arguments, checked.
         results: a row for the base, the fine-tuned and each pruned model.
-        reporter: is called with every row as it is made; may be replaced before training. Default: a bar over the rows,
-            or a line for each where the trainer shows no bars (``disable_tqdm``).
+        reporter: is called with every row as it is made; may be replaced before training. Default: a bar over the rows
+            on a terminal, or a line for each elsewhere and where the trainer shows no bars (``disable_tqdm``).
 
     Raises:
         ValueError: at construction or before the first step, if the settings contradict each other, the trainer was not
@@ -237,11 +237,11 @@ class HFDeltaPruneCallback(TrainerCallback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
             passes = self._passes()
-            shown = not self._trainer.args.disable_tqdm
-            with RowsBar(visible=passes.is_first) if shown else nullcontext(LogReporter()) as reporter:
+            shown = passes.is_first and not self._trainer.args.disable_tqdm
+            with nullcontext(self.reporter) if self.reporter else rows_reporter(shown=shown) as reporter:
                 run = HFPruneRun(
                     settings, passes, base, scope, new, self._batch, labelled, self._source,
-                    hf_folder(settings, self._trainer), self.reporter or reporter,
+                    hf_folder(settings, self._trainer), reporter,
                 )  # fmt: skip
                 self.results = run.run()
 

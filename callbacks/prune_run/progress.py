@@ -40,6 +40,13 @@ class Reporter(Protocol):
             monitor: name of its score.
         """
 
+    def note(self, text: str) -> None:
+        """Something is to be known of the run.
+
+        Args:
+            text: a line.
+        """
+
     def stage(self, text: str) -> None:
         """Something is tried for the row in progress.
 
@@ -60,6 +67,10 @@ class LogReporter:
         """Report the row's score."""
         rank_zero_info(describe_result(result, monitor))
 
+    def note(self, text: str) -> None:
+        """Report the line."""
+        rank_zero_info(text)
+
     def stage(self, text: str) -> None:
         """Nothing: it would be a line for every candidate."""
 
@@ -72,17 +83,18 @@ def describe_result(result: Result, monitor: str) -> str:
     return f"{model}: {monitor} {result.score:.4f} ({seconds_text(result.seconds)} s)"
 
 
-def report_carried(tensors: dict[str, torch.Tensor]) -> None:
+def report_carried(tensors: dict[str, torch.Tensor], reporter: Reporter) -> None:
     """Report what every delta holds besides pruned tensors: a decoder's embeddings may be most of its bytes.
 
     Args:
         tensors: the tensors that are stored dense, by canonical name.
+        reporter: is told.
     """
     if tensors:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         names = list(tensors)
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        rank_zero_info(f"stored dense in every delta, {size:,} bytes: {shown}")
+        reporter.note(f"stored dense in every delta, {size:,} bytes: {shown}")
 
 
 def mean_scores(

@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from dpp_lightning.callbacks.prune_run.progress import describe_result
+from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter, describe_result
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.results import Row
 from dpp_lightning.experiments.terminal_tables import printable
 
-_WEEK = 7 * 24 * 3600.0
+
+def rows_reporter(*, shown: bool) -> AbstractContextManager[Reporter]:
+    """A bar over the rows of a run where one is to be shown and standard error is a terminal, else a line for each row.
+
+    Args:
+        shown: whether the trainer shows bars in this process.
+    """
+    return RowsBar() if shown and sys.stderr.isatty() else nullcontext(LogReporter())
+
+
+def seconds_left(made: int, pending: int, spent: float, current: float) -> float | None:
+    """The time until the last row is made, if the rows to come take as long as those made took on average.
+
+    Args:
+        made: rows that this run has made.
+        pending: rows that it makes in all.
+        spent: seconds that the rows made took together.
+        current: seconds since the last of them; a row that takes longer than the others adds nothing to the rest.
+
+    Returns:
+        Seconds; None before the first row.
+    """
+    if made >= pending:
+        return 0.0
+    if not made:
+        return None
+    mean = spent / made
+    return max(mean - current, 0.0) + mean * (pending - made - 1)
+
+
+class _TimeLeft(ProgressColumn):
+    """Shows the time left in hours, minutes and seconds.
+
+    Args:
+        left: gives it in seconds, or None where it is not known.
+    """
+
+    def __init__(self, left: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        left = self._left()
+        text = "-:--:--" if left is None else str(timedelta(seconds=round(left)))
+        return Text(text, style="progress.remaining")
 
 
 class RowsBar:
-    """Reports the rows of a :class:`dpp_lightning.callbacks.DeltaPruneCallback` by a progress bar and lines above it.
+    """Reports the rows of a callback that prunes by a line for each, and on a terminal by a progress bar below them.
 
-    It is a context manager: the bar is removed when the block ends.
+    It is a context manager: the bar is removed after the last row, at the latest when the block ends.
 
     Args:
         visible: False on ranks other than the first, which report nothing.
@@ -34,7 +83,7 @@ class RowsBar:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeft(self._seconds_left),
         )
         self._bar = Progress(
             *columns,
@@ -42,30 +91,34 @@ class RowsBar:
             disable=not visible,
             redirect_stdout=False,
             redirect_stderr=False,
-            speed_estimate_period=_WEEK,
+            transient=True,
         )
         self._task = self._bar.add_task("", total=None)
         self._visible, self._pending, self._kept, self._made, self._row = visible, list[Row](), 0, 0, ""
+        self._start = self._last = time.monotonic()
 
     def __enter__(self) -> RowsBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        self._stop()
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
-        """Show the bar; the rows of an earlier run count as done."""
+        """Show the bar if the console is a terminal; the rows of an earlier run count as done."""
         self._pending, self._kept, self._made = list(pending), kept, 0
+        self._start = self._last = time.monotonic()
         if kept:
             self._print(f"{kept} rows were made before and are kept; {len(pending)} are left")
-        if pending:
+        if pending and self._console.is_terminal:
             self._describe("base and fine-tuned")
             self._bar.update(self._task, total=len(pending) + kept, completed=kept)
             self._bar.start()
 
     def row(self, result: Result, monitor: str) -> None:
         """Print a line for the row that was made, and show the next one beside the bar."""
+        self._last = time.monotonic()
         if result.pruning_rate is None:
+            self._start = self._last  # the rows' time begins when base and fine-tuned model are scored
             self._print(describe_result(result, monitor))
         else:
             self._made += 1
@@ -78,11 +131,23 @@ class RowsBar:
             if self._made or result.method == "fine-tuned":
                 self._describe(f"{method} p={rate:g} seed={seed}")
         else:
-            self._bar.stop()
+            self._stop()
 
     def stage(self, text: str) -> None:
         """Show what is being done for the row in progress."""
         self._bar.update(self._task, description=f"{self._row}: {text}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._print(text)
+
+    def _stop(self) -> None:
+        if self._bar.live.is_started:  # rich would print an empty line where it was not
+            self._bar.stop()
+
+    def _seconds_left(self) -> float | None:
+        current = time.monotonic() - self._last
+        return seconds_left(self._made, len(self._pending), self._last - self._start, current)
 
     def _describe(self, row: str) -> None:
         self._row = row

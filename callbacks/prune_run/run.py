@@ -95,7 +95,8 @@ class PruneRun:
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)
         replaced = [name for name, fate in fates.items() if fate != "carry"]
-        report_carried({name: tensors[name] for name, fate in fates.items() if fate == "carry"})
+        carried = {name: tensors[name] for name, fate in fates.items() if fate == "carry"}
+        report_carried(carried, self.reporter)
         with self.base.exchanged(self.module, replaced):
             experiment = self._experiment(self._plan(replaced))
             curves = self.rows.make(experiment, finetuned)

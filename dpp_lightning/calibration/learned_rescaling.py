@@ -16,7 +16,10 @@ LEARNING_RATE, EPOCHS, PATIENCE = 1e-2, 20, 4
 
 
 def train_coefficients(
-    output: OutputGradients, delta: SparseDelta, with_coefficients: Callable[[Mapping[str, float]], SparseDelta]
+    output: OutputGradients,
+    delta: SparseDelta,
+    with_coefficients: Callable[[Mapping[str, float]], SparseDelta],
+    tell: Callable[[str], object],
 ) -> tuple[dict[str, float], tuple[tuple[float, float], ...]]:
     """Train one coefficient c >= 0 for every pruned tensor, from 0 (DARE), with early stopping on the held-out batch.
 
@@ -27,6 +30,7 @@ def train_coefficients(
         output: the model on calibration batches.
         delta: kept entries with undivided values, q = 1 - p.
         with_coefficients: coefficients by name to that delta.
+        tell: is told every epoch in words.
 
     Returns:
         Coefficients by name, and (epoch, held-out loss) of every epoch.
@@ -50,6 +54,7 @@ def train_coefficients(
             c.clamp_(min=0.0)
         value = output.loss(with_coefficients(dict(zip(names, c.tolist(), strict=True))), held_out)
         tried.append((epoch + 1.0, value))
+        tell(f"epoch {epoch + 1} of at most {EPOCHS}, loss {value:.3g}")
         waited += 1
         if value < best:
             best, best_c, waited = value, c.clone(), 0
@@ -72,6 +77,6 @@ def fit_coefficients(calibrator: Calibrator, delta: SparseDelta) -> FoundRescali
         return {name: keep_rate(rate) / learned_q(c, rate) for name, c in coefficients.items()}
 
     coefficients, tried = train_coefficients(
-        calibrator.objective.gradients, delta, lambda candidate: weighted(delta, weights(candidate))
+        calibrator.objective.gradients, delta, lambda candidate: weighted(delta, weights(candidate)), calibrator.tell
     )
     return FoundRescaling(lambda other: weighted(other, weights(coefficients)), tried)

@@ -1,6 +1,7 @@
 """HFDeltaPruneCallback in Trainers of many set-ups: generation, compiled models, several callbacks, loggers."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -219,16 +220,20 @@ def test_passes_are_not_announced(tmp_path, caplog):
     assert "Running Evaluation" in caplog.text
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_bar_over_the_rows_is_shown_where_the_trainer_shows_its_own(tmp_path, capsys, caplog, shown):
+@pytest.mark.parametrize(("shown", "terminal"), [(True, True), (False, True), (True, False)])
+def test_a_bar_over_the_rows_is_shown_on_a_terminal_where_the_trainer_shows_its_own(
+    tmp_path, capsys, caplog, monkeypatch, shown, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "160")
     trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="no", disable_tqdm=not shown)
     HFDeltaPruneCallback(["dare", "magnitude"], 0.5, seeds=[0, 1]).attach(trainer)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         trainer.train()
     bar = capsys.readouterr().err
-    assert all((text in bar) is shown for text in ("2/3", "magnitude p=0.5 seed=0:"))
+    assert all((text in bar) is (shown and terminal) for text in ("2/3", "[3/3] magnitude p=0.5 seed=0"))
     line = "magnitude p=0.5 seed=0 q=1: eval_accuracy"
-    assert (bar.count(line), caplog.text.count(line)) == ((1, 0) if shown else (0, 1))
+    assert (bar.count(line), caplog.text.count(line)) == ((1, 0) if shown and terminal else (0, 1))
 
 
 def test_a_plot_over_q_and_an_upload(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -9,7 +10,8 @@ from rich.console import Console
 from tiny import Foreign, train_loader, trainer, val_loader
 
 from dpp_lightning.callbacks import DeltaPruneCallback
-from dpp_lightning.callbacks.prune_run.rows_bar import RowsBar
+from dpp_lightning.callbacks.prune_run.progress import LogReporter
+from dpp_lightning.callbacks.prune_run.rows_bar import RowsBar, rows_reporter, seconds_left
 from dpp_lightning.experiments.grid import Result
 
 
@@ -22,6 +24,9 @@ class Recorder:
 
     def row(self, result, monitor):
         self.seen.append(("row", result.method))
+
+    def note(self, text):
+        self.seen.append(("note", text))
 
     def stage(self, text):
         self.seen.append(("stage", text))
@@ -64,11 +69,9 @@ def test_the_bar_of_the_training_ends_before_the_table(tmp_path, bar, capsys):
     fit.callbacks = [c for c in fit.callbacks if not isinstance(c, (RichProgressBar, TQDMProgressBar))]
     fit.callbacks.insert(0, bar())
     fit.fit(Foreign(), train_loader(), val_loader())
-    shown = capsys.readouterr()
-    table = shown.out.index("Pruned deltas")
-    assert "Epoch" not in shown.out[table:]
-    if bar is TQDMProgressBar:
-        assert "Epoch" not in shown.err.split("base: acc")[-1] if "base: acc" in shown.err else True
+    shown = capsys.readouterr().out
+    assert "Epoch" in shown
+    assert "Epoch" not in shown[shown.index("Pruned deltas") :]
 
 
 def test_a_bar_shows_the_row_and_what_is_tried_for_it():
@@ -83,3 +86,72 @@ def test_a_bar_shows_the_row_and_what_is_tried_for_it():
     text = file.getvalue()
     assert "darex-q p=0.99 seed=0: candidate 3" in text
     assert "left" in text
+
+
+def test_a_note_stands_on_a_line_of_its_own_above_the_bar():
+    file = io.StringIO()
+    with RowsBar(console=Console(file=file, force_terminal=True, width=120)) as bar:
+        bar.begin([("dare", 0.9, 0)], 0)
+        bar.note("stored dense: head.weight")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in file.getvalue().splitlines()]
+    assert "stored dense: head.weight" in lines
+
+
+@pytest.mark.parametrize(
+    ("made", "pending", "spent", "current", "left"),
+    [
+        (0, 10, 0.0, 5.0, None),
+        (2, 10, 20.0, 0.0, 80.0),
+        (2, 10, 20.0, 4.0, 76.0),
+        (2, 10, 20.0, 500.0, 70.0),
+        (10, 10, 100.0, 0.0, 0.0),
+    ],
+)
+def test_the_time_left_is_that_of_the_rows_made_for_each_row_to_come(made, pending, spent, current, left):
+    assert seconds_left(made, pending, spent, current) == left
+
+
+def test_the_time_left_is_known_from_the_first_row_on_and_counts_neither_references_nor_kept_rows(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dpp_lightning.callbacks.prune_run.rows_bar.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120)
+    with RowsBar(console=console) as bar:
+        bar.begin([("dare", 0.9, seed) for seed in range(4)], 7)
+        bar._bar.stop()
+        for seconds, result in ((900, Result("fine-tuned", 0.9)), (60, Result("dare", 0.8, 0.9, 0))):
+            now[0] += seconds
+            bar.row(result, "acc")
+        console.print(bar._bar.get_renderable())
+    assert "8/11" in file.getvalue()
+    assert "0:03:00" in file.getvalue()
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (True, False), (False, True)])
+def test_there_is_a_bar_only_on_a_terminal_and_where_the_trainer_shows_bars(monkeypatch, terminal, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with rows_reporter(shown=shown) as reporter:
+        assert isinstance(reporter, RowsBar if terminal and shown else LogReporter)
+
+
+def test_every_epoch_of_trained_coefficients_is_told(tmp_path):
+    recorder = Recorder()
+    trainer(fitted(tmp_path, "darex-learned", recorder)).fit(Foreign(), train_loader(), val_loader())
+    stages = [what for kind, what in recorder.seen if kind == "stage"]
+    assert stages
+    assert all(re.fullmatch(r"epoch \d+ of at most 20, loss \S+", text) for text in stages)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_is_gone_at_the_end_and_the_lines_stay(terminal):
+    file = io.StringIO()
+    with RowsBar(console=Console(file=file, force_terminal=terminal, width=120)) as bar:
+        bar.begin([("dare", 0.9, 0)], 0)
+        bar.row(Result("fine-tuned", 0.9), "acc")
+        bar.row(Result("dare", 0.8, 0.9, 0), "acc")
+    text = file.getvalue()
+    assert "[1/1] dare p=0.9 seed=0: acc 0.8000" in text
+    if terminal:
+        assert text.endswith("\x1b[1A\x1b[2K")  # up to the bar's line, and erase it
+    else:
+        assert len(text.splitlines()) == 2
