@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def _to_tensorboard(writer: Any, report: RunReport) -> None:
 
 
 def _to_wandb(run: Any, report: RunReport) -> None:
-    import wandb
-
+    wandb = import_module("wandb")  # which a run is of
     rows = [list(row) for row in summary_rows(report.results)]
     shown: dict[str, Any] = {f"{report.prefix}/table": wandb.Table(columns=list(COLUMNS), data=rows)}
     shown |= {f"{report.prefix}/{path.stem}": wandb.Image(str(path)) for path in report.figures}

@@ -83,8 +83,8 @@ class Calibrator:
             )
         if fit.needs_distillation and self.objective.distillation is None:
             raise ValueError(
-                f"{method} trains on batches of calibration data: use DeltaPruneCallback, dpp sweep, or dpp prune "
-                "--calibration"
+                f"{method} trains on batches of calibration data: use DeltaPruneCallback, dpp sweep, dpp prune "
+                "--calibration, or Calibration(distillation=...)"
             )
         rescaling: FoundRescaling = fit.function(self, delta)
         return rescaling

@@ -235,7 +235,7 @@ def test_the_seed_and_the_name_decide():
     assert not torch.equal(chosen("importance", [b], 0.8, 1)[0].positions, first.positions)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "auto"])  # which draws by other methods
 @pytest.mark.parametrize("rate", [0.0, 0.7])
 def test_every_method_yields_sorted_positions_of_every_tensor(method, rate):
     made = [heavy(1000, 1, "a"), pair_of("b", torch.tensor(0.5)), pair_of("c", torch.zeros(0, 3)), heavy(40, 2, "d")]

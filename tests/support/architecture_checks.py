@@ -17,12 +17,14 @@ import torch
 import transformers
 from architecture_trial import Holder, Refused, Trial, keys, quiet_trainer
 from architectures import Architecture
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from dpp_lightning import SparseDelta, prune
 from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.delta.folder import DeltaReader
 
 METHODS = ("random-drop", "magnitude", "importance", "dp", "owl", "struct-dare")
 CALIBRATED = ("wanda", "darex-q", "darex-q-layer")
@@ -67,7 +69,7 @@ def check_dense_is_finetuned(trial: Trial, folder: Path) -> None:
 
 
 def check_same_delta(trial: Trial, folder: Path) -> None:
-    """The same file as that of folders, at rate 0.5."""
+    """The same numbers as in the file of folders, at rate 0.5; what tensors are called in files may differ."""
     reference = trial.prune("dare", 0.5)
     if file_of(folder) == file_of(reference):
         return
@@ -81,8 +83,11 @@ def check_same_delta(trial: Trial, folder: Path) -> None:
     )
 
 
-def file_of(folder: Path) -> bytes:
-    return (folder / "delta_model.safetensors").read_bytes()
+def file_of(folder: Path) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, bytes]]:
+    """Names and shapes of the tensors in order, and the bytes of all that is stored but for the table of names."""
+    stored = load_file(folder / "delta_model.safetensors")
+    blobs = {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in stored.items() if name != "table"}
+    return list(DeltaReader.open(folder).contents.table), blobs
 
 
 def rate_zero(trial: Trial) -> None:
