@@ -204,7 +204,7 @@ def load_model(model_class: ModelClass) -> nn.Module:
     """
     source = model_class.source
     try:
-        with without_load_report():
+        with without_load_report(bar=False):
             settings = {"revision": model_class.revision, "output_loading_info": True}
             model, info = model_class.kind.from_pretrained(source, **settings)
     except (OSError, ValueError, RuntimeError) as error:
