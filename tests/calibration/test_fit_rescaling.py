@@ -227,11 +227,10 @@ def test_every_method_prunes_reverts_and_survives_its_file(method, rate, tmp_pat
         with pytest.raises(ValueError, match="DeltaPruneCallback"):
             prune(base, finetuned, method, 0.9, calibration=data)
         return
-    if (
-        METHODS[method].fit is not None and METHODS[method].fit.needs_distillation
-    ):  # tests/calibration/test_distillation.py
+    fit = METHODS[method].fit
+    if fit is not None and fit.needs_distillation:  # their own tests are in test_distillation.py
         settings = {"max_bytes": 9000} if method == "auto" else {}
-        with pytest.raises(ValueError, match="trains on batches|compares forms"):
+        with pytest.raises(ValueError, match=r"trains on batches|compares forms"):
             prune(base, finetuned, method, 0.5, calibration=data, **settings)
         return
     delta = prune(base, finetuned, method, rate, calibration=data)
