@@ -55,8 +55,8 @@ def export_to_folder(
 
     Args:
         checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files; with --peft a delta folder or hub id
-        output: the folder that is written, new or empty, or see --overwrite; it is none of the inputs and lies neither
-            inside nor around one
+        output: the model's, delta's or adapter's folder, new or empty, or see --overwrite; it is none of the inputs and
+            lies neither inside nor around one
         overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
             that holds any other file is refused all the same
         dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's. With --peft of
