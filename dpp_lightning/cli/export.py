@@ -17,10 +17,8 @@ from dpp_lightning.tensors.dtypes import FLOATS
 
 _ADAPTER_ORDER = "dpp export DELTA --peft --base BASE"
 _ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
-_OF_ADAPTERS = (
-    *("checkpoint", "output", "overwrite", "dtype", "architecture", "base", "base_revision"),
-    *("peft", "lora_only", "task", "force"),
-)
+_ADAPTER_SETTINGS = ("overwrite", "dtype", "architecture", "base_revision", "lora_only", "task", "force")
+_OF_ADAPTERS = ("checkpoint", "output", "base", "peft", *_ADAPTER_SETTINGS)
 
 
 def export_to_folder(
@@ -55,8 +53,8 @@ def export_to_folder(
 
     Args:
         checkpoint: a .ckpt file, or a folder with .metadata and *.distcp files; with --peft a delta folder or hub id
-        output: the folder that is written, new or empty, or see --overwrite; it is none of the inputs and lies neither
-            inside nor around one
+        output: the model's, delta's or adapter's folder, new or empty, or see --overwrite; it is none of the inputs and
+            lies neither inside nor around one
         overwrite: replace what an earlier run wrote into the output folder, at once when the new is complete; a folder
             that holds any other file is refused all the same
         dtype: of the weights, a float; with --base, how kept values are held; null for the checkpoint's. With --peft of
@@ -81,20 +79,12 @@ def export_to_folder(
         task: of a merged delta with a head for each task, the one to write
         force: take the base although it is another one than the delta was drawn from
     """
-    _check_form(locals())
-    spec = None
+    values, spec = dict(locals()), None
+    _check_form(values)
     if peft:
-        of_adapter: dict[str, Any] = {"dtype": dtype or "float32", "architecture": architecture, "task": task}
-        of_adapter |= {"lora_only": lora_only, "force": force, "base_revision": base_revision, "overwrite": overwrite}
-        _write_adapter(checkpoint, base, output, of_adapter)
+        _write_adapter(checkpoint, base, output, {name: values[name] for name in _ADAPTER_SETTINGS})
         return
-    of_a_delta: dict[str, Any] = {
-        "method": method,
-        "pruning_rate": pruning_rate,
-        "seed": seed,
-        "q": q,
-        "method_settings": method_settings,
-    }
+    of_a_delta = {name: values[name] for name in ("method", "pruning_rate", "seed", "q", "method_settings")}
     if base is None:
         _check_dense(dtype, {**of_a_delta, "base_revision": base_revision})
     else:
@@ -170,7 +160,7 @@ def _write_adapter(delta: str, base: str | None, output: str, settings: dict[str
 
     inputs = ("DELTA", delta), ("--base", base)
     check_output(output, ADAPTER, overwrite=settings["overwrite"], inputs=inputs, argument="--output")
-    adapter = export_adapter(delta, base, output, **settings)
+    adapter = export_adapter(delta, base, output, **{**settings, "dtype": settings["dtype"] or "float32"})
     ranks = sorted(set(adapter.ranks.values()))
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     for note in adapter.notes:

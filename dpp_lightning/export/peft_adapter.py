@@ -138,7 +138,7 @@ def make_adapter(
     places = _places(contents, model)
     by_name = {places[name].source: part for name, part in factors.items() if _changes(part)}
     carried = {places[name].source: tensor for name, tensor in contents.carried.items()}
-    changed = {**dict.fromkeys(by_name), **dict.fromkeys(carried)}
+    changed = {**dict.fromkeys(carried), **dict.fromkeys(by_name)}
     if not by_name:
         raise ValueError(f"{where} changes no linear map or convolution: a LoRA adapter of it would be empty")
     saved = _saved_modules(model, changed, carried)
@@ -218,7 +218,7 @@ def _changes(factors: Factors) -> bool:
 
 
 def _saved_modules(model: nn.Module, changed: Mapping[str, object], carried: Mapping[str, object]) -> list[str]:
-    """The outermost modules of changed tensors that no LoRA layer holds, in the model's order.
+    """The outermost modules of changed tensors that no LoRA layer holds, heads and others that are carried first.
 
     Raises:
         ValueError: such a tensor belongs to the model as a whole, or is tied to another one.

@@ -29,7 +29,7 @@ LINES = {
     "apply": "b d --output o --overwrite --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
     "export": "c --output o --overwrite --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v "
     "--architecture A --prefix p. --base b --base_revision v1 --method magnitude --pruning_rate 0.5 --seed 3 --q 0.5 "
-    "--method_settings.budget model",
+    "--method_settings.budget model --peft --lora_only --task t --force",
     "merge": "b d1 d2 --output o --overwrite --dense e --dtype bfloat16 --method ties --weights 0.5 w.json --tasks x y "
     "--scale 1.5 --trim_rate 0.25 --base_revision v1",
     "inspect": "b f --json --revision v --calibration t.txt --calibration_samples 7 --pruning_rate 0.5 --labels "

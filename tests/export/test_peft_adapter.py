@@ -134,6 +134,8 @@ def test_a_carried_head_is_saved_whole(tmp_path):
     adapted = loaded(fresh, tmp_path / "adapter")
     delta.apply_(base)
     assert torch.allclose(logits(adapted, inputs), logits(base, inputs), atol=2e-5)
+    (note,) = export_adapter(delta, fresh, tmp_path / "maps", lora_only=True).notes
+    assert "6 modules (classifier, " in note  # what matters most is named first
 
 
 def test_at_an_even_rank_never_worse_than_a_plain_svd(tmp_path):
