@@ -37,7 +37,7 @@ class ApplyDelta(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read and check the delta."""
-        others = [c.folder for c in trainer.callbacks if isinstance(c, ApplyDelta) and c is not self]  # type: ignore[attr-defined]
+        others = [c.folder for c in getattr(trainer, "callbacks", ()) if isinstance(c, ApplyDelta) and c is not self]  # type: ignore[attr-defined]
         if others:
             raise ValueError(
                 f"the deltas {self.folder} and {', '.join(others)} would both go onto one base: apply one in each run, "

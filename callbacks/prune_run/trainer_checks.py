@@ -54,7 +54,7 @@ def check_trainer(settings: PruneSettings, trainer: pl.Trainer, module: pl.Light
             ModelCheckpoint for the best weights, no gradients or labels for a method that needs them, or no way to
             upload.
     """
-    if trainer.barebones:
+    if getattr(trainer, "barebones", False):
         raise ValueError(
             "DeltaPruneCallback scores models by what the module logs, and Trainer(barebones=True) logs nothing: "
             "leave barebones out (--trainer.barebones false), or the callback"
