@@ -69,13 +69,13 @@ def check_sources(config: Namespace) -> None:
     if config.get("delta") is not None:
         check_delta(config.delta, "--delta")
     model = config.get("model")
-    of_model = _settings(model) if isinstance(model, Namespace) and _is_ours(model) else {}
+    of_model = settings_of(model) if isinstance(model, Namespace) and _is_ours(model) else {}
     if "deltas" in of_model:  # which are read, as their base is, when data are loaded and processes started
         check_model(of_model["pretrained"], "model.pretrained", of_model.get("revision"), config=True)
         for task, delta in of_model["deltas"].items():
             check_delta(delta, f"model.deltas.{task}")
     data, callbacks = config.get("data"), listed(config.trainer.get("callbacks"))
-    of_data = _settings(data) if isinstance(data, Namespace) and _is_ours(data) else {}
+    of_data = settings_of(data) if isinstance(data, Namespace) and _is_ours(data) else {}
     for name, suffixes in (("path", tuple(FILES) if "test_path" in of_data else ()), ("test_path", tuple(FILES))):
         if isinstance(of_data.get(name), str):
             check_data_source(of_data[name], f"data.{name}", suffixes=suffixes)
@@ -83,11 +83,11 @@ def check_sources(config: Namespace) -> None:
         local_folder(of_data["tokenizer"], None, (), argument="data.tokenizer")
     for callback in callbacks:
         if isinstance(callback, Namespace) and is_callback(callback, DeltaPruneCallback):
-            settings = _settings(callback)
+            settings = settings_of(callback)
             if settings.get("pretrained") is not None:
                 check_model(settings["pretrained"], "DeltaPruneCallback.pretrained", settings.get("revision"))
         elif isinstance(callback, Namespace) and is_callback(callback, ApplyDelta):
-            check_delta(_settings(callback)["delta"], "ApplyDelta.delta", _settings(callback).get("revision"))
+            check_delta(settings_of(callback)["delta"], "ApplyDelta.delta", settings_of(callback).get("revision"))
 
 
 def listed(setting: Any) -> list[Any]:
@@ -137,7 +137,7 @@ def _check_data(command: str, config: Namespace) -> None:
 def _check_predictions(config: Namespace) -> None:
     """Refuse a file of predictions that is read in the same run, or that is there and not to be replaced."""
     data = config.get("data")
-    of_data = _settings(data) if isinstance(data, Namespace) else {}
+    of_data = settings_of(data) if isinstance(data, Namespace) else {}
     read = [(f"data.{name}", value) for name, value in of_data.items() if isinstance(value, str)]
     inputs = [("--ckpt_path", config.get("ckpt_path")), *read]
     check_output_file(config.output, "predictions", _holds_predictions, overwrite=config.overwrite, inputs=inputs)
@@ -154,7 +154,7 @@ def _holds_predictions(file: Path) -> bool:
     return isinstance(line, dict) and type(line.get("index")) is int and next(iter(line)) in ("index", "dataloader")
 
 
-def _settings(chosen: Namespace) -> dict[str, Any]:
+def settings_of(chosen: Namespace) -> dict[str, Any]:
     """The settings of a class in a config."""
     return vars(chosen.get("init_args") or Namespace())
 

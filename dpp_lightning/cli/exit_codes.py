@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 
@@ -27,15 +28,24 @@ MEANINGS = {
 SHOW_TRACEBACK = "DPP_TRACEBACK"  # environment variable: an error is shown with the place in the code that raised it
 
 _OF_THE_MACHINE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EFBIG, errno.ENOMEM)
-# Packages whose ValueErrors are about settings, or about files that the user gave.
-_REFUSING = (
-    "dpp_lightning.",
-    "lightning.pytorch.trainer.",
-    "transformers.",
-    "huggingface_hub.",
-    "datasets.",
-    "lm_eval.",
-)
+# Errors by which packages refuse settings, or files that the user gave. Those of other types than ValueError are of a
+# number of devices, a metric to watch, a model to tune, and of packages that are missing.
+_REFUSALS = (
+    (ValueError, (
+        "dpp_lightning.", "lightning.pytorch.accelerators.", "lightning.pytorch.callbacks.",
+        "lightning.pytorch.loops.fit_loop", "lightning.pytorch.plugins.", "lightning.pytorch.profilers.",
+        "lightning.pytorch.strategies.", "lightning.pytorch.trainer.", "lightning.pytorch.tuner.", "lightning.fabric.",
+        "transformers.", "huggingface_hub.", "datasets.", "lm_eval.",
+    )),
+    (TypeError, (
+        "lightning.fabric.accelerators.", "lightning.fabric.utilities.device_parser", "lightning.pytorch.accelerators.",
+    )),
+    (RuntimeError, ("lightning.pytorch.callbacks.early_stopping",)),
+    (AttributeError, ("lightning.pytorch.tuner.",)),
+    (ImportError, ("lightning.", "transformers.", "huggingface_hub.", "datasets.", "lm_eval.", "peft.", "timm.")),
+)  # fmt: skip
+# What Lightning says of a package that is missing; jsonargparse puts it among the faults of all types of a setting.
+_MISSING_PACKAGE = re.compile(r"Requirement '[^']+' not met\. HINT: .*|Module not found: '[^']+'\. HINT: .*")
 # Packages of loggers, in which any error is about an account, a server or an installation: a missing requirement too.
 _LOGGERS = ("lightning.pytorch.loggers.", "lightning.fabric.loggers.", "wandb.", "mlflow.", "comet_ml.", "neptune.")
 
@@ -58,21 +68,24 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 def _message(error: BaseException | None) -> str | None:
     """The message of the outermost error in the chain that speaks to the user.
 
-    Such are: files, folders and networks (OSError), Lightning's refusals, and a ValueError raised in this package or in
-    a library that reads what the user gave. jsonargparse wraps whatever a constructor raises in a ValueError of its
-    own, hence the chain.
+    Such are: files, folders and networks (OSError), Lightning's refusals, a ValueError raised in this package or in a
+    library that reads what the user gave, and packages that are missing. jsonargparse wraps whatever a constructor
+    raises in a ValueError of its own, hence the chain.
     """
+    missing = None
     while error is not None:
         if isinstance(error, MemoryError):
             return str(error) or "there is not enough memory"
         if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
             return str(error)
-        if isinstance(error, ValueError) and _raised_in(error).startswith(_REFUSING):
-            return str(error)
-        if isinstance(error, Exception) and _raised_in(error).startswith(_LOGGERS):
+        place = _raised_in(error)
+        if isinstance(error, Exception) and place.startswith(_LOGGERS):
             return _of_logger(error)
+        if any(isinstance(error, kind) and place.startswith(packages) for kind, packages in _REFUSALS):
+            return str(error)
+        missing = missing or _MISSING_PACKAGE.search(str(error) if isinstance(error, ValueError) else "")
         error = error.__cause__
-    return None
+    return missing.group() if missing else None
 
 
 def _of_logger(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from dpp_lightning.cli.given_settings import read_settings, refuse_repeated
 from dpp_lightning.cli.home import expand_home
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
+from dpp_lightning.cli.trainer_settings import check_trainer_settings
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.optim import AdamR
 from dpp_lightning.storage.quiet_loading import VERBOSE, is_verbose
@@ -160,6 +161,7 @@ class DPPCLI(LightningCLI):
     def check(self, command: str, config: Namespace) -> None:
         """Refuse what cannot work, before anything is built."""
         expand_home(config)
+        check_trainer_settings(command, config)
         check_config(command, config)
 
     def _parse_ckpt_path(self) -> None:

@@ -193,6 +193,7 @@ def lock_folder(folder: Path, stack: ExitStack) -> None:
         ValueError: another process holds it.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(FileLock(folder / _LOCK).acquire(timeout=0))
     except Timeout:
         raise ValueError(

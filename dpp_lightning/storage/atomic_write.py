@@ -69,14 +69,14 @@ def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Fail now, not after hours, if nothing can be written into a folder; makes it.
+    """Fail now, not after hours, if nothing can be written into a folder; one that is not there is not made.
 
     Raises:
         ValueError: it cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:
         raise ValueError(

@@ -55,6 +55,17 @@ def test_a_logger_whose_package_is_missing_is_one_line(tmp_path, monkeypatch, ca
     assert "--trainer.logger CSVLogger" in line
 
 
+def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
+    from lightning.fabric.loggers import tensorboard
+
+    monkeypatch.chdir(tmp_path)
+    for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(tensorboard, flag, Missing("tensorboard"))
+    line = refused(capsys, ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "runs"])
+    assert "the logger cannot be used" in line
+    assert "tensorboard" in line.split("cannot be used", 1)[1]
+
+
 class Missing:
     """A requirement that is not met, as lightning_utilities has it."""
 

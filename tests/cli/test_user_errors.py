@@ -69,6 +69,14 @@ def raised_in(module, error, cause=None):
         (raised_in("x", OSError(errno.ENOSPC, "full")), 1),
         (raised_in("x", OSError(errno.EIO, "disk")), 1),
         (raised_in("x", MemoryError("map")), 1),
+        (raised_in("lightning.pytorch.loops.fit_loop", ValueError("val_check_interval")), 2),
+        (raised_in("lightning.fabric.accelerators.cpu", TypeError("devices")), 2),
+        (raised_in("lightning.pytorch.callbacks.early_stopping", RuntimeError("metric not available")), 2),
+        (raised_in("lightning.pytorch.tuner.lr_finder", AttributeError("no learning rate")), 2),
+        (raised_in("lightning.fabric.accelerators.xla", ModuleNotFoundError("torch_xla not met")), 2),
+        (raised_in("transformers.utils.import_utils", ImportError("requires the SentencePiece library")), 2),
+        (raised_in("elsewhere", ModuleNotFoundError("No module named 'x'")), ModuleNotFoundError),
+        (raised_in("lightning.pytorch.trainer.call", TypeError("training_step() takes 2")), TypeError),
         (raised_in("elsewhere", ValueError("of another package")), ValueError),
         (raised_in("dpp_lightning.delta.folder", KeyError("x")), KeyError),
         (raised_in("torch.nn.modules", RuntimeError("shapes")), RuntimeError),
@@ -90,3 +98,15 @@ def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch):
     for run in (lambda act: guarded("fit", act), run_function):
         with pytest.raises(FileNotFoundError):
             run(raised_in("x", FileNotFoundError("no such file")))
+
+
+def test_a_missing_package_among_the_faults_of_several_types_is_one_line(capsys):
+    faults = (
+        "Does not validate against any of the Union subtypes\nErrors:\n  - Problem with given class_path 'x':\n"
+        "      Requirement 'bitsandbytes' not met. HINT: Try running `pip install -U 'bitsandbytes'`\n  - Expected a list"
+    )
+    assert guarded("fit", raised_in("jsonargparse._typehints", ValueError(faults))) == 2
+    said = capsys.readouterr().err
+    assert said.strip().endswith(
+        "Requirement 'bitsandbytes' not met. HINT: Try running `pip install -U 'bitsandbytes'`"
+    )

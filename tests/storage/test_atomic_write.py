@@ -141,7 +141,7 @@ def test_everything_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_known_beforehand(system, tmp_path):
     check_writable(tmp_path / "new" / "folder")
-    assert (tmp_path / "new" / "folder").is_dir()
+    assert not (tmp_path / "new").exists(), "what fails later leaves no empty folder behind"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="choose another output folder"):
         check_writable(tmp_path / "file" / "folder")
