@@ -159,7 +159,7 @@ def spread_ranks(
     directions: list[tuple[float, int, int]] = []
     for index, (pair, (rows, columns)) in enumerate(zip(pairs, shapes, strict=True)):
         if columns > 1 and rows:
-            values = singular_values(pair.delta().view(rows, columns), min(most, rows, columns))
+            values = singular_values(_matrix(pair), min(most, rows, columns))
             directions += [(-(float(v) ** 2) / (rows + columns), index, rows + columns) for v in values]
     ranks = [1 if columns == 1 else 0 for _, columns in shapes]
     for _, index, size in sorted(directions):
@@ -168,6 +168,18 @@ def spread_ranks(
         ranks[index] += 1
         budget -= size
     return ranks
+
+
+def _matrix(pair: TensorPair) -> Tensor:
+    """The delta of a tensor as a matrix, which no decomposition takes where it is not finite.
+
+    Raises:
+        ValueError: NaN or infinity in it.
+    """
+    delta = pair.delta().view(matrix_shape(pair.shape))
+    if not bool(torch.isfinite(delta).all()):
+        raise ValueError(f"{pair.name}: the delta is not finite, so that it has no directions")
+    return delta
 
 
 def decompose(
@@ -184,7 +196,7 @@ def decompose(
     found = []
     for pair, rank in zip(pairs, ranks, strict=True):
         rows, columns = matrix_shape(pair.shape)
-        delta = pair.delta().view(rows, columns)
+        delta = _matrix(pair)
         if columns == 1 or not delta.numel():
             found.append(Factors.whole(delta) if columns == 1 else Factors(delta[:, :0], delta.new_zeros(0, columns)))
             continue
