@@ -195,7 +195,7 @@ def decompose(
     """
     found = []
     for pair, rank in zip(pairs, ranks, strict=True):
-        rows, columns = matrix_shape(pair.shape)
+        _, columns = matrix_shape(pair.shape)
         delta = _matrix(pair)
         if columns == 1 or not delta.numel():
             found.append(Factors.whole(delta) if columns == 1 else Factors(delta[:, :0], delta.new_zeros(0, columns)))
