@@ -356,8 +356,7 @@ class DeltaPruneCallback(pl.Callback):
             if not can_be_pruned(base, pl_module, scope, settings.callback):
                 return
             finish_bar(trainer)
-            shown = shows_bars(trainer)
-            with nullcontext(self.reporter) if self.reporter else rows_reporter(shown=shown) as reporter:
+            with rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
                 run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
                 self.results = run.run()
         if trainer.is_global_zero and settings.push_to_hub is not None:

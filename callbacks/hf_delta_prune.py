@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -14,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
-from dpp_lightning.callbacks.prune_run.calibration_data import measured_on
+from dpp_lightning.callbacks.prune_run.calibration_data import measured_on, try_training
 from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
 from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
@@ -238,7 +237,7 @@ class HFDeltaPruneCallback(TrainerCallback):
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
             passes = self._passes()
             shown = passes.is_first and not self._trainer.args.disable_tqdm
-            with nullcontext(self.reporter) if self.reporter else rows_reporter(shown=shown) as reporter:
+            with rows_reporter(self.reporter, shown=shown) as reporter:
                 run = HFPruneRun(
                     settings, passes, base, scope, new, self._batch, labelled, self._source,
                     hf_folder(settings, self._trainer), reporter,
@@ -328,9 +327,7 @@ class HFDeltaPruneCallback(TrainerCallback):
             if settings.methods_with_gradients:
                 passes.output_gradients(measured_on(self._batch))
             if settings.methods_that_train:
-                with warnings.catch_warnings():  # they come once it is trained
-                    warnings.simplefilter("ignore", UserWarning)
-                    passes.distillation(self._batch)
+                try_training(passes.distillation, self._batch)
         except Exception as error:  # of the user's model, in any way
             fault = " ".join(str(error).split())
             cure = (

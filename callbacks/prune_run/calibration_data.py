@@ -130,9 +130,7 @@ class CalibrationData:
                 if settings.methods_with_gradients:
                     passes.output_gradients(measured_on(batch), settings.forward_fn)
                 if settings.methods_that_train:
-                    with warnings.catch_warnings():  # they come once it is trained
-                        warnings.simplefilter("ignore", UserWarning)
-                        passes.distillation(batch, settings.forward_fn)
+                    try_training(lambda some: passes.distillation(some, settings.forward_fn), batch)
         except Exception as error:  # of the user's step, in any way
             return error
         return None
@@ -202,6 +200,18 @@ class CalibrationPasses:
 def measured_on(batch: Any) -> Any:
     """The samples that outputs are compared on at once: the first 64 of a batch that can be cut."""
     return pieces_of(batch, SAMPLES)[0] if samples_of(batch) > SAMPLES else batch
+
+
+def try_training(make: Callable[[Any], object], batch: Any) -> None:
+    """Try on some samples what training is made of, without what it warns of, which is said when it is made.
+
+    Args:
+        make: makes it of a batch.
+        batch: the calibration data.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        make(measured_on(batch))
 
 
 def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:

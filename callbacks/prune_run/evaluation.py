@@ -140,7 +140,7 @@ class EvaluationPasses:
         def forward(piece: Any) -> Tensor:
             with trainer.precision_plugin.forward_context():
                 output = forward_fn(module, piece) if forward_fn else _logits(module, piece)
-            return without_padding(output, piece)
+            return without_padding(output, piece.get("attention_mask") if isinstance(piece, Mapping) else None)
 
         def from_first(compute: Callable[[], Any]) -> Any:
             return trainer.strategy.broadcast(compute() if trainer.is_global_zero else None)

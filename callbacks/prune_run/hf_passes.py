@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
-from dpp_lightning.callbacks.prune_run.training import SharedDistillation
+from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
 from dpp_lightning.methods.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class HFPasses:
             if not found:
                 raise ValueError(f"the output layer {self.output_layer!r} was not called; set output_layer=")
             mask = self._token_mask(batch)
-            return [reduce(i, _without_padding(t.detach().clone(), mask)) for i, t in enumerate(found)]
+            return [reduce(i, without_padding(t.detach().clone(), mask)) for i, t in enumerate(found)]
 
     def layer_inputs(self, batches: Sequence[Any], *, products: bool = False) -> dict[str, InputStatistics]:
         """Statistics of the input of every weight on some batches, by canonical name, with products of features where
@@ -165,7 +165,7 @@ class HFPasses:
 
         def forward(piece: Any) -> list[Tensor]:
             mask = self._token_mask(piece)
-            return [_without_padding(logits, mask) for logits in self._logits(piece)]
+            return [without_padding(logits, mask) for logits in self._logits(piece)]
 
         def of_first(compute: Callable[[], Any]) -> Any:
             return from_first(self.trainer, compute() if self.is_first else None)
@@ -305,10 +305,3 @@ def _first_items(data: Any, count: int) -> Any:
     if isinstance(data, Dataset | list) and hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         return Subset(data, range(min(count, len(data))))  # type: ignore[arg-type]
     return None
-
-
-def _without_padding(output: Tensor, mask: Any) -> Tensor:
-    """(samples, tokens, ...) as (tokens that are no padding, ...), where the mask is of these tokens."""
-    if not isinstance(mask, Tensor) or output.dim() < 3 or output.shape[:2] != mask.shape:
-        return output
-    return output[mask.to(output.device).bool()]

@@ -88,7 +88,7 @@ def report_carried(tensors: dict[str, torch.Tensor], reporter: Reporter) -> None
 
     Args:
         tensors: the tensors that are stored dense, by canonical name.
-        reporter: is told.
+        reporter: gets the line.
     """
     if tensors:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -18,12 +18,15 @@ from dpp_lightning.experiments.results import Row
 from dpp_lightning.experiments.terminal_tables import printable
 
 
-def rows_reporter(*, shown: bool) -> AbstractContextManager[Reporter]:
+def rows_reporter(given: Reporter | None = None, *, shown: bool) -> AbstractContextManager[Reporter]:
     """A bar over the rows of a run where one is to be shown and standard error is a terminal, else a line for each row.
 
     Args:
+        given: the user's own, which goes before either.
         shown: whether the trainer shows bars in this process.
     """
+    if given is not None:
+        return nullcontext(given)
     return RowsBar() if shown and sys.stderr.isatty() else nullcontext(LogReporter())
 
 

@@ -55,9 +55,8 @@ class SharedDistillation(Distillation):
         return SparseDelta(tensors, delta.carried, info, delta.new_rows), tried
 
 
-def without_padding(output: Tensor, batch: Any) -> Tensor:
-    """(samples, tokens, ...) as (tokens that are no padding, ...), where the batch has a mask of these tokens."""
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+def without_padding(output: Tensor, mask: Any) -> Tensor:
+    """(samples, tokens, ...) as (tokens that are no padding, ...), where the mask is of these tokens."""
     if not isinstance(mask, Tensor) or output.dim() < 3 or output.shape[:2] != mask.shape:
         return output
     return output[mask.to(output.device).bool()]

@@ -40,7 +40,6 @@ class Objective:
         smooth: the cost is continuous, so that a scalar minimiser may be used; a score is a step function.
         gradients: of the output's error; None where there are none.
         distillation: trains toward the fine-tuned model's outputs; None where nothing can be trained.
-        distillation: trains toward the fine-tuned model's outputs; None where nothing can be trained.
     """
 
     cost: Callable[[SparseDelta], float]

@@ -207,7 +207,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
     """Have the blocks of a transformers model computed anew in the backward pass, inside the block.
 
-    Only the layers that can be are told that they train, so that nothing is dropped out.
+    Training mode is set of these layers alone, without their parts, so that nothing is dropped out.
 
     Raises:
         ValueError: a model without such layers.

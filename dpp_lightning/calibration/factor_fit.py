@@ -29,7 +29,7 @@ DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
 
 @dataclass(frozen=True)
 class _Form:
-    """One form of the delta: what is told of it, and the delta with its held-out loss."""
+    """One form of the delta: its name, and the delta with its held-out loss."""
 
     name: str
     delta: SparseDelta
@@ -59,8 +59,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     ]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
-    if _numbers(best.delta) <= NUMBERS_PER_TEXT * training.samples:
-        settings = TrainingSettings(STEPS, RATE, seed=delta.info.seed, factors_dtype=_factors_dtype(delta))
+    if best.delta.num_factor_numbers <= NUMBERS_PER_TEXT * training.samples:
+        settings = TrainingSettings(STEPS, RATE, seed=delta.info.seed, factors_dtype=dtype)
         trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
         trained = _with_new_rest(calibrator.pairs, trained)
         forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))
@@ -72,17 +72,13 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     return FoundRescaling(lambda _: found, tuple((float(i), form.loss) for i, form in enumerate(forms)))
 
 
-def _numbers(delta: SparseDelta) -> int:
-    return sum(tensor.factors.numbers for tensor in delta.tensors.values() if tensor.factors is not None)
-
-
 def rounded_factors(delta: SparseDelta, dtype: str) -> SparseDelta:
     """The delta with its factors as a file of that dtype holds them."""
     tensors = {
         name: replace(tensor, factors=tensor.factors and tensor.factors.rounded(dtype, name))
         for name, tensor in delta.tensors.items()
     }
-    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
+    return delta.with_changes(tensors)
 
 
 def _described(best: _Form, before: float, training: Distillation) -> SparseDelta:
@@ -94,8 +90,7 @@ def _described(best: _Form, before: float, training: Distillation) -> SparseDelt
         "held_out_before": before,
         "held_out_after": best.loss,
     }
-    info = replace(best.delta.info, training=said)
-    return SparseDelta(best.delta.tensors, best.delta.carried, info, best.delta.new_rows)
+    return best.delta.with_changes(training=said)
 
 
 def _untrained(pairs: Sequence[TensorPair], delta: SparseDelta) -> Iterable[tuple[str, SparseDelta]]:
@@ -145,7 +140,7 @@ def _factors_dtype(delta: SparseDelta) -> str:
 def _with_factors(pairs: Sequence[TensorPair], delta: SparseDelta, factors: Mapping[str, Factors]) -> SparseDelta:
     """The delta with other factors, and the rest sampled of what these leave."""
     tensors = {name: replace(tensor, factors=factors[name]) for name, tensor in delta.tensors.items()}
-    return _with_new_rest(pairs, SparseDelta(tensors, delta.carried, delta.info, delta.new_rows))
+    return _with_new_rest(pairs, delta.with_changes(tensors))
 
 
 def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDelta:
@@ -167,13 +162,13 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
         values = to_dtype(entries.values, delta.info.dtype, pair.finetuned, pair.name)
         indices = entries.positions.to(torch.int32) if pair.numel < 2**31 else entries.positions
         tensors[pair.name] = SparseTensor(pair.shape, indices, values, entries.factors)
-    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
+    return delta.with_changes(tensors)
 
 
 def _without_rest(delta: SparseDelta) -> SparseDelta:
     none = torch.empty(0)
     tensors = {name: replace(tensor, indices=tensor.indices[:0], values=none) for name, tensor in delta.tensors.items()}
-    return SparseDelta(tensors, delta.carried, delta.info, delta.new_rows)
+    return delta.with_changes(tensors)
 
 
 def _damped(form: _Form, training: Distillation) -> list[_Form]:
@@ -182,11 +177,10 @@ def _damped(form: _Form, training: Distillation) -> list[_Form]:
     for damping in DAMPINGS:
         if damping == now:
             continue
-        info = replace(form.delta.info, settings={**form.delta.info.settings, "damping": damping})
         tensors = {
             name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
         }
-        delta = SparseDelta(tensors, form.delta.carried, info, form.delta.new_rows)
+        delta = form.delta.with_changes(tensors, settings={**form.delta.info.settings, "damping": damping})
         loss = training.loss(rounded_factors(delta, _factors_dtype(delta)))
         forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, loss))
     return forms

@@ -40,7 +40,7 @@ class Calibrator:
         pairs: the pruned tensors in both models, with the inputs of the layers where the method needs them.
         objective: what the fit goes by.
         dtype: how the file will hold the kept values, for fits that round while they train; None as they are.
-        report: is told what is tried, such as ``candidate 7``; None where nobody asks.
+        report: called with what is tried, such as ``candidate 7``; None where nobody asks.
     """
 
     pairs: Sequence[TensorPair]
@@ -112,8 +112,7 @@ def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> 
         )
         for name, kept in delta.tensors.items()
     }
-    info = replace(delta.info, dtype=spec.dtype, factors_dtype=spec.factors_dtype)
-    return SparseDelta(tensors, delta.carried, info, delta.new_rows)
+    return delta.with_changes(tensors, dtype=spec.dtype, factors_dtype=spec.factors_dtype)
 
 
 def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found_settings: Any) -> SparseDelta:
@@ -125,5 +124,4 @@ def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found_
         found_settings: what was found, kept in the delta's settings.
     """
     tensors = {name: replace(kept, values=kept.values * weights[name]) for name, kept in delta.tensors.items()}
-    info = replace(delta.info, settings={**delta.info.settings, **found_settings})
-    return SparseDelta(tensors, delta.carried, info, delta.new_rows)
+    return delta.with_changes(tensors, settings={**delta.info.settings, **found_settings})

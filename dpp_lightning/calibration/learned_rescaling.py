@@ -30,7 +30,7 @@ def train_coefficients(
         output: the model on calibration batches.
         delta: kept entries with undivided values, q = 1 - p.
         with_coefficients: coefficients by name to that delta.
-        tell: is told every epoch in words.
+        tell: called with a text in every epoch.
 
     Returns:
         Coefficients by name, and (epoch, held-out loss) of every epoch.

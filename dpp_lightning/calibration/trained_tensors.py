@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,9 +101,10 @@ class TrainedTensors:
 
     def train_whole(self, owners: Iterable[int]) -> None:
         """Take the gradient of whole weights: of these owners, which are used in ways that are not known."""
+        unknown = set(owners)
         for trained in self.tensors.values():
             owner = trained.named.owner
-            if not trained.whole and id(owner) in set(owners):
+            if not trained.whole and id(owner) in unknown:
                 with torch.no_grad():
                     scatter_entries(owner, trained.start.indices, trained.base)
                 trained.whole, trained.base = True, owner.detach().reshape(-1).clone()
@@ -217,8 +218,7 @@ class TrainedTensors:
         """The delta with the numbers as the file holds them, in float32; of trained values q is 1."""
         tensors = dict(self.start.tensors)
         tensors |= {name: self._rounded(trained) for name, trained in self.tensors.items()}
-        info = self.start.info if self.of_factors else replace(self.start.info, q=1.0)
-        return SparseDelta(tensors, self.start.carried, info, self.start.new_rows)
+        return self.start.with_changes(tensors, q=self.start.q if self.of_factors else 1.0)
 
     def put_back(self) -> None:
         """The base's weights, and which parameters need gradients, as they were."""

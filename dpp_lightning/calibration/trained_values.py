@@ -43,10 +43,10 @@ def fit_values(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     if losses[best_q] < after:
         trained, after = untrained[best_q], losses[best_q]
     said = {"texts": training.samples, "steps": STEPS, "held_out_before": tried[0][1], "held_out_after": after}
-    found = SparseDelta(trained.tensors, trained.carried, replace(trained.info, training=said), trained.new_rows)
+    found = trained.with_changes(training=said)
     return FoundRescaling(lambda _: found, tried)
 
 
 def _zeros(delta: SparseDelta) -> SparseDelta:
     tensors = {name: replace(kept, values=kept.values * 0) for name, kept in delta.tensors.items()}
-    return SparseDelta(tensors, delta.carried, replace(delta.info, q=1.0), delta.new_rows)
+    return delta.with_changes(tensors, q=1.0)

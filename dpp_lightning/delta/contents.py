@@ -44,6 +44,11 @@ class SparseTensor:
         return self.values.numel() + (self.factors.numbers if self.factors else 0)
 
     @property
+    def num_changed(self) -> int:
+        """How many entries applying overwrites."""
+        return self.values.numel() if self.factors is None else prod(self.shape)
+
+    @property
     def changed(self) -> Tensor:
         """The flat positions that applying overwrites, shape (changed,): the kept ones, or all beneath a product."""
         return self.indices if self.factors is None else torch.arange(prod(self.shape))

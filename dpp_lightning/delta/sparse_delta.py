@@ -152,8 +152,12 @@ class SparseDelta:
         Raises:
             ValueError: q is not a finite number above 0.
         """
-        info = replace(self.info, q=check_q(q, self.pruning_rate))
-        return SparseDelta(self.tensors, self.carried, info, self.new_rows)
+        return self.with_changes(q=check_q(q, self.pruning_rate))
+
+    def with_changes(self, tensors: dict[str, SparseTensor] | None = None, **info: Any) -> SparseDelta:
+        """The same delta with other tensors, or fields of its description; shares all else."""
+        tensors = self.tensors if tensors is None else tensors
+        return SparseDelta(tensors, self.carried, replace(self.info, **info), self.new_rows)
 
     def for_task(self, task: str) -> SparseDelta:
         """A merged delta as one of its tasks uses it, with that task's head; shares all tensors.
@@ -422,12 +426,7 @@ class SparseDelta:
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         """How much there is to read or write of each tensor."""
-        return {
-            n: prod(self.tensors[n].shape)
-            if n in self.tensors and self.tensors[n].factors is not None
-            else (self.tensors[n].values if n in self.tensors else self.carried[n]).numel()
-            for n in names
-        }
+        return {n: self.tensors[n].num_changed if n in self.tensors else self.carried[n].numel() for n in names}
 
     def _write_all(
         self,

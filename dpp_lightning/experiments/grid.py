@@ -84,7 +84,7 @@ class Experiment:
         metric: scores the target on the calibration split; only for the objective ``metric``.
         gradients: of the output's error on the calibration batch; only for ``darex-learned``.
         distillation: trains toward the fine-tuned model's outputs; only for methods that train.
-        stage: is told what is tried for the row in progress.
+        stage: called with what is tried for the row in progress.
         objective: what q is searched by.
         higher_is_better: direction of the score.
         folder: where deltas are written; None writes none (ranks other than the first).

@@ -53,7 +53,7 @@ def choose(
         plan: the two models.
         spec: of method ``auto``: its seed, and ``max_bytes`` or ``max_loss`` among its settings.
         calibration: data that forms are trained on, of which an eighth is held out to compare them.
-        report: is told what is tried.
+        report: called with what is tried.
 
     Returns:
         The delta, which says in ``info.training["compared"]`` what it was compared with, and the losses.
@@ -75,7 +75,7 @@ def choose(
     if not within:
         raise ValueError(f"auto found no form with a held-out loss of {max_loss:g} or less; the best was {best}")
     said = {**best.delta.info.training, "compared": [str(form) for form in forms]}
-    found = _with_info(best.delta, training=said)
+    found = best.delta.with_changes(training=said)
     return found, FoundRescaling(lambda _: found, tuple((float(f.num_bytes), f.loss) for f in forms))
 
 
@@ -172,7 +172,3 @@ class _Search:
     def _telling(self, name: str) -> Report | None:
         report = self.report
         return None if report is None else lambda text: report(f"{name}, {text}")
-
-
-def _with_info(delta: SparseDelta, **changes: Any) -> SparseDelta:
-    return SparseDelta(delta.tensors, delta.carried, replace(delta.info, **changes), delta.new_rows)

@@ -16,7 +16,7 @@ from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import output_change
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
-from dpp_lightning.calibration.pieces import pieces_of, training_pieces
+from dpp_lightning.calibration.pieces import pieces_of, samples_of, training_pieces
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
@@ -114,8 +114,7 @@ class FileCalibration:
         """Training toward the model as it stands, on pieces of examples of similar length."""
         self._check_rows(batch, "trains on pieces of it", "take a method that does not train, such as 'importance'")
         pieces = training_pieces(batch, IN_A_STEP)
-        samples = max((len(tensor) for tensor in batch.values() if tensor.dim()), default=0)
-        return Distillation(model, pieces, lambda piece: self._outputs(model, piece), samples=samples)
+        return Distillation(model, pieces, lambda piece: self._outputs(model, piece), samples=samples_of(batch))
 
     def _ready(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The fine-tuned model and the batch as it takes it."""

@@ -97,14 +97,8 @@ class PruningPlan:
         known = {n.name for n in base_named.values()}
         ignored = {n.name: n.tensor for n in all_base if n.name not in known}
         check_expert_forms([n.name for n in named if n.name not in base_named], ignored)
-        plan = cls.matched(
-            matched,
-            {n.name: n.tensor for n in named},
-            scope.carrying(buffers_among(named, finetuned)),
-            ignored,
-            base_name=base_name,
-            base_revision=base_revision,
-        )
+        weights, scope = {n.name: n.tensor for n in named}, scope.carrying(buffers_among(named, finetuned))
+        plan = cls.matched(matched, weights, scope, ignored, base_name=base_name, base_revision=base_revision)
         return replace(plan, prefix=prefix, names=file_names)
 
     @classmethod
@@ -199,15 +193,20 @@ class PruningPlan:
         if spec.row.covers is None or self.entries_in_scope is not None:
             return self
         shapes = {name: tuple(self.finetuned[name].shape) for name in self.pruned}
-        left_out = uncovered(spec, shapes, self.new_rows)
-        plan = replace(
-            self,
-            fates={**self.fates, **dict.fromkeys(left_out, "revert")},
-            entries_in_scope=sum(map(prod, shapes.values())),
-        )
-        plan.__dict__["_digests"] = self._digests  # of the base, which is the same
+        left_out = frozenset(uncovered(spec, shapes, self.new_rows))
+        if left_out not in self._coverings:
+            fates: dict[str, Fate] = {**self.fates, **dict.fromkeys(left_out, "revert")}
+            plan = replace(self, fates=fates, entries_in_scope=sum(map(prod, shapes.values())))
+            plan.__dict__["_digests"] = self._digests  # of the base, which is the same
+            self._coverings[left_out] = plan
+        plan = self._coverings[left_out]
         plan.drawn_rate(spec)
         return plan
+
+    @cached_property
+    def _coverings(self) -> dict[frozenset[str], PruningPlan]:
+        """The plans that leave out some tensors, by their names: what one has read serves every rate and seed."""
+        return {}
 
     def rate_of(self, spec: PruningSpec) -> float:
         """The fraction of the entries in scope that the spec drops: its pruning rate, unless settings say otherwise."""
@@ -360,7 +359,7 @@ class PruningPlan:
             spec: what the delta was drawn by.
             delta: one mask, as :meth:`draw` gives it.
             calibration: what the fit goes by.
-            report: is told what is tried.
+            report: called with what is tried.
 
         Raises:
             ValueError: the method cannot do without an objective, inputs or gradients that the data does not give.
@@ -368,8 +367,8 @@ class PruningPlan:
         if spec.fit is None or calibration is None:
             return None
         plan = self.covering(spec)
-        distillation = {"distillation": True} if spec.fit.needs_distillation else {}
-        objective = calibration.objective(plan.replaced_base, gradients=spec.fit.needs_gradients, **distillation)
+        gradients, training = spec.fit.needs_gradients, spec.fit.needs_distillation
+        objective = calibration.objective(plan.replaced_base, gradients=gradients, distillation=training)
         if objective is None:
             spec.check_calibration(objective=False, inputs=True)
             return None
@@ -389,7 +388,7 @@ class PruningPlan:
             spec: what is drawn; a plan that does not know the layers' inputs yet learns them by :meth:`for_spec`.
             calibration: what a fit goes by; None leaves q at the method's own.
             rescaling: what was found on another mask of the same method and rate; nothing is fitted then.
-            report: is told what is tried.
+            report: called with what is tried.
 
         Returns:
             The delta, its values in the spec's dtype, and what was found for it.

@@ -63,7 +63,7 @@ def prune_checkpoint(
             modules (sentence-transformers).
         overwrite: replace an older delta in the output folder, at once when the new one is complete.
         progress: called with the bytes of both models that are done, and all of them.
-        report: told what a fit tries.
+        report: called with what a fit tries.
 
     Raises:
         ValueError: as in :func:`dpp_lightning.pruning.in_memory.prune`; or the output is, holds or lies in an input.
