@@ -41,7 +41,8 @@ WITH_TEXTS = {
     "darex-q": [{"pruning_rate": rate} for rate in (0.99, 0.998, 0.999)],
     "importance, q found": [{"method": "importance", "pruning_rate": rate} for rate in (0.99, 0.998, 0.999, 0.9995)],
     "refit": [{"pruning_rate": rate} for rate in (0.9995, 0.999, 0.998, 0.995)],
-    "lowrank, trained": [{"method": "lowrank", "settings": [f"rank={rank}"]} for rank in (0.5, 1, 2, 4)],
+    "lowrank, trained": [{"method": "lowrank", "pruning_rate": 0.9985}]
+    + [{"method": "lowrank", "settings": [f"rank={rank}"]} for rank in (1, 2, 4)],
     "auto": [{"max_bytes": size} for size in ("30kB", "50kB", "110kB", "240kB")],
 }
 FORMS = DATA_FREE | WITH_TEXTS
