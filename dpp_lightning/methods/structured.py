@@ -10,8 +10,7 @@ from torch import Tensor
 from dpp_lightning.methods.block_checks import check_pairs
 from dpp_lightning.methods.kept_entries import KeptEntries
 from dpp_lightning.methods.tensor_pair import TensorPair
-from dpp_lightning.sampling.philox import Int64Array
-from dpp_lightning.sampling.sampler import exact_rate, kept_positions, uniform_words
+from dpp_lightning.sampling.sampler import Int64Array, exact_rate, kept_positions, uniform_words
 from dpp_lightning.tensors.flat_entries import gather_entries
 
 

@@ -1,11 +1,11 @@
 """The sampler: which entries a random selection keeps, as a function of (seed, tensor name, flat position) alone.
 
-Every tensor is cut into blocks of ``BLOCK`` = 65,536 consecutive flat positions (C order). One Philox-4x32-10 stream
-per (tensor, block), keyed by a hash of seed and name, gives first the number of kept entries of the block (binomial,
-by exact 64-bit integer thresholds) and then that many distinct positions inside it (16-bit lanes, the first distinct
-ones in stream order; a block that keeps more than half draws what it drops). So each entry is kept independently with
-probability 1 - p; any block can be drawn alone; and the work is per *kept* entry. Only integers are used: the same
-positions come out on every machine, device, dtype and world size.
+A tensor is cut into blocks of ``BLOCK`` = 2**22 consecutive flat positions (C order). Every (tensor, block) has its own
+stream of 32-bit words: numpy's raw Philox-4x64-10 under a key that hashes seed and name, at a counter that begins with
+the block. Each word is a geometric gap to the next entry that is drawn, by a table of exact integer thresholds. So each
+entry is drawn independently with one probability, the positions come out sorted, any block can be drawn alone, and the
+work is per drawn entry. Drawn are the kept entries, or where more than half are kept the dropped ones. Only integers
+are used: the same positions come out on every machine, device, dtype and world size.
 
 The sampler is part of the file format, as a delta of a random selection stores its seed instead of positions. Golden
 vectors in the tests pin its results; a change of any of them needs a new ``SAMPLER_VERSION``.
@@ -15,30 +15,25 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
-from typing import NamedTuple
+from math import ceil, sqrt
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dpp_lightning.sampling.philox import (
-    BLOCK,
-    COUNT,
-    MARKED_SHARE,
-    Blocks,
-    Int64Array,
-    UInt64Array,
-    draw_distinct,
-    philox,
-)
+SAMPLER_VERSION = 2
+BLOCK = 1 << 22
 
-SAMPLER_VERSION = 1
-
-# How much is drawn at once. It bounds the memory of a draw and never changes the result.
-_BATCH_LANES = 1 << 18  # expected lanes, where values are sorted
-_BATCH_ENTRIES = 1 << 22  # entries, where they are marked in a table
-_MASK32 = np.uint64(0xFFFFFFFF)
-_SHIFT32 = np.uint64(32)
+_LONGEST = 1 << 12  # a gap that the table holds; longer ones are as many steps of this length as it takes
+_UNIT = 1 << 128  # probability 1, of which gaps take their share
+_CELLS = 1 << 16  # of the look-up, by the upper half of a word
+_SHIFT, _MASK64 = np.uint32(16), (1 << 64) - 1
 _WORDS = 8  # 32-bit words in one output of 256 bits of numpy's Philox-4x64
+_DEVIATIONS = 4  # standard deviations of the number of words that a block takes, read beyond their mean
+_PIECE = 1 << 12  # outputs read at once, whose words and gaps stay in a core's cache
+
+Int64Array = npt.NDArray[np.int64]
+UInt32Array = npt.NDArray[np.uint32]
 
 
 def exact_rate(pruning_rate: float) -> Fraction:
@@ -78,136 +73,137 @@ def stream_key(name: str, seed: int, stream: str = "keep") -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-@lru_cache(maxsize=512)
-def _binomial_thresholds(n: int, keep: Fraction) -> tuple[int, UInt64Array]:
-    """(lowest count c0, T) with T[j] = floor(2**64 * P(count <= c0 + j)) for Binomial(n, keep), in exact integers.
+class _Gaps(NamedTuple):
+    """How words become gaps, for one probability of an entry to be drawn.
 
-    The weight of the mode is 2**256, and the others follow from the ratio of neighbouring terms, in both directions,
-    until they round down to 0. The rounding is far below the last of a threshold's 64 bits.
+    Attributes:
+        thresholds: T_1 .. T_L, uint32: a word u gives the smallest gap g with u < T_g; where there is none, L entries
+            are passed and none is drawn.
+        table: (65,536,), uint16: the gap of every word with that upper half, L + 1 where none is drawn, and 0 where its
+            words have more than one.
+        mean, variance: of the entries that one word passes.
     """
-    a, b = keep.numerator, keep.denominator - keep.numerator
-    mode = min(n, (n + 1) * keep.numerator // keep.denominator)
-    above, weight, count = [], 1 << 256, mode
-    while weight and count <= n:
-        above.append(weight)
-        weight = weight * (n - count) * a // ((count + 1) * b)
-        count += 1
-    below, weight, count = [], 1 << 256, mode
-    while weight and count > 0:
-        weight = weight * count * b // ((n - count + 1) * a)
-        below.append(weight)
-        count -= 1
-    weights = below[::-1] + above
-    total, running, thresholds = sum(weights), 0, []
-    for w in weights[:-1]:
-        running += w
-        thresholds.append((running << 64) // total)
-    return mode - len(below), np.array(thresholds, dtype=np.uint64)
+
+    thresholds: UInt32Array
+    table: npt.NDArray[np.uint16]
+    mean: float
+    variance: float
+
+    def steps(self, words: UInt32Array) -> npt.NDArray[np.uint16]:
+        """The gap of every word, L + 1 where none is drawn."""
+        gaps = self.table.take((words >> _SHIFT).astype(np.uint16), mode="clip")
+        (several,) = (gaps == 0).nonzero()
+        if len(several):
+            gaps[several] = self.thresholds.searchsorted(words[several], side="right") + 1
+        return gaps
+
+    def words_for(self, entries: int) -> int:
+        """How many words pass so many entries, nearly always."""
+        mean = entries / self.mean
+        return ceil(mean + _DEVIATIONS * sqrt(mean * self.variance) / self.mean + 1)
 
 
-class _Range(NamedTuple):
-    """The flat positions [start, stop) of a tensor with ``numel`` entries, and the key of its stream."""
+@lru_cache(maxsize=64)
+def _gaps(drawn: Fraction) -> _Gaps:
+    """The gaps of entries that are drawn with that probability, in (0, 1/2].
 
-    key: tuple[int, int]
-    numel: int
-    start: int
-    stop: int
-
-
-def _range(name: str, numel: int, seed: int, start: int, stop: int) -> _Range:
-    """The range, checked to lie inside the tensor."""
-    key = stream_key(name, seed)
-    if not 0 <= start <= stop <= numel:
-        raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
-    return _Range(key, numel, start, stop)
-
-
-class _Span(NamedTuple):
-    """Consecutive blocks [first, last) of one range, drawn in one batch; ``final`` where the range ends with them."""
-
-    key: tuple[int, int]
-    numel: int
-    first: int
-    last: int
-    final: bool
+    P(gap > g) is (1 - drawn)**g: S_0 = 2**128, S_g = floor(S_{g-1} (1 - drawn)), T_g = floor((2**128 - S_g) / 2**96).
+    L is the first g at which T_g = 2**32 - 1, and at most 4,096. A threshold is less than 2**-32 too low, which changes
+    the share of drawn entries by less than one part in 10**7, or at a share of 10**-7 in 10**6.
+    """
+    a, c, left = drawn.denominator - drawn.numerator, drawn.denominator, _UNIT
+    thresholds: list[int] = []
+    while len(thresholds) < _LONGEST and (not thresholds or thresholds[-1] < 2**32 - 1):
+        left = left * a // c
+        thresholds.append((_UNIT - left) >> 96)
+    limits = np.array(thresholds, dtype=np.uint32)
+    first = np.arange(_CELLS, dtype=np.uint32) << _SHIFT
+    table = np.searchsorted(limits, first, side="right") + 1
+    table[table != np.searchsorted(limits, first + np.uint32(_CELLS - 1), side="right") + 1] = 0
+    beyond = 1 - np.concatenate([[0.0], limits.astype(np.float64) / 2**32])  # P(gap > 0) .. P(gap > L)
+    mean = float(beyond[:-1].sum())
+    square = float(((2 * np.arange(len(limits)) + 1) * beyond[:-1]).sum())
+    return _Gaps(limits, table.astype(np.uint16), mean, square - mean**2)
 
 
-def _kept_counts(blocks: Blocks, keep: Fraction) -> Int64Array:
-    """How many entries each block keeps, (rows,): one 64-bit draw a block, compared with the binomial's thresholds."""
-    zero = np.zeros_like(blocks.number)
-    counter = (zero, blocks.number & _MASK32, blocks.number >> _SHIFT32, zero + np.uint64(COUNT))
-    low, high, _, _ = philox(counter, (blocks.key0, blocks.key1))
-    draw = (high << _SHIFT32) | low
-    counts = np.empty(len(draw), dtype=np.int64)
-    for size in np.unique(blocks.sizes):
-        rows = blocks.sizes == size
-        lowest, thresholds = _binomial_thresholds(int(size), keep)
-        counts[rows] = lowest + np.searchsorted(thresholds, draw[rows], side="right")
-    return counts
+class _Words:
+    """The raw words of numpy's Philox-4x64-10, from any output on; not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.Philox(key=0)
+        self._state: Any = dict(self._generator.state, buffer_pos=_WORDS // 2)  # nothing is left over
+
+    def seek(self, key: tuple[int, int], counter: int) -> None:
+        """Go to the output of ``counter + 1``: the generator steps its counter before it generates."""
+        low, high = key
+        inner = self._state["state"]
+        inner["key"][:] = low | high << 32, 0
+        inner["counter"][:] = counter & _MASK64, counter >> 64, 0, 0
+        self._generator.state = self._state
+
+    def read(self, outputs: int) -> UInt32Array:
+        """The words of the next outputs, eight each, lowest first."""
+        raw = self._generator.random_raw(_WORDS // 2 * outputs)
+        return raw.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
 
 
-def _batches(ranges: Iterable[_Range], keep: Fraction) -> Iterator[list[_Span]]:
-    """The blocks of all ranges, in order, in batches of at most 2**16 blocks and about equal work."""
-    marked = keep * MARKED_SHARE > 1
-    budget = _BATCH_ENTRIES if marked else min(int(_BATCH_LANES / keep), 1 << 30)
-    batch: list[_Span] = []
-    room = budget
-    for key, numel, start, stop in ranges:
-        first, end = start // BLOCK, -(-stop // BLOCK)
-        while True:
-            last = min(end, first + max(room // BLOCK, 1))
-            batch.append(_Span(key, numel, first, last, final=last == end))
-            room -= min(numel, last * BLOCK) - first * BLOCK + (budget >> 15)
-            if room <= 0:
-                yield batch
-                batch, room = [], budget
-            if last == end:
-                break
-            first = last
-    if batch:
-        yield batch
+class _Draw:
+    """Draws the kept positions of tensors, one after the other."""
 
+    def __init__(self, keep: Fraction) -> None:
+        self._everything, self._inverted = keep == 1, keep > Fraction(1, 2)
+        self._gaps = None if self._everything else _gaps(min(keep, 1 - keep))
+        self._words = _Words()
 
-def _draw(spans: list[_Span], keep: Fraction) -> Iterator[Int64Array]:
-    """Kept flat positions of every span, sorted."""
-    keys, numels, firsts, lasts, _ = (np.array(field) for field in zip(*spans, strict=True))
-    lengths = lasts - firsts
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    row = np.arange(ends[-1])
-    index = row + np.repeat(firsts - starts, lengths)
-    sizes = np.minimum(np.repeat(numels, lengths) - index * BLOCK, BLOCK)
-    key0, key1 = np.repeat(keys.astype(np.uint64), lengths, axis=0).T
-    blocks = Blocks(index.astype(np.uint64), sizes, key0, key1, (row * BLOCK).astype(np.uint32))
-    counts = _kept_counts(blocks, keep)
-    labelled = draw_distinct(blocks, counts)
-    bounds = np.append(0, np.cumsum(counts))
-    for first, start, end in zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        yield np.add(labelled[bounds[start] : bounds[end]], (first - start) * BLOCK, dtype=np.int64)
+    def kept(self, name: str, numel: int, seed: int, start: int, stop: int) -> Int64Array:
+        """The kept flat positions of a tensor in [start, stop), sorted."""
+        key = stream_key(name, seed)
+        if not 0 <= start <= stop <= numel:
+            raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
+        if self._everything:
+            return np.arange(start, stop, dtype=np.int64)
+        kept = [self._in_block(key, block, numel) for block in range(start // BLOCK, -(-stop // BLOCK))]
+        found = kept[0] if len(kept) == 1 else np.concatenate([np.empty(0, np.int64), *kept])
+        if (start, stop) == (0, numel):
+            return found
+        return found[found.searchsorted(start) : found.searchsorted(stop)]
 
+    def _in_block(self, key: tuple[int, int], block: int, numel: int) -> Int64Array:
+        """The kept positions of a tensor in one block, ascending."""
+        first, size = block * BLOCK, min(BLOCK, numel - block * BLOCK)
+        self._words.seek(key, block << 64)
+        if not self._inverted:
+            return self._drawn(size, first)
+        marks = np.ones(size, dtype=np.bool_)
+        marks[self._drawn(size, 0)] = False
+        return np.flatnonzero(marks) + first
 
-def _kept(ranges: Iterable[_Range], keep: Fraction) -> Iterator[Int64Array]:
-    """Kept flat positions of every range, sorted."""
-    if keep == 1:
-        yield from (np.arange(start, stop, dtype=np.int64) for _, _, start, stop in ranges)
-        return
-    drawn: list[Int64Array] = []  # of the spans of one range
-    for batch in _batches(ranges, keep):
-        for span, positions in zip(batch, _draw(batch, keep), strict=True):
-            drawn.append(positions)
-            if span.final:
-                yield drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
-                drawn = []
+    def _drawn(self, size: int, first: int) -> Int64Array:
+        """The positions that the words draw of so many entries, ascending, counted from ``first``."""
+        gaps = self._gaps
+        assert gaps is not None
+        longest, passed, pieces = len(gaps.thresholds), 0, []
+        while passed < size:
+            steps = gaps.steps(self._words.read(min(-(-gaps.words_for(size - passed) // _WORDS), _PIECE)))
+            beyond = int(steps.max()) > longest
+            ends = (np.minimum(steps, longest) if beyond else steps).cumsum(dtype=np.uint32)
+            last = int(ends[-1])
+            if beyond:
+                ends = ends[steps <= longest]
+            if passed + last > size:
+                ends = ends[: ends.searchsorted(size - passed, side="right")]
+            pieces.append(np.add(ends, first + passed - 1, dtype=np.int64))
+            passed += last
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
 
 
 def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, seed: int) -> Iterator[Int64Array]:
     """The kept positions of every tensor, in order, as :func:`kept_positions` gives them for one.
 
-    Small tensors are drawn together, so that 200 of them do not cost 200 times the overhead. Memory stays bounded: it
-    holds one batch of blocks and the kept positions of one tensor.
+    Memory holds the kept positions of one tensor.
 
     Args:
-        tensors: canonical name and number of entries of every tensor, read as far as the next batch needs.
+        tensors: canonical name and number of entries of every tensor, read as they are needed.
         pruning_rate: p, the fraction dropped, in [0, 1), read as an exact decimal; 0 keeps everything.
         seed: mask seed, an integer >= 0.
 
@@ -220,7 +216,8 @@ def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, s
     """
     keep = 1 - exact_rate(pruning_rate)
     stream_key("", seed)
-    return _kept((_range(name, numel, seed, 0, numel) for name, numel in tensors), keep)
+    draw = _Draw(keep)
+    return (draw.kept(name, numel, seed, 0, numel) for name, numel in tensors)
 
 
 def kept_positions(
@@ -242,12 +239,10 @@ def kept_positions(
         ValueError: the rate is outside [0, 1), the seed negative, or the range outside the tensor.
     """
     keep = 1 - exact_rate(pruning_rate)
-    stop = numel if stop is None else stop
-    (kept,) = _kept([_range(name, numel, seed, start, stop)], keep)
-    return kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)]
+    return _Draw(keep).kept(name, numel, seed, start, numel if stop is None else stop)
 
 
-def uniform_words(name: str, seed: int, start: int, stop: int, stream: str = "importance") -> npt.NDArray[np.uint32]:
+def uniform_words(name: str, seed: int, start: int, stop: int, stream: str = "importance") -> UInt32Array:
     """One random 32-bit word per flat position in [start, stop), a function of (seed, name, stream, position) alone.
 
     Word i is the (i mod 8)-th 32-bit word, lowest first, of Philox-4x64-10 at the counter i // 8 + 1. This is numpy's
@@ -265,11 +260,10 @@ def uniform_words(name: str, seed: int, start: int, stop: int, stream: str = "im
     Raises:
         ValueError: the seed is negative, or not 0 <= start <= stop.
     """
-    low, high = stream_key(name, seed, stream)
+    key = stream_key(name, seed, stream)
     if not 0 <= start <= stop:
         raise ValueError(f"positions [{start}, {stop}) are no range: expected 0 <= start <= stop")
     first = start // _WORDS
-    generator = np.random.Philox(key=np.array([low | high << 32, 0], dtype=np.uint64), counter=first)
-    raw = generator.random_raw(_WORDS // 2 * (-(-stop // _WORDS) - first))
-    words = raw.astype("<u8", copy=False).view("<u4").astype(np.uint32, copy=False)
-    return words[start - first * _WORDS : stop - first * _WORDS]
+    words = _Words()
+    words.seek(key, first)
+    return words.read(-(-stop // _WORDS) - first)[start - first * _WORDS : stop - first * _WORDS]

@@ -55,7 +55,7 @@ NAN, HUGE = float("nan"), 10**400
 CONFIG_FAULTS = [
     *({"format": value} for value in ("zip", None, 2)),
     *({"format_version": value} for value in (1, 2, 99, "3", None)),
-    {"sampler_version": 2},
+    {"sampler_version": 1},
     *({"pruning_rate": value} for value in (1, 1.5, -0.1, "0.9", True, None, NAN, HUGE, -HUGE, [0.9])),
     *({"q": value} for value in (0, -1, NAN, float("inf"), HUGE, "1", None, True)),
     *({"seed": value} for value in (-1, 1.5, "4", True, None)),

@@ -4,6 +4,7 @@ It shares no code with the package and knows nothing of torch: if the page and t
 Clear rather than fast: integers are Python's own.
 """
 
+import bisect
 import hashlib
 import json
 import struct
@@ -16,8 +17,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-MASK = 0xFFFFFFFF
-BLOCK = 65536
+MASK64 = (1 << 64) - 1
+BLOCK = 1 << 22
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64")
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 GROUP = {"int8": 128, "int4": 32}
@@ -51,7 +52,7 @@ class Delta:
 def read_delta(folder: Path) -> Delta:
     model = (folder / "delta_model.safetensors").read_bytes()
     config = json.loads((folder / "delta_config.json").read_text("utf-8"), parse_float=str)
-    assert (config["format"], config["format_version"], config["sampler_version"]) == ("dpp-delta", 3, 1)
+    assert (config["format"], config["format_version"], config["sampler_version"]) == ("dpp-delta", 3, 2)
     assert config["config_checksum"] == config_checksum(folder / "delta_config.json")
     assert config["model_checksum"] == xxhash.xxh3_128_hexdigest(model)
     stored = read_safetensors(model)
@@ -290,9 +291,9 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & MASK, (first >> 32) ^ c3 ^ k1, first & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+        first, second = c0 * 0xD2E7470EE14C6C93, c2 * 0xCA5A826395121157
+        c0, c1, c2, c3 = (second >> 64) ^ c1 ^ k0, second & MASK64, (first >> 64) ^ c3 ^ k1, first & MASK64
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & MASK64, (k1 + 0xBB67AE8584CAA73B) & MASK64
     return c0, c1, c2, c3
 
 
@@ -301,44 +302,28 @@ def sampler(name: str, entries: int, pruning_rate: str, seed: int) -> list[int]:
     keep = 1 - Fraction(pruning_rate)
     if keep == 1:
         return list(range(entries))
-    key = struct.unpack("<II", hashlib.sha256(f"dpp1:keep:{seed}:{name}".encode()).digest()[:8])
-    kept = []
+    (key,) = struct.unpack("<Q", hashlib.sha256(f"dpp2:keep:{seed}:{name}".encode()).digest()[:8])
+    thresholds, kept = gap_thresholds(1 - min(keep, 1 - keep)), []
     for block in range(-(-entries // BLOCK)):
-        n, b = min(BLOCK, entries - block * BLOCK), (block & MASK, block >> 32)
-        low, high, _, _ = philox((0, *b, 0), key)
-        count = kept_count(n, keep, high << 32 | low)
-        wanted = count if 2 * count <= n else n - count
-        chosen, group = set(), 0
-        while len(chosen) < wanted:
-            for word in philox((group, *b, 1), key):
-                for lane in (word & 0xFFFF, word >> 16):
-                    if lane < n * (BLOCK // n) and len(chosen) < wanted:
-                        chosen.add(lane % n)
-            group += 1
-        if wanted != count:
-            chosen = set(range(n)) - chosen
-        kept += [block * BLOCK + value for value in sorted(chosen)]
+        n, x, output, drawn = min(BLOCK, entries - block * BLOCK), -1, 0, set()
+        while x < n - 1:
+            output += 1
+            for word in philox((output, block, 0, 0), (key, 0)):
+                for half in (word & 0xFFFFFFFF, word >> 32):
+                    gap = bisect.bisect_right(thresholds, half) + 1
+                    x += min(gap, len(thresholds))
+                    if gap <= len(thresholds) and x < n:
+                        drawn.add(x)
+        kept += [block * BLOCK + i for i in range(n) if (i in drawn) == (2 * keep <= 1)]
     return kept
 
 
-def kept_count(n: int, keep: Fraction, draw: int) -> int:
-    a, c = keep.numerator, keep.denominator
-    mode = min(n, (n + 1) * a // c)
-    weights = {mode: 1 << 256}
-    for k in range(mode, n):
-        weights[k + 1] = weights[k] * (n - k) * a // ((k + 1) * (c - a))
-        if not weights[k + 1]:
-            break
-    for k in range(mode, 0, -1):
-        weights[k - 1] = weights[k] * k * (c - a) // ((n - k + 1) * a)
-        if not weights[k - 1]:
-            break
-    total, running = sum(weights.values()), 0
-    for k in sorted(weights):
-        running += weights[k]
-        if (running << 64) // total > draw:
-            return k
-    raise AssertionError("the last weight brings the sum to the total")
+def gap_thresholds(undrawn: Fraction) -> list[int]:
+    share, found = 1 << 128, []
+    while len(found) < 4096 and found[-1:] != [2**32 - 1]:
+        share = share * undrawn.numerator // undrawn.denominator
+        found.append(((1 << 128) - share) >> 96)
+    return found
 
 
 def applied(base: np.ndarray, positions: list[int], values: np.ndarray, q: float) -> np.ndarray:
