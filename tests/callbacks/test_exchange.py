@@ -11,6 +11,7 @@ from dpp_lightning import prune
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.best_weights import _Values
 from dpp_lightning.callbacks.prune_run.exchanged_models import leave_pruned
+from dpp_lightning.callbacks.prune_run.lora_view import adapter_view
 from dpp_lightning.tensors.interrupts import restored_after
 
 NAMES = ["0.weight", "1.weight", "1.bias"]
@@ -103,3 +104,28 @@ def test_the_best_weights_interrupted_at_every_line_give_way_to_the_last():
         with pytest.raises(Interrupt):
             interrupt_at(line, lambda m=module: load_others(m))
         assert same(values(module, base), before), line
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    module = peft.get_peft_model(models()[0], peft.LoraConfig(r=1, target_modules=["0", "1"], init_lora_weights=False))
+    return module, BaseWeights.from_module(module)
+
+
+def view(module, base):
+    with adapter_view(module, base, "merged"):
+        pass
+
+
+def test_a_view_of_a_merged_adapter_interrupted_at_every_line_is_put_back():
+    module, base = adapted()
+    total = lines_of(lambda: view(module, base))
+    assert total > 300
+    for line in range(1, total + 1):
+        module, base = adapted()
+        before = values(module, base)
+        with pytest.raises(Interrupt):
+            interrupt_at(line, lambda m=module, b=base: view(m, b))
+        assert same(values(module, base), before), line
+        assert not any(getattr(part, "merged", False) for part in module.modules())
