@@ -89,7 +89,7 @@ def with_bare_chunks(chunks, tensors, factors=None, **changes):
     _, config = files("ranked")
     blobs = {"kept": blob(chunks), "table": packed({"tensors": tensors})}
     model = save(blobs if factors is None else {**blobs, "factors": blob(factors)})
-    return repaired(model, {**json.loads(config), **changes})
+    return repaired(model, {**json.loads(config), "entries": 1 << 61, **changes})
 
 
 def chunks_of(kind, name="kept"):
