@@ -7,7 +7,7 @@ from math import prod
 
 from torch import Tensor
 
-from dpp_lightning.delta.coding.memory_limit import most_tensors
+from dpp_lightning.delta.coding.limits import most_tensors
 from dpp_lightning.delta.contents import Table
 
 

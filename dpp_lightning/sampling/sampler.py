@@ -4,8 +4,8 @@ Every tensor is cut into blocks of ``BLOCK`` = 65,536 consecutive flat positions
 per (tensor, block), keyed by a hash of seed and name, gives first the number of kept entries of the block (binomial,
 by exact 64-bit integer thresholds) and then that many distinct positions inside it (16-bit lanes, the first distinct
 ones in stream order; a block that keeps more than half draws what it drops). So each entry is kept independently with
-probability 1 - p; any block can be drawn alone; and the work is per *kept* entry. Only integers are used: the same
-positions come out on every machine, device, dtype and world size.
+probability 1 - p; any block can be drawn alone; and the work is per *kept* entry. Integers decide, and floating point
+only where it cannot err: the same positions come out on every machine, device, dtype and world size.
 
 The sampler is part of the file format, as a delta of a random selection stores its seed instead of positions. Golden
 vectors in the tests pin its results; a change of any of them needs a new ``SAMPLER_VERSION``.
@@ -13,20 +13,19 @@ vectors in the tests pin its results; a change of any of them needs a new ``SAMP
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from dpp_lightning.sampling.binomial import kept_counts
 from dpp_lightning.sampling.philox import (
     BLOCK,
     COUNT,
     MARKED_SHARE,
     Blocks,
     Int64Array,
-    UInt64Array,
     draw_distinct,
     philox,
 )
@@ -78,33 +77,6 @@ def stream_key(name: str, seed: int, stream: str = "keep") -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-@lru_cache(maxsize=512)
-def _binomial_thresholds(n: int, keep: Fraction) -> tuple[int, UInt64Array]:
-    """(lowest count c0, T) with T[j] = floor(2**64 * P(count <= c0 + j)) for Binomial(n, keep), in exact integers.
-
-    The weight of the mode is 2**256, and the others follow from the ratio of neighbouring terms, in both directions,
-    until they round down to 0. The rounding is far below the last of a threshold's 64 bits.
-    """
-    a, b = keep.numerator, keep.denominator - keep.numerator
-    mode = min(n, (n + 1) * keep.numerator // keep.denominator)
-    above, weight, count = [], 1 << 256, mode
-    while weight and count <= n:
-        above.append(weight)
-        weight = weight * (n - count) * a // ((count + 1) * b)
-        count += 1
-    below, weight, count = [], 1 << 256, mode
-    while weight and count > 0:
-        weight = weight * count * b // ((n - count + 1) * a)
-        below.append(weight)
-        count -= 1
-    weights = below[::-1] + above
-    total, running, thresholds = sum(weights), 0, []
-    for w in weights[:-1]:
-        running += w
-        thresholds.append((running << 64) // total)
-    return mode - len(below), np.array(thresholds, dtype=np.uint64)
-
-
 class _Range(NamedTuple):
     """The flat positions [start, stop) of a tensor with ``numel`` entries, and the key of its stream."""
 
@@ -141,8 +113,7 @@ def _kept_counts(blocks: Blocks, keep: Fraction) -> Int64Array:
     counts = np.empty(len(draw), dtype=np.int64)
     for size in np.unique(blocks.sizes):
         rows = blocks.sizes == size
-        lowest, thresholds = _binomial_thresholds(int(size), keep)
-        counts[rows] = lowest + np.searchsorted(thresholds, draw[rows], side="right")
+        counts[rows] = kept_counts(int(size), keep, draw[rows])
     return counts
 
 

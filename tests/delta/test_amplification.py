@@ -1,6 +1,8 @@
 """A small file takes little memory and time when it is read, however legal each of its chunks is."""
 
 import json
+import time
+from io import BytesIO
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from child_limits import run_limited
 from hostile import chunk, files, refused, with_bare_chunks, with_config
 
 from dpp_lightning import SparseDelta, prune
-from dpp_lightning.delta.coding.positions import ALL
+from dpp_lightning.delta.coding.chunk_stream import ChunkWriter
+from dpp_lightning.delta.coding.positions import ALL, SEED
+from dpp_lightning.delta.contents import SparseTensor
+from dpp_lightning.sampling.binomial import binomial_thresholds
 
 MOST = 1_310_720  # kept entries of a chunk
 LIMIT = {"megabytes": 120, "seconds": 5}
@@ -107,3 +112,32 @@ def test_ordinary_deltas_are_compressed_as_ever(monkeypatch):
     unbounded = delta.to_bytes()
     monkeypatch.undo()
     assert delta.to_bytes() == unbounded
+
+
+def test_a_seed_is_not_asked_for_millions_of_blocks():
+    """Drawing no entry of 2**42 would take ten seconds."""
+    blob = chunk(1 << 42, 0, coding=SEED)
+    seeded = {"dtype": "float32", "positions": "seed", "seeded": True, "q": 1.0, "pruning_rate": 0.99999999999}
+    case = with_bare_chunks(blob, [[f"w{i}", [1 << 36]] for i in range(64)], **seeded)
+    assert run_limited(lambda: read(*case), megabytes=120, seconds=2) == (
+        "ValueError",
+        "a seed that draws from 67,108,864 blocks for 16 bytes of chunks",
+    )
+    writer = ChunkWriter(BytesIO(), seeded=True, dtype=None)
+    nothing = torch.empty(0, dtype=torch.int64)
+    for i in range(17):
+        writer.add(f"w{i}", SparseTensor((1 << 36,), nothing, torch.empty(0)))
+    with pytest.raises(ValueError, match=r"17,825,792 blocks .* give positions='index'"):
+        writer.close()
+
+
+def test_five_hundred_tensors_of_odd_sizes_are_drawn_at_once():
+    """Of each size the exact thresholds take some milliseconds."""
+    base = {f"w{size}": torch.zeros(size) for size in range(20_000, 20_500)}
+    delta = prune(base, {name: tensor + 1 for name, tensor in base.items()}, "dare", 0.9)
+    case = delta.to_bytes(positions="seed")
+    binomial_thresholds.cache_clear()
+    started = time.process_time()
+    assert read(*case) == 500
+    assert time.process_time() - started < 1
+    assert binomial_thresholds.cache_info().misses < 5

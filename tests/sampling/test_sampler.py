@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dpp_lightning.sampling import philox as philox_module
 from dpp_lightning.sampling import sampler
+from dpp_lightning.sampling.binomial import binomial_thresholds
 from dpp_lightning.sampling.sampler import (
     BLOCK,
-    _binomial_thresholds,
     exact_rate,
     kept_positions,
     kept_positions_of,
@@ -98,7 +98,7 @@ def test_equals_the_slow_twin(numel, rate):
 
 @pytest.mark.parametrize(("n", "keep"), [(10, Fraction(3, 10)), (65536, Fraction(1, 100)), (400, Fraction(1, 1000))])
 def test_thresholds_are_the_binomial_distribution(n, keep):
-    lowest, thresholds = _binomial_thresholds(n, keep)
+    lowest, thresholds = binomial_thresholds(n, keep)
     scipy_stats = pytest.importorskip("scipy.stats")
     counts = lowest + np.arange(len(thresholds))
     np.testing.assert_allclose(

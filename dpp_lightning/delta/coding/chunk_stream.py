@@ -23,9 +23,10 @@ from dpp_lightning.delta.coding.chunk import (
     encode_chunk,
     read_head,
 )
-from dpp_lightning.delta.coding.memory_limit import memory_of, most_memory
+from dpp_lightning.delta.coding.limits import memory_of, most_blocks, most_memory
 from dpp_lightning.delta.coding.positions import ByteArray, Int64Array
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, Table
+from dpp_lightning.sampling.philox import BLOCK
 from dpp_lightning.sampling.sampler import kept_positions_of
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
 
@@ -53,6 +54,7 @@ class ChunkWriter:
         self._values: list[Tensor] = []
         self._chunk_dtype, self._span, self._kept = "float32", 0, 0
         self._stored, self._memory = 0, 0  # bytes of all chunks so far, in the file and when they are read
+        self._blocks = 0  # of the sampler, in all tensors so far
 
     def add(self, name: str, tensor: SparseTensor) -> None:
         """The next tensor; its factors are not written here.
@@ -73,6 +75,7 @@ class ChunkWriter:
             if kept:
                 raise ValueError(f"{name} has kept entries beside factors, which no seed draws: give positions='index'")
             numel = 0
+        self._blocks += -(-numel // BLOCK)
         for first in range(0, max(kept, 1), CHUNK_KEPT):
             last = min(first + CHUNK_KEPT, kept)
             end = int(indices[last - 1]) + 1 if last < kept else numel
@@ -85,9 +88,17 @@ class ChunkWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left.
+
+        Raises:
+            ValueError: positions that follow from a seed, so few in so many entries that no reader would draw them.
+        """
         if self._span:
             self._flush()
+        if self.seeded and self._blocks > most_blocks(self._stored):
+            raise ValueError(
+                f"a seed that draws from {self._blocks:,} blocks for {self._stored:,} bytes: give positions='index'"
+            )
 
     def _flush(self) -> None:
         positions = np.concatenate(self._positions)
@@ -132,6 +143,9 @@ class ChunkReader:
         self._offsets = [0, *accumulate(self._drawn_sizes)]
         if sum(self._sizes) > _MOST_TOTAL:
             raise ValueError(f"tensors of {sum(self._sizes)} entries in all")
+        blocks = sum(-(-size // BLOCK) for size in self._drawn_sizes)
+        if seeded and blocks > most_blocks(len(blob)):
+            raise ValueError(f"a seed that draws from {blocks:,} blocks for {len(blob):,} bytes of chunks")
         self.heads = list(self._heads())
         # of all tensors without kept entries
         self._no_values = torch.empty(0, dtype=FLOATS[info.dtype if info.dtype in FLOATS else "float32"])

@@ -1,4 +1,4 @@
-"""How much memory a file may ask for: a bounded multiple of its own bytes, so that a small file stays small when read.
+"""How much memory and time a file may ask for: a bounded multiple of its own bytes, so that a small one costs little.
 
 Numbers that are all equal compress without bound, so what a chunk may take is checked before it is decoded, and a
 writer stores the streams of such chunks as they are where the bound would be passed.
@@ -11,6 +11,8 @@ from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
 FREE_BYTES = 1 << 24  # of memory, whatever the file's size
 BYTES_FOR_ONE = 256  # of memory for every byte in the file
 _INDEX_BYTES = 8
+_FREE_BLOCKS = 1 << 20
+_BLOCKS_FOR_ONE = 64  # drawing four million takes about a second
 _FREE_TENSORS = 1 << 12
 _BYTES_OF_TENSOR = 8  # in the file, at least, for every further tensor: in memory each takes some kB
 
@@ -28,3 +30,8 @@ def most_memory(stored: int) -> int:
 def most_tensors(stored: int) -> int:
     """The most pruned tensors that a file with ``stored`` bytes of tensors may have."""
     return _FREE_TENSORS + stored // _BYTES_OF_TENSOR
+
+
+def most_blocks(stored: int) -> int:
+    """The most blocks of the sampler that positions may be drawn from for ``stored`` bytes of chunks."""
+    return _FREE_BLOCKS + _BLOCKS_FOR_ONE * stored
