@@ -8,6 +8,7 @@ from interrupted import Interrupt, interrupt_at, lines_of
 from torch import nn
 
 from dpp_lightning import prune
+from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.best_weights import _Values
 from dpp_lightning.callbacks.prune_run.exchanged_models import leave_pruned
@@ -85,6 +86,24 @@ def test_pruned_weights_are_left_whole_or_not_at_all():
         outcomes.append([same(held, whole) for whole in (finetuned, base.tensors, applied)])
         assert sum(outcomes[-1]) == 1, line
     assert all(map(any, zip(*outcomes, strict=True)))  # each of the three is met
+
+
+def test_a_delta_of_a_run_that_is_interrupted_at_any_line_is_taken_off():
+    """As Lightning does: ``on_exception`` follows whatever happened in the start of the run."""
+    module, base, delta = pruned()
+    module.load_state_dict(base.tensors)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    applied = ApplyDelta("unused")
+    applied._delta = delta
+    total = lines_of(lambda: applied.on_validation_start(None, module))
+    assert not same(module.state_dict(), before)
+    applied.on_exception(None, module, KeyboardInterrupt())
+    for line in range(1, total + 1):
+        applied._delta = delta.with_changes()
+        with pytest.raises(Interrupt):
+            interrupt_at(line, lambda: applied.on_validation_start(None, module))
+        applied.on_exception(None, module, KeyboardInterrupt())
+        assert same(module.state_dict(), before), line
 
 
 def load_others(module):

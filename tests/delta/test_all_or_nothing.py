@@ -1,6 +1,7 @@
 """apply_, revert_ and applied() are all or nothing: interrupted at every line, and by tensors that cannot be written."""
 
 import copy
+import threading
 from functools import cache
 
 import pytest
@@ -150,6 +151,37 @@ def test_an_error_at_any_tensor_undoes_the_others(monkeypatch, operation, failin
             delta.apply_(target, force=True) if operation == "apply" else delta.revert_(target)
     assert delta.is_applied == (operation == "revert")
     check_whole(target, delta)
+
+
+def test_an_error_in_one_of_several_threads_undoes_what_the_others_wrote(monkeypatch):
+    torch.manual_seed(2)
+    base = {name: torch.randn(400, 400) for name in "abcd"}
+    delta = prune(base, {name: tensor + 1 for name, tensor in base.items()}, "magnitude", 0.3)
+    before, real, threads = (
+        {name: tensor.clone() for name, tensor in base.items()},
+        target_module.scatter_entries,
+        set(),
+    )
+
+    def failing(tensor, indices, values):
+        threads.add(threading.get_ident())
+        if tensor is base["a"] and len(threads) < 3 and len(indices) > 1:
+            raise RuntimeError("no memory is left")
+        real(tensor, indices, values)
+
+    workers = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(target_module, "scatter_entries", failing)
+            with pytest.raises(RuntimeError, match="no memory"):
+                delta.apply_(base)
+        assert delta.is_applied or same(base, before)
+        if delta.is_applied:
+            delta.revert_(base)
+    finally:
+        torch.set_num_threads(workers)
+    assert same(base, before)
 
 
 def test_a_failed_undo_can_still_be_reverted(monkeypatch):

@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     atheris = None
 
 _LENGTH = struct.Struct("<I")
-_LIMITS = {"-timeout": 10, "-rss_limit_mb": 2048, "-max_len": 1 << 16}  # of one input; the process with torch in it
+_LIMITS = {"-timeout": 30, "-rss_limit_mb": 2048, "-max_len": 1 << 16}  # of one input; the process with torch in it
 
 
 def instrumented():
