@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_map
 
 from dpp_lightning.calibration.teacher import Forward, Teacher
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
+from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.methods.training import Training
 from dpp_lightning.tensors.interrupts import restored_after
 
 IN_A_STEP = 8  # samples of a piece, on each of which one step is made
@@ -47,6 +49,19 @@ class TrainingSettings:
     dtype: str | None = None
     factors_dtype: str | None = None
     checkpointing: bool = False
+
+    @classmethod
+    def of(cls, info: DeltaInfo, steps: int, learning_rate: float, **dtypes: str | None) -> TrainingSettings:
+        """The method's own, unless the delta's settings say otherwise (:mod:`dpp_lightning.methods.training`).
+
+        Args:
+            info: of the delta that is trained.
+            steps, learning_rate: the method's own.
+            dtypes: ``dtype`` and ``factors_dtype``.
+        """
+        given = Training.of(info.settings)
+        recomputed = given.activations == "recomputed"
+        return cls(int(given.steps) or steps, learning_rate, info.seed, checkpointing=recomputed, **dtypes)
 
 
 class Distillation:

@@ -60,7 +60,7 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     if best.delta.num_factor_numbers <= NUMBERS_PER_TEXT * training.samples:
-        settings = TrainingSettings(STEPS, RATE, seed=delta.info.seed, factors_dtype=dtype)
+        settings = TrainingSettings.of(delta.info, STEPS, RATE, factors_dtype=dtype)
         trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
         trained = _with_new_rest(calibrator.pairs, trained)
         forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))

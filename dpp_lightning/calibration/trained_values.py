@@ -37,12 +37,12 @@ def fit_values(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     best_q = min(losses, key=lambda q: losses[q])
     start = untrained[best_q] if keep >= _FROM_DELTA else _zeros(delta)
     rate = min(_MOST_RATE, max(_LEAST_RATE, _RATE * sqrt(_RATE_AT / max(delta.num_kept, 1))))
-    settings = TrainingSettings(STEPS, rate, seed=delta.info.seed, dtype=calibrator.dtype)
+    settings = TrainingSettings.of(delta.info, STEPS, rate, dtype=calibrator.dtype)
     trained, tried = training.train(start, settings, calibrator.tell_step)
     after = min(value for _, value in tried)
     if losses[best_q] < after:
         trained, after = untrained[best_q], losses[best_q]
-    said = {"texts": training.samples, "steps": STEPS, "held_out_before": tried[0][1], "held_out_after": after}
+    said = {"texts": training.samples, "steps": settings.steps, "held_out_before": tried[0][1], "held_out_after": after}
     found = trained.with_changes(training=said)
     return FoundRescaling(lambda _: found, tried)
 

@@ -54,7 +54,7 @@ def merge_to_folder(
             that holds any other file is refused all the same
         dense: also write dense folders that from_pretrained loads here: one folder inside for each task with a head of
             its own, else this folder itself; the same holds for it as for the output
-        dtype: how kept values are held; null for float32
+        dtype: how kept values and the numbers of factors are held; null for float32
         method: the rule that merges
         weights: one number for all deltas, one for each, or a JSON file with one for each, or for each tensor of each,
             such as AdaMerging's coefficients.json; by default 0.4 for task arithmetic, 1 for ties

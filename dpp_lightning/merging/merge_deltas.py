@@ -61,7 +61,7 @@ def merge(
         scale: multiplies the merged delta.
         trim_rate: TIES' own pruning of each delta's tensors before the merge, the fraction dropped, in [0, 1); default
             none, as the deltas are pruned.
-        dtype: how the kept values are held; default float32.
+        dtype: how kept values and the numbers of factors are held; default float32.
 
     Returns:
         One delta. Carried tensors that differ between the deltas, such as heads, are in it for each task:
@@ -129,7 +129,7 @@ def merge_checkpoints(
         folders = {s.task: s.folder for s in sources if s.folder is not None}
         side_files = merged_side_files(folders, {s.task: s.info.absent_files for s in sources})
         contents = merger.contents(progress)
-        write_files(folder, contents, seeded=merger.seeded, dtype=dtype, side_files=side_files)
+        write_files(folder, contents, seeded=merger.seeded, dtype=dtype, factors_dtype=dtype, side_files=side_files)
     return local_path(output)
 
 
@@ -265,6 +265,7 @@ class _Merger:
             entries=total + sum(self.base[n].numel() for n in unchanged) + dense,
             dense_bytes=max(info.dense_bytes for info in infos),
             dtype=self.settings.dtype,
+            factors_dtype=self.settings.dtype,
             settings=self._plain_settings(),
             unchanged=unchanged,
             prefix=first.prefix,
@@ -343,7 +344,8 @@ class _Merger:
             for k, tensor in tensors.items()
             if tensor.factors is not None
         ]
-        result = SparseTensor(shape, kept, values, sum_of_products(weighted, shape))
+        factors = sum_of_products(weighted, shape)
+        result = SparseTensor(shape, kept, values, factors and factors.rounded(self.settings.dtype, name))
         self._check.update(gather_entries(self.base[name], result.changed))
         self._kept += result.stored_numbers
         return result

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dpp_lightning.methods import training
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.kept_entries import KeptEntries
 from dpp_lightning.methods.selections import importance
@@ -98,8 +99,10 @@ def verify(settings: Mapping[str, Any]) -> None:
     """Refuse settings of :func:`low_rank` that are out of their range.
 
     Raises:
-        ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], or a damping outside (0, 1].
+        ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], a damping outside (0, 1], or settings of
+            training out of their range.
     """
+    training.verify(settings)
     rank = settings.get("rank", 0)
     if rank != int(rank) or rank < 0:
         raise ValueError(f"rank must be a whole number, 1 or more, or 0 to go by the pruning rate; got {rank!r}")

@@ -13,7 +13,7 @@ from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
-from dpp_lightning.methods import layerwise_rates, low_rank, rescaling, selections, structured, wanda
+from dpp_lightning.methods import layerwise_rates, low_rank, rescaling, selections, structured, training, wanda
 from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.tensors.blocks import is_multiplied
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype
@@ -199,7 +199,11 @@ _LAYER_Q = Fit("dpp_lightning.calibration.layer_q:fit_layer_q", needs_inputs=Tru
 _LEARNED = Fit("dpp_lightning.calibration.learned_rescaling:fit_coefficients", needs_gradients=True)
 _PARTITIONS = Fit("dpp_lightning.calibration.dpa:fit_partitions")
 _VALUES = Fit(
-    "dpp_lightning.calibration.trained_values:fit_values", needs_distillation=True, one_mask=True, samples=512
+    "dpp_lightning.calibration.trained_values:fit_values",
+    needs_distillation=True,
+    one_mask=True,
+    samples=512,
+    options=training.Training,
 )
 _FACTORS = Fit(
     "dpp_lightning.calibration.factor_fit:fit_factors",
@@ -208,6 +212,7 @@ _FACTORS = Fit(
     one_mask=True,
     required=False,
     samples=512,
+    options=training.Training,
 )
 _CHOICE = Fit(
     "dpp_lightning.pruning.auto:choose",
@@ -280,7 +285,7 @@ METHODS = MethodTable({
     ),
     "refit": Method(
         selections.random_in_maps, rescaling.no_rescaling, *_OURS, fit=_VALUES, seeded=True, covers=_in_maps,
-        dtype="int4",
+        dtype="int4", verify=training.verify,
     ),
     "lowrank": Method(
         low_rank.low_rank, rescaling.no_rescaling, *_ECKART, fit=_FACTORS, covers=_maps_and_vectors,

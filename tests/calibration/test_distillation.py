@@ -186,6 +186,22 @@ def test_layers_computed_anew_give_the_same_training():
     assert not any(part._forward_hooks for part in model.modules())
 
 
+def test_steps_and_memory_of_a_training_are_settings_of_its_method(monkeypatch):
+    _model, training, plan = training_on("bert")
+    given = []
+    train = training.train
+    monkeypatch.setattr(
+        training, "train", lambda delta, settings, *rest: given.append(settings) or train(delta, settings)
+    )
+    for method, settings in (("refit", {}), ("lowrank", {"rank": 1})):
+        spec = PruningSpec(method, 0.7, method_settings={**settings, "steps": 30, "activations": "recomputed"})
+        plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
+    assert [(one.steps, one.checkpointing) for one in given] == [(30, True), (30, True)]
+    for wrong in ({"steps": 2.5}, {"steps": -1}, {"activations": "gone"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PruningSpec("refit", 0.7, method_settings=wrong)
+
+
 def test_values_are_rounded_to_what_the_file_holds(tmp_path):
     _model, training, plan = training_on("bert")
     spec = PruningSpec("refit", 0.7)

@@ -73,6 +73,28 @@ def test_a_merge_of_folders_is_that_in_memory_and_applies_to_its_base_alone(tmp_
         merge(base, deltas)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127), ("int4", 1 / 7)])
+def test_the_dtype_of_a_merge_holds_for_factors(tmp_path, dtype, error):
+    base, deltas = three()
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text("{}")
+    deltas["a"].save_pretrained(tmp_path / "a")
+    exact, merged = (
+        merge(base, {"a": deltas["a"]}, weights=0.7),
+        merge(base, {"a": deltas["a"]}, weights=0.7, dtype=dtype),
+    )
+    folder = merge_checkpoints(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged", weights=0.7, dtype=dtype)
+    read = SparseDelta.from_pretrained(folder)
+    assert read.info.factors_dtype == dtype
+    assert read.num_bytes < exact.num_bytes
+    for name, tensor in merged.tensors.items():
+        assert torch.equal(read.tensors[name].dense(1.0), tensor.dense(1.0)), name
+        if tensor.factors is not None:
+            for stored, wanted in zip(tensor.factors.stored(), exact.tensors[name].factors.stored(), strict=True):
+                assert (stored - wanted).abs().max() <= error * wanted.abs().max()
+
+
 def test_ties_refuses_factors_and_names_the_cure():
     base, deltas = three()
     with pytest.raises(ValueError, match=r"ties goes by kept entries, and a, b hold factors: .*task-arithmetic"):

@@ -1,0 +1,48 @@
+"""The settings of training that methods have whose kept numbers are trained; their fits read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Activations = Literal["kept", "recomputed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long and in how much memory the numbers of a delta are trained.
+
+    Attributes:
+        steps: of the optimizer, each on one batch of calibration data; 0 for the method's own.
+        activations: ``recomputed`` has every block of a transformers model computed anew in the backward pass
+            (gradient checkpointing), which takes a third more time and far less memory.
+
+    Raises:
+        ValueError: a number of steps that is not whole or below 0, or another word.
+    """
+
+    steps: int = 0
+    activations: Activations = "kept"
+
+    def __post_init__(self) -> None:
+        if self.steps != int(self.steps) or self.steps < 0:
+            raise ValueError(
+                f"steps must be a whole number of training steps, or 0 for the method's own; got {self.steps!r}"
+            )
+        if self.activations not in get_args(Activations):
+            raise ValueError(f"activations must be 'kept' or 'recomputed', got {self.activations!r}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Training:
+        """Those among a method's settings."""
+        return cls(**{name: settings[name] for name in ("steps", "activations") if name in settings})
+
+
+def verify(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of training that are out of their range.
+
+    Raises:
+        ValueError: as :class:`Training`.
+    """
+    Training.of(settings)
