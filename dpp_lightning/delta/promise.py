@@ -25,7 +25,9 @@ def check_promise(entries: int, table: Table, dense: Iterable[Tensor], stored: i
     """
     held = sum(prod(shape) for _, shape in table) + sum(tensor.numel() for tensor in dense)
     if held > entries:
-        raise ValueError(f"a delta whose tensors have {held:,} entries, of a model that has {entries:,}")
+        raise ValueError(
+            f"a delta whose tensors have {held:,} entries, of a model that has {entries:,}: they are not of one model"
+        )
     if len(table) > most_tensors(stored):
         raise ValueError(
             f"a delta of {len(table):,} tensors in {stored:,} bytes, where {most_tensors(stored):,} are the most: "

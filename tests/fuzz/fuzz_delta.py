@@ -26,10 +26,10 @@ def seeds() -> list[bytes]:
         tuple((folder / f"delta_{name}").read_bytes() for name in ("model.safetensors", "config.json"))
         for folder in _GOLDEN
     ]
-    return [_input(model, config) for model, config in (*golden, *(files(kind) for kind in KINDS))]
+    return [input_of(model, config) for model, config in (*golden, *(files(kind) for kind in KINDS))]
 
 
-def _input(model: bytes, config: bytes) -> bytes:
+def input_of(model: bytes, config: bytes) -> bytes:
     tensors = load(model)
     dense = {name: tensor for name, tensor in tensors.items() if name not in _BLOBS}
     kept, factors = (bytes(tensors[name].numpy()) if name in tensors else b"" for name in ("kept", "factors"))
@@ -38,10 +38,10 @@ def _input(model: bytes, config: bytes) -> bytes:
 
 def target(data: bytes) -> None:
     """Read the delta of an input: a ValueError with a message, or a valid delta that comes back when written."""
-    outcome(partial(SparseDelta.from_bytes, *_files(*unpack(data, PARTS))))
+    outcome(partial(SparseDelta.from_bytes, *files_of(*unpack(data, PARTS))))
 
 
-def _files(config: bytes, table: bytes, kept: bytes, factors: bytes, dense: bytes) -> tuple[bytes, bytes]:
+def files_of(config: bytes, table: bytes, kept: bytes, factors: bytes, dense: bytes) -> tuple[bytes, bytes]:
     """The two files; where the dense tensors are no safetensors file they are the whole of the model file."""
     model = dense
     try:

@@ -16,7 +16,7 @@ def test_the_seeds_are_read_and_mutations_of_them_refused_or_valid():
     for seed in seeds:
         assert pack(unpack(seed, fuzz_delta.PARTS)) == seed
         assert fuzz_delta.outcome(
-            lambda data=seed: fuzz_delta.SparseDelta.from_bytes(*fuzz_delta._files(*unpack(data, 5)))
+            lambda data=seed: fuzz_delta.SparseDelta.from_bytes(*fuzz_delta.files_of(*unpack(data, 5)))
         )
     assert run_plain(fuzz_delta.target, seeds, fuzz_delta.PARTS, seconds=20, seed=0, most=300) == 300
 

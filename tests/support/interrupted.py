@@ -5,9 +5,7 @@ from pathlib import Path
 
 import dpp_lightning
 
-_FOLDERS = tuple(
-    str(Path(folder)) for folder in (*dpp_lightning.__path__, Path(sys.modules[__name__].__file__).parents[2])
-)
+_FOLDERS = (*dpp_lightning.__path__, str(Path(__file__).parents[2]))  # callbacks/ lies beside the package
 _TESTS = str(Path(__file__).parents[1])
 
 

@@ -188,7 +188,10 @@ class ChunkReader:
                 self._check_count(head)
             memory += memory_of(head.kept, head.dtype)
             if memory > most_memory(len(self.blob)):
-                raise ValueError(f"kept entries that take {memory:,} bytes of memory, from {len(self.blob):,} bytes")
+                most = most_memory(len(self.blob))
+                raise ValueError(
+                    f"{len(self.blob):,} bytes of chunks that ask for {memory:,} of memory, {most:,} at most"
+                )
             yield begin, head
             position, begin = head.stop, begin + head.span
         if position != len(self.blob):
