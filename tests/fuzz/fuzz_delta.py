@@ -30,6 +30,7 @@ def seeds() -> list[bytes]:
 
 
 def input_of(model: bytes, config: bytes) -> bytes:
+    """The input that a delta's two files come from."""
     tensors = load(model)
     dense = {name: tensor for name, tensor in tensors.items() if name not in _BLOBS}
     kept, factors = (bytes(tensors[name].numpy()) if name in tensors else b"" for name in ("kept", "factors"))

@@ -187,8 +187,7 @@ class ChunkReader:
             if self.seeded:
                 self._check_count(head)
             memory += memory_of(head.kept, head.dtype)
-            if memory > most_memory(len(self.blob)):
-                most = most_memory(len(self.blob))
+            if memory > (most := most_memory(len(self.blob))):
                 raise ValueError(
                     f"{len(self.blob):,} bytes of chunks that ask for {memory:,} of memory, {most:,} at most"
                 )
