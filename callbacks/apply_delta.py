@@ -28,7 +28,6 @@ class ApplyDelta(pl.Callback):
     def __init__(self, delta: str, task: str | None = None, revision: str | None = None) -> None:
         self.folder, self.task, self.revision = delta, task, revision
         self._delta: SparseDelta | None = None  # read in setup
-        self._applied = False
 
     @property
     def state_key(self) -> str:
@@ -54,14 +53,12 @@ class ApplyDelta(pl.Callback):
 
     def _apply(self, pl_module: pl.LightningModule) -> None:
         assert self._delta is not None
-        if not self._applied:
+        if not self._delta.is_applied:
             self._delta.apply_(pl_module)
-            self._applied = True
 
     def _revert(self, pl_module: pl.LightningModule) -> None:
-        if self._delta is not None and self._applied:
+        if self._delta is not None and self._delta.is_applied:
             self._delta.revert_(pl_module)
-            self._applied = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Apply the delta."""

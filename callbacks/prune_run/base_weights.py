@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dpp_lightning.callbacks.prune_run.exchange import Exchange
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.fingerprint import hash_tensors
+from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import (
-    NamedTensor,
     canonical_tensors,
     check_prunable,
     named_tensors,
@@ -182,17 +183,14 @@ class BaseWeights:
         """Inside the block the module holds theta_0 and this object the fine-tuned values.
 
         They change places tensor by tensor, so no third copy of the model is made. After the block, and after an
-        exception too, both are as before, bit for bit.
+        exception or interrupt too, both are as before, bit for bit.
         """
-        named, exchanged = {n.name: n for n in named_tensors(module)}, []
-        try:
-            for name in names:
-                _swap(named[name], self.tensors[name])
-                exchanged.append(name)
+        named = {n.name: n for n in named_tensors(module)}
+        exchange = Exchange({name: (named[name], self.tensors[name]) for name in names})
+        with restored_after(exchange.put_back):
+            for name in exchange.names:
+                exchange.exchange(name)
             yield
-        finally:
-            for name in exchanged:
-                _swap(named[name], self.tensors[name])
 
 
 def new_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> set[str]:
@@ -212,12 +210,3 @@ def has_weights(module: nn.Module) -> bool:
     """Whether the module holds materialised parameters by now (one with ``configure_model`` may not)."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.is_meta or isinstance(p, torch.nn.UninitializedParameter) for p in parameters)
-
-
-@torch.no_grad()
-def _swap(named: NamedTensor, other: Tensor) -> None:
-    tensor = named.tensor.detach()
-    values = tensor.clone()
-    tensor.copy_(other)
-    named.store(tensor)
-    other.detach().copy_(values)

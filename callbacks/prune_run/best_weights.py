@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, read_sharded
 from dpp_lightning.storage.stored_tensor import StoredTensor
+from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import without_wrappers
 from dpp_lightning.tensors.shards import is_dtensor, reshard, shard_like
 
@@ -41,15 +42,11 @@ def best_weights(trainer: pl.Trainer, module: pl.LightningModule, *, keep: bool)
         FileNotFoundError: if the parameters are in shards and a rank cannot see the checkpoint.
     """
     last = _Values(module)
-    restore = True
-    try:
+    with restored_after(last.put_back):
         _load_best(trainer, module)
         yield
-        restore = not keep
-    finally:
-        if restore:
-            reshard(module)
-            last.put_back()
+        if keep:
+            last.forget()
 
 
 def best_checkpoints(trainer: pl.Trainer) -> ModelCheckpoint:
@@ -116,6 +113,7 @@ class _Values:
     """The tensors of a module, and the extra state of its submodules, to be put back whatever was loaded over them."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._module: nn.Module | None = module  # None when nothing is to be put back
         self._copies: dict[int, Tensor] = {}
         self._held: list[tuple[dict[str, Any], str, Tensor]] = []
         self._extra: list[tuple[nn.Module, Any]] = []
@@ -129,13 +127,22 @@ class _Values:
             if type(child).get_extra_state is not nn.Module.get_extra_state:
                 self._extra.append((child, deepcopy(child.get_extra_state())))
 
+    def forget(self) -> None:
+        """Put nothing back."""
+        self._module = None
+
     @torch.no_grad()
     def put_back(self) -> None:
+        """Everything as it was; a second call does what an interrupt kept the first from, or nothing."""
+        if self._module is None:
+            return
+        reshard(self._module)
         for tensors, name, tensor in self._held:
             tensors[name] = tensor
             tensor.copy_(self._copies[id(tensor)])
         for child, state in self._extra:
             child.set_extra_state(state)
+        self.forget()
 
 
 def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -15,6 +15,7 @@ from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import saved_names
 from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors
 
@@ -55,6 +56,8 @@ def exchanged_plan(
 def leave_pruned(module: nn.Module, base: BaseWeights, replaced: Sequence[str], delta: SparseDelta) -> None:
     """Put base plus delta into a module that holds the fine-tuned weights, after the exchange.
 
+    If it is interrupted the module holds the base's replaced tensors, or all of base plus delta.
+
     Args:
         module: to be written.
         base: holds theta_0 again.
@@ -62,11 +65,18 @@ def leave_pruned(module: nn.Module, base: BaseWeights, replaced: Sequence[str], 
         delta: drawn from both.
     """
     named = {n.name: n for n in named_tensors(module)}
-    for name in replaced:
-        tensor = named[name].tensor.detach()
-        tensor.copy_(base.tensors[name])
-        named[name].store(tensor)
-    delta.apply_(module, force=True)
+
+    def take_base() -> None:
+        if delta.is_applied:
+            return
+        for name in replaced:
+            tensor = named[name].tensor.detach()
+            tensor.copy_(base.tensors[name])
+            named[name].store(tensor)
+
+    with restored_after(take_base):
+        take_base()
+        delta.apply_(module, force=True)
 
 
 def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope, callback: str) -> bool:

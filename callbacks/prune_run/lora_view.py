@@ -15,6 +15,7 @@ from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.storage.output_folder import FolderKind, output_folder
+from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import canonical_tensors, named_tensors
 
 if TYPE_CHECKING:
@@ -147,21 +148,23 @@ def _merged(layers: list[Any], *, keep: bool) -> Iterator[None]:
     """
     weights = [p for layer in layers for p in layer.get_base_layer().parameters()]
     before = [p.detach().clone() for p in weights]
-    restore = True
-    try:
-        for layer in layers:
-            layer.merge()
-        yield
-        restore = not keep
-    finally:
+    kept = False
+
+    def restore() -> None:
         for layer in layers:
             layer.merged_adapters.clear()
             for name, parameter in layer.named_parameters():
-                if not restore and name.startswith(("lora_B.", "lora_embedding_B.")):
+                if kept and name.startswith(("lora_B.", "lora_embedding_B.")):
                     parameter.zero_()
         for parameter, original in zip(weights, before, strict=True):
-            if restore:
+            if not kept:
                 parameter.copy_(original)
+
+    with restored_after(restore):
+        for layer in layers:
+            layer.merge()
+        yield
+        kept = keep
 
 
 @contextmanager
@@ -170,19 +173,21 @@ def _unwrapped(adapter: nn.Module) -> Iterator[None]:
     from peft.utils import ModulesToSaveWrapper
 
     wrappers: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
+
+    def restore() -> None:
+        for parent, attribute, wrapper in wrappers:
+            setattr(parent, attribute, wrapper)
+
+    with restored_after(restore):
         plain = {id(layer): layer.get_base_layer() for layer in _lora_layers(adapter)}
         plain |= {id(m): _trained_copy(m) for m in adapter.modules() if isinstance(m, ModulesToSaveWrapper)}
         for name, child in list(adapter.named_modules()):
             if id(child) in plain:
                 parent_name, _, attribute = name.rpartition(".")
                 parent = adapter.get_submodule(parent_name)
-                setattr(parent, attribute, plain[id(child)])
                 wrappers.append((parent, attribute, child))
+                setattr(parent, attribute, plain[id(child)])
         yield
-    finally:
-        for parent, attribute, wrapper in wrappers:
-            setattr(parent, attribute, wrapper)
 
 
 def _trained_copy(wrapper: Any) -> nn.Module:

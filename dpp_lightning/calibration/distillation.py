@@ -18,6 +18,7 @@ from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.training import Training
+from dpp_lightning.tensors.interrupts import restored_after
 
 IN_A_STEP = 8  # samples of a piece, on each of which one step is made
 HELD_OUT = 8  # one piece in so many is held out
@@ -130,11 +131,10 @@ class Distillation:
         self._normalise()
         with _evaluating(self.module), torch.inference_mode(False), torch.enable_grad():
             tensors = TrainedTensors(self.module, delta, settings.dtype, settings.factors_dtype)
-            try:
+            with restored_after(tensors.put_back):
+                tensors.freeze()
                 tried = self._loop(tensors, settings, report)
                 return tensors.delta(), tried
-            finally:
-                tensors.put_back()
 
     def _loop(
         self, tensors: TrainedTensors, settings: TrainingSettings, report: Report | None
@@ -210,12 +210,14 @@ def _plain(leaf: Any) -> Any:
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every part of the module is in the mode it was in."""
     before = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for part, training in before.items():
             part.training = training
+
+    with restored_after(restore):
+        module.eval()
+        yield
 
 
 @contextmanager
@@ -232,12 +234,8 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
         raise ValueError(f"{type(module).__name__} has no gradient checkpointing: train without it")
     settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
     before = [(part, _switches(part), set(part._forward_hooks)) for part in module.modules()]
-    try:
-        _enabling(models[0])(settings)
-        for part in models[0].modules():
-            part.training = part.training or bool(getattr(part, "gradient_checkpointing", False))
-        yield
-    finally:
+
+    def restore() -> None:
         for part, switches, hooks in before:
             part.training = False
             for name in _switches(part).keys() - switches.keys():
@@ -245,6 +243,12 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
             vars(part).update(switches)
             for number in part._forward_hooks.keys() - hooks:
                 del part._forward_hooks[number]
+
+    with restored_after(restore):
+        _enabling(models[0])(settings)
+        for part in models[0].modules():
+            part.training = part.training or bool(getattr(part, "gradient_checkpointing", False))
+        yield
 
 
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")

@@ -51,7 +51,7 @@ class TrainedTensors:
     otherwise.
 
     Args:
-        module: holds the base's weights; overwritten until :meth:`put_back`.
+        module: holds the base's weights; from :meth:`freeze` on it is changed, until :meth:`put_back`.
         delta: where training starts.
         dtype, factors_dtype: that the numbers are rounded to, straight through; None for none.
 
@@ -63,14 +63,17 @@ class TrainedTensors:
         self.module, self.start, self.dtype, self.factors_dtype = module, delta, dtype, factors_dtype
         self.of_factors = any(tensor.factors is not None for tensor in delta.tensors.values())
         self._frozen = [p for p in module.parameters() if p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
         _, named = delta.find_in(module)
         self.tensors = {
             name: self._prepared(named[name], tensor)
             for name, tensor in delta.tensors.items()
             if tensor.factors is not None or tensor.values.numel()
         }
+
+    def freeze(self) -> None:
+        """Take no gradients of the module's own parameters, until :meth:`put_back`."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def _prepared(self, named: NamedTensor, tensor: SparseTensor) -> _Trained:
         leaves = {}
@@ -221,7 +224,7 @@ class TrainedTensors:
         return self.start.with_changes(tensors, q=self.start.q if self.of_factors else 1.0)
 
     def put_back(self) -> None:
-        """The base's weights, and which parameters need gradients, as they were."""
+        """The base's weights, and which parameters need gradients, as they were; may be called again."""
         with torch.no_grad():
             for trained in self.tensors.values():
                 for owner, _ in trained.named.pieces:

@@ -26,6 +26,7 @@ from dpp_lightning.delta.config_file import CONFIG_FILE, read_config, with_q, wr
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.model_card import card_text
 from dpp_lightning.delta.model_file import BLOBS, CARRIED, FACTORS, KEPT, ROWS, TABLE, write_model
+from dpp_lightning.delta.promise import check_promise
 from dpp_lightning.delta.safe_names import check_name
 from dpp_lightning.delta.table_blob import TensorTable, read_table
 from dpp_lightning.methods.registry import METHODS
@@ -177,6 +178,8 @@ class DeltaReader:
         if unknown:
             raise ValueError(f"{MODEL_FILE} holds {unknown[:5]}, which no delta has, or none without factors")
         self._check_dense(dict(table.tensors))
+        stored = sum(blob.nbytes for blob in blobs.values())
+        check_promise(info.entries, table.tensors, (*self.carried.values(), *self.new_rows.values()), stored)
         kept = _blob(blobs, KEPT).numpy()
         self.chunks = ChunkReader(kept, table.tensors, self.info, seeded=seeded, ranks=table.ranks)
         self.factors: FactorReader | None = None

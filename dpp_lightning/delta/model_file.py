@@ -13,6 +13,7 @@ import xxhash
 from dpp_lightning.delta.coding.chunk_stream import ChunkWriter
 from dpp_lightning.delta.coding.factor_stream import FactorWriter
 from dpp_lightning.delta.contents import DeltaContents
+from dpp_lightning.delta.promise import check_promise
 from dpp_lightning.delta.table_blob import TensorTable, write_table
 from dpp_lightning.storage.safetensors_writer import Entry, SafetensorsWriter
 
@@ -37,7 +38,7 @@ def write_model(
         The table and the checksum of the file.
 
     Raises:
-        ValueError: names that no reader would take, or factors that do not fit their tensors.
+        ValueError: names or numbers of tensors that no reader would take, or factors that do not fit their tensors.
         OSError: it cannot be written.
     """
     spill_folder = str(Path(file.name).parent) if isinstance(getattr(file, "name", None), str) else None
@@ -60,6 +61,7 @@ def write_model(
         order = sorted(dense, key=lambda name: (-dense[name].element_size(), name))  # keeps all of them aligned
         entries = [Entry(name, dense[name].dtype, tuple(dense[name].shape)) for name in order]
         entries += [Entry(name, torch.uint8, (blob.seek(0, SEEK_END),)) for name, blob in blobs.items()]
+        check_promise(contents.info().entries, table.tensors, dense.values(), sum(entry.nbytes for entry in entries))
         hashed = _HashedFile(file)
         writer = SafetensorsWriter(cast(BinaryIO, hashed), entries)
         for name in order:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -12,24 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from dpp_lightning.delta.applied_state import AppliedState
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.target import DeltaTarget, Values
 from dpp_lightning.methods.rescaling import check_q
-from dpp_lightning.tensors.flat_entries import (
-    EntriesHash,
-    add_rescaled,
-    gather_entries,
-    group_by_device_and_dtype,
-    scatter_entries,
-)
+from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, group_by_device_and_dtype
+from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, named_tensors, source_names
-from dpp_lightning.tensors.shards import is_dtensor, shard_like
-from dpp_lightning.tensors.threads import in_order, over_threads
 
 
 class SparseDelta:
@@ -53,8 +47,7 @@ class SparseDelta:
         self.carried = carried
         self.info = info
         self.new_rows = new_rows or {}
-        # a target's tensor to what was overwritten in it, by name: it may hold several tensors of the model's files
-        self._originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._applied = AppliedState()
 
     def __repr__(self) -> str:
         """Method, rate, q, seed, base and counts in one line; reads no tensor."""
@@ -173,29 +166,45 @@ class SparseDelta:
         any, carried tensors copied. O(kept), and O(entries) of tensors with factors.
 
         The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
-        The target's values at the kept positions are held until ``revert_``; nothing is written if any check fails. A
-        delta that changes nothing is warned of, unless it is forced.
+        The target's values at the kept positions are held until ``revert_``. All or nothing: if a check fails nothing
+        is written, and after an interrupt or an error the base is back, bit for bit. A delta that changes nothing is
+        warned of, unless it is forced.
 
         Args:
             target: module or state dict with the base's weights.
             force: apply although the target's values at the kept positions are not those of the delta's base.
 
         Raises:
-            ValueError: tensors missing or of another shape, another base, or values that overflow the target's dtype.
+            ValueError: tensors missing or of another shape, another base, values that overflow the target's dtype, or
+                tensors that cannot be overwritten.
             RuntimeError: this delta is applied to the target already.
         """
-        targets, named = self.find_in(target)
-        if any(name in self._originals.get(n.owner, ()) for name, n in named.items()):
-            raise RuntimeError("this delta is already applied to the target; call revert_ first")
         if not force:
             warn_if_empty(self.contents, "this delta")
-        base_values, sums = self._base_values_and_sums(targets, target, force=force)
-        for name, originals in self._held(targets, base_values).items():
-            self._originals.setdefault(named[name].owner, {})[name] = originals
-        self._write_all(targets, named, {name: (sums.get(name), self.new_rows.get(name)) for name in targets})
+        self._apply(self._target(target), target, force=force)
+
+    def _apply(self, place: DeltaTarget, target: TensorSource, *, force: bool) -> None:
+        if self._applied.touches(place.named):
+            raise RuntimeError("this delta is already applied to the target; call revert_ first")
+        place.check_writable()
+        entries = place.entries()
+        if not force:
+            self._check_base(entries, target)
+        applied, originals = place.fitted(self._applied_values(place, entries)), place.held(entries)
+        before, after = self._applied, self._applied.including(place.named, originals)
+        try:
+            self._applied = after
+            place.write(applied)
+        except BaseException:
+            place.write(originals)
+            self._applied = before
+            raise
 
     def revert_(self, target: TensorSource, *, base: TensorSource | None = None) -> None:
         """Take the delta off in place, bit for bit. O(kept).
+
+        A target that was cast or moved while the delta was applied gets the base's values in its dtype, on its device.
+        All or nothing: after an interrupt or an error the delta is applied as before, and can be taken off again.
 
         Args:
             target: module or state dict to which the delta is applied.
@@ -203,32 +212,48 @@ class SparseDelta:
 
         Raises:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
-            ValueError: the base lacks tensors.
+            ValueError: the base lacks tensors, or the target's tensors cannot be overwritten.
         """
-        targets, named = self.find_in(target)
-        if base is not None:
-            sources, _ = self.find_in(base)
-            kept = {name: gather_entries(sources[name], tensor.changed) for name, tensor in self.tensors.items()}
-            originals = self._held(sources, kept)
-        elif all(name in self._originals.get(n.owner, ()) for name, n in named.items()):
-            originals = {name: self._originals[n.owner][name] for name, n in named.items()}
-        else:
+        place = self._target(target)
+        originals = self._applied.originals(place.named) if base is None else self._originals_of(base)
+        if originals is None:
             raise RuntimeError(
                 "this delta is not applied to the target, so there is nothing to revert; if it was applied in another "
                 "process or by another SparseDelta object, pass base= with the base's weights"
             )
-        self._write_all(targets, named, originals)
-        for n in named.values():
-            self._originals.pop(n.owner, None)
+        place.check_writable()
+        fitted = place.fitted(originals)
+        before, after = self._applied, self._applied.without(place.named)
+        try:
+            place.write(fitted)
+            self._applied = after
+        except BaseException:
+            self._applied = before
+            entries = {name: originals[name][0] for name in self.tensors}
+            place.write(place.fitted(self._applied_values(place, entries)))
+            raise
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether it is applied to a target that still exists."""
+        return bool(self._applied)
 
     @contextmanager
     def applied(self, target: TensorSource, *, force: bool = False) -> Iterator[None]:
         """``with delta.applied(model): ...`` applies on entry and reverts on exit, also after an exception."""
-        self.apply_(target, force=force)
-        try:
+        place = self._target(target)
+        named, before = place.named, self._applied.touches(place.named)
+
+        def revert() -> None:
+            if not before and self._applied.touches(named):
+                self.revert_(target)
+
+        if not force:
+            warn_if_empty(self.contents, "this delta")
+        with restored_after(revert):
+            self._apply(place, target, force=force)
+            del place  # it may hold copies
             yield
-        finally:
-            self.revert_(target)
 
     def to_absolute(self, base: TensorSource, *, force: bool = False) -> Iterator[AbsoluteEntries]:
         """The fine-tuned values at the kept entries, to overwrite them in an engine that holds the base. O(kept).
@@ -246,12 +271,15 @@ class SparseDelta:
         Raises:
             ValueError: as :meth:`apply_`, before anything is yielded.
         """
-        (base_tensors, _), base_names = self.find_in(base), source_names(base)
-        _, sums = self._base_values_and_sums(base_tensors, base, force=force)
+        place, base_names = self._target(base), source_names(base)
+        entries = place.entries()
+        if not force:
+            self._check_base(entries, base)
+        sums = self._sums(place, entries)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
             tensor, values, indices, rows = (
-                base_tensors[name],
+                place.found[name],
                 sums[name],
                 sparse.changed.long(),
                 self.new_rows.get(name),
@@ -345,29 +373,33 @@ class SparseDelta:
                 folder, repo_id, revision=revision, private=private, token=token, commit_message=commit_message
             )
 
-    def _base_values_and_sums(
-        self, targets: dict[str, Tensor], target: TensorSource, *, force: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Per pruned tensor the target's values at the kept entries and theta_0 + value / q there, all checked."""
-        in_shards = any(is_dtensor(tensor) for tensor in targets.values())
-        for_each = in_order if in_shards else over_threads  # all ranks must call collectives in one order
-        kept = for_each(
-            lambda name: gather_entries(targets[name], self.tensors[name].changed), self._sizes(self.tensors)
-        )
-        if not force:
-            self._check_base(kept, target)
-        factored = {name: tensor for name, tensor in self.tensors.items() if tensor.factors is not None}
-        sums = for_each(lambda n: add_rescaled(kept[n], *factored[n].change(self.q)), self._sizes(factored))
+    def _target(self, target: TensorSource) -> DeltaTarget:
+        return DeltaTarget(*self.find_in(target), self.tensors, self.new_rows)
+
+    def _originals_of(self, base: TensorSource) -> dict[str, Values]:
+        """What the base has at all that applying overwrites."""
+        place = self._target(base)
+        return place.held(place.entries())
+
+    def _applied_values(self, place: DeltaTarget, entries: Mapping[str, Tensor]) -> dict[str, Values]:
+        """What applying writes, given the base's values at the entries that change."""
+        sums = self._sums(place, entries)
+        return {n: (sums[n] if n in sums else self.carried[n], self.new_rows.get(n)) for n in place.found}
+
+    def _sums(self, place: DeltaTarget, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """theta_0 + value / q of every pruned tensor at the entries that change, all finite."""
+        factored = [name for name, tensor in self.tensors.items() if tensor.factors is not None]
+        sums = place.over_tensors(lambda n: add_rescaled(entries[n], *self.tensors[n].change(self.q)), factored)
         self._check_finite(sums)
-        for names in group_by_device_and_dtype({name: kept[name] for name in kept if name not in factored}):
+        for names in group_by_device_and_dtype({name: entries[name] for name in entries if name not in sums}):
             together = add_rescaled(
-                torch.cat([kept[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
+                torch.cat([entries[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
             )
-            group = dict(zip(names, together.split([kept[n].numel() for n in names]), strict=True))
+            group = dict(zip(names, together.split([entries[n].numel() for n in names]), strict=True))
             if not bool(torch.isfinite(together.sum(dtype=torch.float64))):  # a single value would make the sum so
                 self._check_finite(group)
             sums |= group
-        return kept, sums
+        return sums
 
     def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
         for name, values in sums.items():
@@ -406,44 +438,3 @@ class SparseDelta:
             return tuple(self.carried[name].shape)
         shape, rows = self.tensors[name].shape, self.new_rows.get(name)
         return shape if rows is None else (shape[0] + len(rows), *shape[1:])
-
-    def _held(
-        self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Copies of all that applying overwrites: values at kept entries or of a carried tensor, and those of new
-        rows."""
-        return {
-            name: (
-                kept[name] if name in self.tensors else tensor.detach().clone(),
-                self._rows(name, tensor).clone() if name in self.new_rows else None,
-            )
-            for name, tensor in tensors.items()
-        }
-
-    def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of a target's tensor that the base's vocabulary does not have."""
-        return tensor.detach()[self.tensors[name].shape[0] :]
-
-    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """How much there is to read or write of each tensor."""
-        return {n: self.tensors[n].num_changed if n in self.tensors else self.carried[n].numel() for n in names}
-
-    def _write_all(
-        self,
-        targets: Mapping[str, Tensor],
-        named: Mapping[str, NamedTensor],
-        values: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    ) -> None:
-        over_threads(lambda name: self._write(name, targets[name], *values[name]), self._sizes(targets))
-        for name, tensor in targets.items():
-            named[name].store(tensor)
-
-    def _write(self, name: str, target: Tensor, values: Tensor | None, rows: Tensor | None) -> None:
-        """Overwrite kept entries and new rows of a tensor, or all of a carried one (None: with what is carried)."""
-        if name in self.carried:
-            target.detach().copy_(shard_like(self.carried[name] if values is None else values, target))
-            return
-        assert values is not None
-        scatter_entries(target, self.tensors[name].changed, values)
-        if rows is not None:
-            self._rows(name, target).copy_(rows)

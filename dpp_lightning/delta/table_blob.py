@@ -18,7 +18,7 @@ from dpp_lightning.tensors.factors import matrix_shape, stored_numbers
 
 _LEVEL, _LEVEL_OF_LARGE, _LARGE = 19, 9, 1 << 19  # zstandard: the best, but of many experts' names it takes 10 s
 _MOST_BYTES = 1 << 24  # of the JSON: about 250,000 tensors
-_MOST_SMALL, _MOST_RATIO = 1 << 16, 256  # regular names of 70,000 experts are compressed 100 times
+_MOST_SMALL, _MOST_RATIO = 1 << 16, 128  # regular names of 70,000 experts are compressed 100 times
 _MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
 _MOST_DIMS = 16
 _TYPES: dict[str, type] = {"tensors": list, "reverted": list, "unchanged": list, "names": dict}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,8 @@ _MIN_WORK = 1 << 18  # entries; below that, starting a thread costs more than it
 
 def over_threads(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dict[str, Result]:
     """``work(name)`` for every name, in as many threads as torch uses; in the calling thread if there is little to do.
+
+    After an error or an interrupt no call is going on, and none begins.
 
     Args:
         work: called once a name; calls must not read or write what another call writes.
@@ -30,9 +33,27 @@ def over_threads(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dic
     for name, size in sizes.items():
         shares[min(assigned * workers // total, workers - 1)].append(name)
         assigned += size
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda names: [(name, work(name)) for name in names], shares))
-    return {name: result for share in results for name, result in share}
+    locks, stopped = [Lock() for _ in shares], Event()
+
+    def run(names: list[str], lock: Lock) -> list[tuple[str, Result]]:
+        results = []
+        for name in names:
+            with lock:
+                if stopped.is_set():
+                    break
+                results.append((name, work(name)))
+        return results
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            done = list(pool.map(run, shares, locks))
+    except BaseException:  # an interrupt may leave a thread behind that the pool does not know yet
+        stopped.set()
+        for lock in locks:
+            with lock:
+                pass
+        raise
+    return {name: result for share in done for name, result in share}
 
 
 def in_order(work: Callable[[str], Result], sizes: Mapping[str, int]) -> dict[str, Result]:

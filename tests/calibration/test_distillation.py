@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from interrupted import Interrupt, interrupt_at, lines_of
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 from transformers import (
@@ -260,6 +261,27 @@ def test_an_error_in_training_leaves_the_module_as_it_was(checkpointing, on_befo
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert [list(part._forward_hooks) for part in model.modules()] == hooks
     assert checkpointing_of(model) == state
+
+
+@pytest.mark.parametrize("method", ["refit", "lowrank"])
+def test_an_interrupt_at_any_line_of_training_leaves_the_module_as_it_was(method):
+    """At every line of the end, and at 20 before it."""
+    model, training, plan = training_on("gpt2")
+    model.train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    delta = plan.draw(PruningSpec(method, **SETTINGS[method])).rescaled(1.0)
+
+    def train():
+        training.train(delta, TrainingSettings(1, 0.02))
+
+    train()  # the first takes the scale of the loss
+    total = lines_of(train)
+    for line in (*range(total // 20, total, total // 20), *range(total - 60, total + 1)):
+        with pytest.raises(Interrupt):
+            interrupt_at(line, train)
+        assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items()), line
+        assert all(part.training for part in model.modules())
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_one_piece_is_refused():

@@ -4,28 +4,26 @@ import json
 import random
 import struct
 import sys
-import time
 from functools import partial
 
 import numpy as np
 import pytest
-import torch
 import zstandard
 from hostile import (
     KINDS,
     blob,
-    check_valid,
     chunks_of,
     files,
+    outcome,
     packed,
     repaired,
     table_of,
 )
+from mutations import ODD_BYTES, mutated_bytes
 from safetensors.torch import load, save
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.delta.coding.chunk import read_head
-from dpp_lightning.tensors.dtypes import INTEGERS
 
 HEAD, STREAM = struct.Struct("<QIBBBB"), struct.Struct("<II")
 
@@ -65,29 +63,7 @@ ODD_VALUES = [
     {},
     {"a": [1]},
 ]
-ODD_BYTES = [0, 1, 0x7F, 0xFF, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 60]
 FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded", "factors_dtype", "drawn_rate"]
-
-
-def mutated_bytes(data, donor, rng):
-    """Flips, numbers, inserted, deleted and doubled pieces, pieces of another file."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 2, 4, 8])
-        kind = rng.randrange(8)
-        if kind < 3 and data:
-            data[at - 1] ^= 1 << rng.randrange(8)
-        elif kind < 5:
-            number = rng.choice([*ODD_BYTES, rng.getrandbits(63)]) & ((1 << 8 * length) - 1)
-            data[at : at + length] = number.to_bytes(length, "little")
-        elif kind == 5:
-            data[at:at] = rng.choice([rng.randbytes(length), data[at : at + 5 * length]])
-        elif kind == 6:
-            del data[at : at + length]
-        else:
-            start = rng.randrange(len(donor))
-            data[at : at + 5 * length] = donor[start : start + 5 * length]
-    return bytes(data)
 
 
 def mutated_chunks(kind, name, other_kind, rng):
@@ -164,29 +140,6 @@ def mutation(rng):
         model = save({**load(model), "table": packed(table)})
     repair = rng.random() < 0.5 and isinstance(parsed, dict)
     return repaired(model, parsed) if repair else (model, config)
-
-
-def outcome(read):
-    """Whether a delta is read; anything but a valid one or a ValueError with a message goes up."""
-    delta, message, started = None, "", time.perf_counter()
-    try:
-        delta = read()
-    except ValueError as error:
-        message = str(error).strip()
-    assert time.perf_counter() - started < 2
-    if delta is None:
-        assert message
-        return False
-    check_valid(delta)
-    again = SparseDelta.from_bytes(*delta.to_bytes(positions="index"))
-    assert again.info == delta.info
-    for name, sparse in delta.tensors.items():  # any scale can be written by hand, and is then rounded once more
-        if delta.info.dtype not in INTEGERS:
-            assert torch.equal(again.tensors[name].values, sparse.values)
-        if sparse.factors is not None and delta.info.factors_dtype not in INTEGERS:
-            assert torch.equal(again.tensors[name].factors.left, sparse.factors.left)
-            assert torch.equal(again.tensors[name].factors.right, sparse.factors.right)
-    return True
 
 
 def memory(field):

@@ -81,7 +81,7 @@ def read_delta(folder: Path) -> Delta:
 
 def read_table(blob: bytes) -> dict:
     size = zstandard.frame_content_size(blob)
-    assert 0 <= size <= min(1 << 24, (1 << 16) + 256 * len(blob))
+    assert 0 <= size <= min(1 << 24, (1 << 16) + 128 * len(blob))
     data = zstandard.ZstdDecompressor().decompress(blob)
     assert len(data) == size
     return json.loads(data)

@@ -84,7 +84,9 @@ class Chunk:
     values: Tensor
 
 
-def encode_chunk(span: int, positions: Int64Array, values: list[Tensor], dtype: str, *, seeded: bool) -> bytes:
+def encode_chunk(
+    span: int, positions: Int64Array, values: list[Tensor], dtype: str, *, seeded: bool, compressed: bool = True
+) -> bytes:
     """One chunk.
 
     Args:
@@ -93,11 +95,12 @@ def encode_chunk(span: int, positions: Int64Array, values: list[Tensor], dtype: 
         values: kept values of each tensor that has any here, in order.
         dtype: one of ``DTYPES``; the values are exact in it.
         seeded: the positions follow from the seed and are not stored.
+        compressed: streams are compressed where that makes them smaller.
     """
     coding, shift, streams = (SEED, 0, []) if seeded else encode_positions(positions, span)
     form, planes = encode_values(values, dtype) if len(positions) else (0, [])
     head = _HEAD.pack(span, len(positions), coding, shift, DTYPES.index(dtype), form)
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    compressor = zstandard.ZstdCompressor(level=_LEVEL) if compressed else None
     return b"".join([head, *(_stored_stream(stream, compressor) for stream in (*streams, *planes))])
 
 
@@ -176,9 +179,9 @@ def _expanded_stream(blob: ByteArray, begin: int, stored: int, size: int) -> Byt
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def _stored_stream(stream: npt.NDArray[np.uint8], compressor: zstandard.ZstdCompressor) -> bytes:
-    """A stream with its head: compressed, or as it is where that is no larger."""
-    data = compressor.compress(stream.data) if len(stream) > 32 else b""
+def _stored_stream(stream: npt.NDArray[np.uint8], compressor: zstandard.ZstdCompressor | None) -> bytes:
+    """A stream with its head: compressed, or as it is where that is no larger or there is no compressor."""
+    data = compressor.compress(stream.data) if compressor and len(stream) > 32 else b""
     if not data or len(data) >= len(stream):
         data = stream.tobytes()
     return _STREAM.pack(len(data), len(stream)) + data

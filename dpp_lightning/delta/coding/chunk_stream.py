@@ -23,9 +23,10 @@ from dpp_lightning.delta.coding.chunk import (
     encode_chunk,
     read_head,
 )
+from dpp_lightning.delta.coding.limits import memory_of, most_blocks, most_memory
 from dpp_lightning.delta.coding.positions import ByteArray, Int64Array
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, Table
-from dpp_lightning.sampling.sampler import kept_positions_of
+from dpp_lightning.sampling.sampler import BLOCK, kept_positions_of
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
 
 _MOST_TOTAL = 1 << 42  # entries of all tensors: more than any model has, few enough to draw from in seconds
@@ -51,6 +52,8 @@ class ChunkWriter:
         self._positions: list[Int64Array] = []
         self._values: list[Tensor] = []
         self._chunk_dtype, self._span, self._kept = "float32", 0, 0
+        self._stored, self._memory = 0, 0  # bytes of all chunks so far, in the file and when they are read
+        self._blocks = 0  # of the sampler, in all tensors so far
 
     def add(self, name: str, tensor: SparseTensor) -> None:
         """The next tensor; its factors are not written here.
@@ -71,6 +74,7 @@ class ChunkWriter:
             if kept:
                 raise ValueError(f"{name} has kept entries beside factors, which no seed draws: give positions='index'")
             numel = 0
+        self._blocks += -(-numel // BLOCK)
         for first in range(0, max(kept, 1), CHUNK_KEPT):
             last = min(first + CHUNK_KEPT, kept)
             end = int(indices[last - 1]) + 1 if last < kept else numel
@@ -83,13 +87,27 @@ class ChunkWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left.
+
+        Raises:
+            ValueError: positions that follow from a seed, so few in so many entries that no reader would draw them.
+        """
         if self._span:
             self._flush()
+        if self.seeded and self._blocks > most_blocks(self._stored):
+            raise ValueError(
+                f"a seed that draws from {self._blocks:,} blocks for {self._stored:,} bytes: give positions='index'"
+            )
 
     def _flush(self) -> None:
         positions = np.concatenate(self._positions)
-        self.sink.write(encode_chunk(self._span, positions, self._values, self._chunk_dtype, seeded=self.seeded))
+        encode = partial(encode_chunk, self._span, positions, self._values, self._chunk_dtype, seeded=self.seeded)
+        data = encode()
+        self._memory += memory_of(self._kept, self._chunk_dtype)
+        if self._memory > most_memory(self._stored + len(data)):
+            data = encode(compressed=False)
+        self._stored += len(data)
+        self.sink.write(data)
         self._positions, self._values, self._span, self._kept = [], [], 0, 0
 
 
@@ -104,7 +122,8 @@ class ChunkReader:
         ranks: of the factors of every tensor, None without; a seed draws nothing from a tensor with factors.
 
     Attributes:
-        heads: first entry and head of every chunk; all are read and checked here, which takes no memory to speak of.
+        heads: first entry and head of every chunk; all are read and checked here, which takes no memory to speak of,
+            as is the memory that the entries will take.
 
     Raises:
         ValueError: heads that :class:`ChunkWriter` does not write, or a table of more entries than can be counted.
@@ -123,7 +142,13 @@ class ChunkReader:
         self._offsets = [0, *accumulate(self._drawn_sizes)]
         if sum(self._sizes) > _MOST_TOTAL:
             raise ValueError(f"tensors of {sum(self._sizes)} entries in all")
+        blocks = sum(-(-size // BLOCK) for size in self._drawn_sizes)
+        if seeded and blocks > most_blocks(len(blob)):
+            raise ValueError(f"a seed that draws from {blocks:,} blocks for {len(blob):,} bytes of chunks")
         self.heads = list(self._heads())
+        # of all tensors without kept entries
+        self._no_values = torch.empty(0, dtype=FLOATS[info.dtype if info.dtype in FLOATS else "float32"])
+        self._no_indices, self._no_wide_indices = (torch.empty(0, dtype=t) for t in (torch.int32, torch.int64))
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
         """Index in the table of the first tensor that a chunk touches, and the chunk.
@@ -152,7 +177,7 @@ class ChunkReader:
             pieces = []
 
     def _heads(self) -> Iterator[tuple[int, Head]]:
-        position, begin, total = 0, 0, self._offsets[-1]
+        position, begin, total, memory = 0, 0, self._offsets[-1], 0
         while begin < total:
             head = read_head(self.blob, position, total - begin, seeded=self.seeded)
             stated = self.info.dtype or (head.dtype if head.dtype in FLOATS else "their own dtype")
@@ -160,6 +185,11 @@ class ChunkReader:
                 raise ValueError(f"a chunk of {head.dtype} values in a delta that holds them in {stated}")
             if self.seeded:
                 self._check_count(head)
+            memory += memory_of(head.kept, head.dtype)
+            if memory > (most := most_memory(len(self.blob))):
+                raise ValueError(
+                    f"{len(self.blob):,} bytes of chunks that ask for {memory:,} of memory, {most:,} at most"
+                )
             yield begin, head
             position, begin = head.stop, begin + head.span
         if position != len(self.blob):
@@ -177,9 +207,8 @@ class ChunkReader:
         if len(pieces) == 1:
             return name, SparseTensor(shape, *pieces[0])
         if not pieces:
-            dtype = self.info.dtype if self.info.dtype in FLOATS else "float32"
-            none = self._indices(index, np.empty(0, np.int64))
-            return name, SparseTensor(shape, none, torch.empty(0, dtype=FLOATS[dtype]))
+            wide = self._sizes[index] >= 2**31
+            return name, SparseTensor(shape, self._no_wide_indices if wide else self._no_indices, self._no_values)
         return name, SparseTensor(shape, torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
 
     def _indices(self, index: int, positions: Int64Array) -> Tensor:

@@ -1,0 +1,49 @@
+"""Work that is interrupted at one line of the library, as Ctrl-C at a chosen moment would."""
+
+import sys
+from pathlib import Path
+
+import dpp_lightning
+
+_FOLDERS = (*dpp_lightning.__path__, str(Path(__file__).parents[2]))  # callbacks/ lies beside the package
+_TESTS = str(Path(__file__).parents[1])
+
+
+class Interrupt(KeyboardInterrupt):
+    """So that no other interrupt is taken for it."""
+
+
+def lines_of(work):
+    """How many lines of the library ``work`` runs, in the calling thread."""
+    return _run(work, None)
+
+
+def interrupt_at(line, work):
+    """Run ``work`` and raise :class:`Interrupt` as the library's line of that number, from 1, is about to run."""
+    _run(work, line)
+
+
+def _run(work, at):
+    count = 0
+
+    def trace_line(frame, event, _):
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == at:
+                sys.settrace(None)
+                frame.f_trace = None
+                raise Interrupt
+        return trace_line
+
+    def trace_call(frame, event, _):
+        file = frame.f_code.co_filename
+        return trace_line if file.startswith(_FOLDERS) and not file.startswith(_TESTS) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_call)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
