@@ -7,7 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpp_lightning.analysis.layer_statistics import LayerStatistics, layer_statistics, mean_magnitude
-from dpp_lightning.analysis.theory import Recommendation, berend_kontorovich, hoeffding, kearns_saul, recommend
+from dpp_lightning.analysis.theory import (
+    Recommendation,
+    berend_kontorovich,
+    hoeffding,
+    kearns_saul,
+    recommend,
+    recommend_few_bytes,
+)
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.rescaling import keep_rate
 from dpp_lightning.pruning.finetuned_source import read_finetuned
@@ -31,6 +38,7 @@ class PairReport:
         unchanged, carried: names of those that training left as they were, and of those that the base does not have.
         factors: of Fig. 10 at p; Berend and Kontorovich's, which is no guarantee, only from p = 1/2 on.
         recommendation: by Fig. 4.
+        few_bytes: what keeps most of the score in a file of some ten kB, by what was measured.
     """
 
     base: str
@@ -41,6 +49,7 @@ class PairReport:
     carried: tuple[str, ...]
     factors: dict[str, float]
     recommendation: Recommendation
+    few_bytes: Recommendation
 
     @property
     def mean_delta(self) -> float:
@@ -114,7 +123,8 @@ def inspect_pair(
             progress(sum(sizes[:count]), sum(sizes))
     advice = recommend(mean_magnitude(layers), labels=labels, can_retrain=can_retrain, inputs=calibration is not None)
     unchanged, carried = tuple(sorted(plan.unchanged)), tuple(plan.carried)
-    return PairReport(base, finetuned, pruning_rate, tuple(layers), unchanged, carried, factors, advice)
+    small = recommend_few_bytes(texts=calibration is not None)
+    return PairReport(base, finetuned, pruning_rate, tuple(layers), unchanged, carried, factors, advice, small)
 
 
 def _layer_inputs(source: str, revision: str | None, data: str, samples: int) -> dict[str, InputStatistics]:

@@ -202,7 +202,8 @@ def _summary(report: PairReport, *, known: bool) -> list[str]:
         lines.append(_HINT)
     advice = report.recommendation
     first = f"{advice.optimizer}, then " if advice.optimizer else ""
-    return [*lines, f"recommended: {first}{advice.method}; {advice.reason}"]
+    few = f"for few bytes: {report.few_bytes.method}; {report.few_bytes.reason}"
+    return [*lines, f"recommended: {first}{advice.method}; {advice.reason}", few]
 
 
 def _scaling(report: PairReport) -> str:

@@ -54,6 +54,7 @@ def test_without_calibration_only_the_delta_is_known(models, capsys, monkeypatch
     assert "--calibration FILE" in out
     assert "not in the base: classifier.bias, classifier.weight" in out
     assert re.search(r"recommended: darex-q; mean \|delta\| is 0\.0008, below 0\.01", out)
+    assert "for few bytes: lowrank; with --settings rank=4" in out
 
 
 def test_the_table_of_influences(models, capsys, monkeypatch):
@@ -62,6 +63,7 @@ def test_the_table_of_influences(models, capsys, monkeypatch):
     assert code == 0
     assert "factors at p = 0.99: Hoeffding 70.7, Kearns-Saul 46.2; Berend-Kontorovich 14.1, no guarantee" in out
     assert "the least here is 0.16" in out
+    assert "for few bytes: auto; with --max_bytes 50kB" in out
     assert all(name in out for name in ("mean c", "var c", "bound", "outliers", "massive"))
     _, out, _ = run(capsys, models, "base", "small", "--pruning_rate", "0.3")
     assert "Berend" not in out
