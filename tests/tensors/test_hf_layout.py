@@ -120,7 +120,7 @@ def test_gradients_of_parts_and_of_joined_tensors(name):
         parameter.data.copy_(original)
     found = gradients.gradients(delta, 0)
     key = max((k for k in found if "experts.0.w1" in k or "Wqkv" in k), key=len)
-    steepest, step = int(found[key].abs().argmax()), 0.05
+    steepest, step = int(found[key].abs().argmax()), 0.01  # no token changes its expert
     losses = []
     for sign in (1, -1):
         moved = SparseDelta.from_bytes(*delta.to_bytes())
