@@ -1,8 +1,12 @@
 """Files and folders appear whole or not at all, also by Windows' rules."""
 
+import multiprocessing
 import os
+import re
+import signal
 import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +108,7 @@ def test_what_came_meanwhile_is_checked_before_it_would_be_replaced(system, tmp_
 def test_a_folder_whose_name_cannot_be_taken_keeps_its_old_contents(system, tmp_path, monkeypatch):
     """As on Windows, where a file in it is open: the second rename fails, the first is undone."""
     write(tmp_path / "out", "old")
+    monkeypatch.setattr(atomic_write, "_exchanged", lambda *_: False)
     replace = os.replace
 
     def rename(source, target, **names):
@@ -117,6 +122,120 @@ def test_a_folder_whose_name_cannot_be_taken_keeps_its_old_contents(system, tmp_
         write(tmp_path / "out", "new")
     assert (tmp_path / "out" / "mark").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    monkeypatch.setattr(atomic_write, "_exchanged", lambda *_: False)
+    replace = os.replace
+
+    def rename(source, target, **names):
+        if str(target) == str(tmp_path / "out"):
+            raise OSError(5, "Input/output error")
+        replace(source, target, **names)
+
+    monkeypatch.setattr(os, "replace", rename)
+    with pytest.raises(OSError, match=r"what it held is in .*old: ") as error:
+        write(tmp_path / "out", "new")
+    place = re.search(r"is in (.*\.old)", str(error.value))[1]
+    assert Path(place, "mark").read_text() == "old"
+
+
+def killed(work):
+    """Run in a child that ends as by SIGKILL where it calls ``die``."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="forks")
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "moment", ["in the block", "before the names change", "after the names changed", "between two"]
+)
+def test_a_kill_leaves_a_whole_folder_and_the_next_run_removes_the_rest(tmp_path, monkeypatch, moment):
+    write(tmp_path / "out", "old")
+
+    def work():
+        if moment == "in the block":
+            with atomic_folder(tmp_path / "out", anything) as temporary:
+                (temporary / "mark").write_text("half")
+                die()
+        if moment == "before the names change":
+            monkeypatch.setattr(atomic_write, "_exchanged", die)
+        elif moment == "after the names changed":
+            monkeypatch.setattr(atomic_write.shutil, "rmtree", die)
+        else:
+            monkeypatch.setattr(atomic_write, "_exchanged", lambda *_: False)
+            replace = os.replace
+            monkeypatch.setattr(os, "replace", lambda a, b, **_: die() if Path(b).name == "out" else replace(a, b))
+        write(tmp_path / "out", "new")
+
+    killed(work)
+    assert len(os.listdir(tmp_path)) > 1
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", anything):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "mark").read_text() == ("new" if moment == "after the names changed" else "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@POSIX
+def test_what_a_live_run_is_writing_is_left_alone(tmp_path):
+    with atomic_folder(tmp_path / "out", anything) as temporary:
+        (temporary / "mark").write_text("first")
+        child = multiprocessing.get_context("fork").Process(target=write, args=(tmp_path / "out", "second"))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert (tmp_path / "out" / "mark").read_text() == "second"
+        assert (temporary / "mark").read_text() == "first"
+    assert (tmp_path / "out" / "mark").read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_locks_is_written_as_well(tmp_path, monkeypatch):
+    def acquire(self, *_, **__):
+        Path(self.lock_file).touch()
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(atomic_write.FileLock, "acquire", acquire)
+    for text in ("first", "second"):
+        write(tmp_path / "out", text)
+    assert (tmp_path / "out" / "mark").read_text() == "second"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@POSIX
+def test_a_folder_is_there_at_every_moment_of_its_replacement(tmp_path):
+    write(tmp_path / "out", "old")
+    other = tmp_path / "other"
+    write(other, "new")
+    if not atomic_write._exchanged(other, tmp_path / "out"):
+        pytest.skip("this file system cannot exchange names")
+    assert ((tmp_path / "out" / "mark").read_text(), (other / "mark").read_text()) == ("new", "old")
+    with pytest.raises(FileNotFoundError):
+        atomic_write._exchanged(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_sync_that_fails_after_the_name_was_taken_says_so(tmp_path, monkeypatch):
+    sync = atomic_write._sync
+
+    def fails(path):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(atomic_write, "_sync", fails)
+    with pytest.raises(OSError, match="is written and has its name, but the system does not confirm that: Input"):
+        write(tmp_path / "out", "text")
+    assert (tmp_path / "out" / "mark").read_text() == "text"
 
 
 def test_a_file_is_replaced_whole(system, tmp_path):
