@@ -156,7 +156,7 @@ def plot(options) -> None:
 
     rows = [row for row in _rows(Path(options.output)) if row["model"] == options.model]
     unpruned = next(row["score"] for row in rows if row["form"] == "unpruned")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     for form in dict.fromkeys(row["form"] for row in rows if "bytes" in row):
         points = defaultdict(list)
         for row in rows:
@@ -179,7 +179,10 @@ def plot(options) -> None:
             axes.axvline(size / 1000, color="grey", lw=0.8, ls=":")
             axes.annotate(name, (size / 1000, axes.get_ylim()[0]), rotation=90, fontsize=7, ha="right", va="bottom")
     axes.set(xscale="log", ylabel="score, %", xlabel="kB of the delta" if options.over == "bytes" else "texts")
-    axes.legend(fontsize=8)
+    ticks = (10, 30, 100, 300, 1000, 3000)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.tick_params(axis="x", which="minor", length=0)
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(options.picture, dpi=150)
 
 
