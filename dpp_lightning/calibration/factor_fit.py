@@ -23,7 +23,7 @@ from dpp_lightning.tensors.factors import Factors
 
 MEANS_BELOW = 4  # mean ranks from which the means of what is left out are worth nothing
 NUMBERS_PER_TEXT = 400  # more trained numbers for each calibration text fit the texts and not the model
-STEPS, RATE = 160, 0.05
+STEPS, EPOCHS, RATE = 160, 5, 0.05  # as many steps as so many epochs have, and no fewer than that
 DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
 
 
@@ -40,8 +40,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """Find the best form of a low rank on held-out calibration data: the fit of ``lowrank``.
 
     Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
-    biases below a mean rank of 4; the better is trained where its numbers are at most 400 a calibration text; a sampled
-    rest is damped by the best of four factors.
+    biases below a mean rank of 4; the better is trained where its numbers are at most 400 a calibration text, for five
+    epochs or 160 steps; a sampled rest is damped by the best of four factors.
 
     Args:
         calibrator: its objective trains; its pairs may know their inputs.
@@ -60,7 +60,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     if best.delta.num_factor_numbers <= NUMBERS_PER_TEXT * training.samples:
-        settings = TrainingSettings.of(delta.info, STEPS, RATE, factors_dtype=dtype)
+        steps = max(STEPS, EPOCHS * len(training.training))
+        settings = TrainingSettings.of(delta.info, steps, RATE, factors_dtype=dtype)
         trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
         trained = _with_new_rest(calibrator.pairs, trained)
         forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))

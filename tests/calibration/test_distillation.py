@@ -202,6 +202,20 @@ def test_steps_and_memory_of_a_training_are_settings_of_its_method(monkeypatch):
             PruningSpec("refit", 0.7, method_settings=wrong)
 
 
+@pytest.mark.parametrize(("least", "steps"), [(4, 5 * 8), (60, 60)])
+def test_more_texts_are_trained_on_in_more_steps(monkeypatch, least, steps):
+    """Five epochs of 9 batches, of which one is held out, or the least number of steps."""
+    monkeypatch.setattr("dpp_lightning.calibration.factor_fit.STEPS", least)
+    _model, training, plan = training_on("bert", samples=1, count=9)
+    given, train = [], training.train
+    monkeypatch.setattr(
+        training, "train", lambda delta, settings, *rest: given.append(settings.steps) or train(delta, settings)
+    )
+    spec = PruningSpec("lowrank", 0.7, method_settings={"rank": 1})
+    plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
+    assert given == [steps]
+
+
 def test_values_are_rounded_to_what_the_file_holds(tmp_path):
     _model, training, plan = training_on("bert")
     spec = PruningSpec("refit", 0.7)
