@@ -157,6 +157,7 @@ def plot(options) -> None:
     rows = [row for row in _rows(Path(options.output)) if row["model"] == options.model]
     unpruned = next(row["score"] for row in rows if row["form"] == "unpruned")
     figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    axes.set_prop_cycle(color=[*pyplot.colormaps["tab10"].colors, "black", "gold"])
     for form in dict.fromkeys(row["form"] for row in rows if "bytes" in row):
         points = defaultdict(list)
         for row in rows:
