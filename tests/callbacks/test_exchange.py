@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from interrupted import Interrupt, interrupt_at, lines_of
+from interrupted import Interrupt, at_every_line, interrupt_at, lines_of
 from torch import nn
 
 from dpp_lightning import prune
@@ -48,16 +48,18 @@ def test_inside_they_have_changed_places_and_afterwards_not():
     assert same(values(module, base), before)
 
 
+def unchanged(make):
+    """A check that both models hold what ``make`` gave them, bit for bit."""
+    before = values(*make())
+
+    def check(module, base):
+        assert same(values(module, base), before)
+
+    return check
+
+
 def test_an_exchange_interrupted_at_every_line_is_put_back():
-    module, base = models()
-    total = lines_of(lambda: exchange(module, base))
-    assert total > 100
-    for line in range(1, total + 1):
-        module, base = models()
-        before = values(module, base)
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda m=module, b=base: exchange(m, b))
-        assert same(values(module, base), before), line
+    at_every_line(models, exchange, unchanged(models), more_than=100)
 
 
 @cache
@@ -75,16 +77,16 @@ def pruned():
 def test_pruned_weights_are_left_whole_or_not_at_all():
     module, base, delta = pruned()
     finetuned = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    total = lines_of(lambda: leave_pruned(module, base, NAMES, delta))
+    leave_pruned(module, base, NAMES, delta)
     applied = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     outcomes = []
-    for line in range(1, total + 1):
-        module, base, delta = pruned()
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda m=module, b=base, d=delta: leave_pruned(m, b, NAMES, d))
+
+    def check(module, base, _):
         held = module.state_dict()
         outcomes.append([same(held, whole) for whole in (finetuned, base.tensors, applied)])
-        assert sum(outcomes[-1]) == 1, line
+        assert sum(outcomes[-1]) == 1
+
+    at_every_line(pruned, lambda m, b, d: leave_pruned(m, b, NAMES, d), check, more_than=0)
     assert all(map(any, zip(*outcomes, strict=True)))  # each of the three is met
 
 
@@ -106,7 +108,7 @@ def test_a_delta_of_a_run_that_is_interrupted_at_any_line_is_taken_off():
         assert same(module.state_dict(), before), line
 
 
-def load_others(module):
+def load_others(module, _):
     last = _Values(module)
     with restored_after(last.put_back), torch.no_grad():
         for parameter in module.parameters():
@@ -114,15 +116,7 @@ def load_others(module):
 
 
 def test_the_best_weights_interrupted_at_every_line_give_way_to_the_last():
-    module, _ = models()
-    total = lines_of(lambda: load_others(module))
-    assert total > 30
-    for line in range(1, total + 1):
-        module, base = models()
-        before = values(module, base)
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda m=module: load_others(m))
-        assert same(values(module, base), before), line
+    at_every_line(models, load_others, unchanged(models), more_than=30)
 
 
 def adapted():
@@ -138,13 +132,10 @@ def view(module, base):
 
 
 def test_a_view_of_a_merged_adapter_interrupted_at_every_line_is_put_back():
-    module, base = adapted()
-    total = lines_of(lambda: view(module, base))
-    assert total > 300
-    for line in range(1, total + 1):
-        module, base = adapted()
-        before = values(module, base)
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda m=module, b=base: view(m, b))
-        assert same(values(module, base), before), line
+    put_back = unchanged(adapted)
+
+    def check(module, base):
+        put_back(module, base)
         assert not any(getattr(part, "merged", False) for part in module.modules())
+
+    at_every_line(adapted, view, check, more_than=300)

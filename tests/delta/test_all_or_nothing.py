@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 import torch
-from interrupted import Interrupt, interrupt_at, lines_of
+from interrupted import at_every_line
 from torch import nn
 
 import dpp_lightning.delta.target as target_module
-from dpp_lightning import SparseDelta, prune
+from dpp_lightning import prune
 from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.tensors.factors import Factors
 
@@ -45,7 +45,7 @@ def case():
 
 def fresh():
     target, delta = case()
-    return copy.deepcopy(target), SparseDelta(delta.tensors, delta.carried, delta.info, delta.new_rows)
+    return copy.deepcopy(target), delta.with_changes()
 
 
 def bits(model):
@@ -89,28 +89,18 @@ def test_the_case_has_all_kinds_of_tensors():
     assert not any(torch.equal(base[name], applied[name]) for name in base)
 
 
-def test_apply_interrupted_at_every_line_leaves_the_base():
+def applied():
     target, delta = fresh()
-    total = lines_of(lambda: delta.apply_(target, force=True))
-    assert total > 200
-    for line in range(1, total + 1):
-        target, delta = fresh()
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda t=target, d=delta: d.apply_(t, force=True))
-        check_whole(target, delta)
+    delta.apply_(target, force=True)
+    return target, delta
+
+
+def test_apply_interrupted_at_every_line_leaves_the_base():
+    at_every_line(fresh, lambda target, delta: delta.apply_(target, force=True), check_whole, more_than=200)
 
 
 def test_revert_interrupted_at_every_line_can_be_repeated():
-    target, delta = fresh()
-    delta.apply_(target, force=True)
-    total = lines_of(lambda: delta.revert_(target))
-    assert total > 100
-    for line in range(1, total + 1):
-        target, delta = fresh()
-        delta.apply_(target, force=True)
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda t=target, d=delta: d.revert_(t))
-        check_whole(target, delta)
+    at_every_line(applied, lambda target, delta: delta.revert_(target), check_whole, more_than=100)
 
 
 def use(target, delta):
@@ -119,15 +109,11 @@ def use(target, delta):
 
 
 def test_applied_interrupted_at_every_line_leaves_the_base():
-    target, delta = fresh()
-    total = lines_of(lambda: use(target, delta))
-    assert total > 400
-    for line in range(1, total + 1):
-        target, delta = fresh()
-        with pytest.raises(Interrupt):
-            interrupt_at(line, lambda t=target, d=delta: use(t, d))
+    def check(target, delta):
         assert not delta.is_applied
         check_whole(target, delta)
+
+    at_every_line(fresh, use, check, more_than=400)
 
 
 @pytest.mark.parametrize("operation", ["apply", "revert"])

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 import dpp_lightning
 
 _FOLDERS = (*dpp_lightning.__path__, str(Path(__file__).parents[2]))  # callbacks/ lies beside the package
@@ -21,6 +23,28 @@ def lines_of(work):
 def interrupt_at(line, work):
     """Run ``work`` and raise :class:`Interrupt` as the library's line of that number, from 1, is about to run."""
     _run(work, line)
+
+
+def at_every_line(make, work, check, *, more_than):
+    """Interrupt ``work(*make())`` at each of its lines in turn, and look at what that leaves.
+
+    Args:
+        make: the arguments, new and equal at every call.
+        work: runs more lines of the library than ``more_than``.
+        check: called with the arguments after every interrupt.
+    """
+    whole = make()
+    total = lines_of(lambda: work(*whole))
+    assert total > more_than
+    for line in range(1, total + 1):
+        case = make()
+        with pytest.raises(Interrupt):
+            interrupt_at(line, lambda case=case: work(*case))
+        try:
+            check(*case)
+        except AssertionError as error:
+            error.add_note(f"interrupted at line {line} of {total}")
+            raise
 
 
 def _run(work, at):
