@@ -151,37 +151,34 @@ class _Draw:
     """Draws the kept positions of tensors, one after the other."""
 
     def __init__(self, keep: Fraction) -> None:
-        self._everything, self._inverted = keep == 1, keep > Fraction(1, 2)
-        self._gaps = None if self._everything else _gaps(min(keep, 1 - keep))
-        self._words = _Words()
+        self._gaps = None if keep == 1 else _gaps(min(keep, 1 - keep))  # None keeps everything
+        self._inverted, self._words = keep > Fraction(1, 2), _Words()
 
     def kept(self, name: str, numel: int, seed: int, start: int, stop: int) -> Int64Array:
         """The kept flat positions of a tensor in [start, stop), sorted."""
         key = stream_key(name, seed)
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"positions [{start}, {stop}) are not inside a tensor of {numel} entries")
-        if self._everything:
+        if self._gaps is None:
             return np.arange(start, stop, dtype=np.int64)
-        kept = [self._in_block(key, block, numel) for block in range(start // BLOCK, -(-stop // BLOCK))]
-        found = kept[0] if len(kept) == 1 else np.concatenate([np.empty(0, np.int64), *kept])
+        blocks = range(start // BLOCK, -(-stop // BLOCK))
+        found = _joined([self._in_block(key, block, numel, self._gaps) for block in blocks])
         if (start, stop) == (0, numel):
             return found
         return found[found.searchsorted(start) : found.searchsorted(stop)]
 
-    def _in_block(self, key: tuple[int, int], block: int, numel: int) -> Int64Array:
+    def _in_block(self, key: tuple[int, int], block: int, numel: int, gaps: _Gaps) -> Int64Array:
         """The kept positions of a tensor in one block, ascending."""
         first, size = block * BLOCK, min(BLOCK, numel - block * BLOCK)
         self._words.seek(key, block << 64)
         if not self._inverted:
-            return self._drawn(size, first)
+            return self._drawn(size, first, gaps)
         marks = np.ones(size, dtype=np.bool_)
-        marks[self._drawn(size, 0)] = False
+        marks[self._drawn(size, 0, gaps)] = False
         return np.flatnonzero(marks) + first
 
-    def _drawn(self, size: int, first: int) -> Int64Array:
+    def _drawn(self, size: int, first: int, gaps: _Gaps) -> Int64Array:
         """The positions that the words draw of so many entries, ascending, counted from ``first``."""
-        gaps = self._gaps
-        assert gaps is not None
         longest, passed, pieces = len(gaps.thresholds), 0, []
         while passed < size:
             steps = gaps.steps(self._words.read(min(-(-gaps.words_for(size - passed) // _WORDS), _PIECE)))
@@ -194,7 +191,11 @@ class _Draw:
                 ends = ends[: ends.searchsorted(size - passed, side="right")]
             pieces.append(np.add(ends, first + passed - 1, dtype=np.int64))
             passed += last
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
+        return _joined(pieces)
+
+
+def _joined(pieces: list[Int64Array]) -> Int64Array:
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
 
 
 def kept_positions_of(tensors: Iterable[tuple[str, int]], pruning_rate: float, seed: int) -> Iterator[Int64Array]:
