@@ -5,8 +5,8 @@
     python tests/benchmarks/bench_frontier.py plot --output rows.jsonl --model sst2-adamw --picture frontier.png
 
 Every checkpoint is a classifier folder of transformers whose label begins with its GLUE task. A form is pruned as ``dpp
-prune`` does it, the head carried, and scored on GLUE's whole validation split. Texts are drawn from the train split, others
-for every seed. Rows that the output has are not made again.
+prune`` does it, the head carried, and scored on GLUE's whole validation split. Texts are drawn from the train split,
+others for every seed. Rows that the output has are not made again.
 """
 
 import argparse
@@ -56,11 +56,12 @@ class Checkpoint:
     def __init__(self, options, label: str, folder: str) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.label, self.folder, self.base, self.task = label, folder, options.base, TASKS[label.split("-")[0]]
+        task = label.split("-")[0]
+        self.folder, self.base, self.task = folder, options.base, TASKS[task]
         self.tokenizer = AutoTokenizer.from_pretrained(options.base)
         self.model = AutoModelForSequenceClassification.from_pretrained(options.base, num_labels=self.task.num_labels)
         self.model.eval()
-        data = load_data(options.data, label.split("-")[0])
+        data = load_data(options.data, task)
         self.train, self.batches = data["train"], list(self._batches(data["validation"]))
 
     def _batches(self, rows, size=64):
@@ -151,40 +152,39 @@ def table(options) -> None:
 
 
 def plot(options) -> None:
-    """Score over bytes, one line a form; or over the number of texts, with ``--over texts``."""
+    """Score over bytes, one line a form, with the fine-tuned model's score and published sizes."""
     from matplotlib import pyplot
 
     rows = [row for row in _rows(Path(options.output)) if row["model"] == options.model]
     unpruned = next(row["score"] for row in rows if row["form"] == "unpruned")
+    points = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if "bytes" in row:
+            points[row["form"]][json.dumps(row["settings"])].append(row)
     figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     axes.set_prop_cycle(color=[*pyplot.colormaps["tab10"].colors, "black", "gold"])
-    for form in dict.fromkeys(row["form"] for row in rows if "bytes" in row):
-        points = defaultdict(list)
-        for row in rows:
-            if row["form"] == form and (options.over == "bytes" or row["texts"]):
-                points[json.dumps(row["settings"]) if options.over == "bytes" else row["texts"]].append(row)
-        drawn = sorted((fmean(r[options.over] for r in some), some) for some in points.values() if some)
-        if not drawn or (options.over == "texts" and len(drawn) < 3):
-            continue
-        means = [fmean(r["score"] for r in some) for _, some in drawn]
-        errors = [stdev(r["score"] for r in some) if len(some) > 1 else 0 for _, some in drawn]
-        style = (
-            {"lw": 2.2, "marker": "o"} if form in ("auto", "refit") or "lowrank" in form else {"lw": 1, "marker": "."}
-        )
-        axes.errorbar(
-            [x / (1000 if options.over == "bytes" else 1) for x, _ in drawn], means, errors, label=form, **style
-        )
+    for form, groups in points.items():
+        drawn = sorted(map(_point, groups.values()))
+        ours = form in ("auto", "refit") or "lowrank" in form
+        style = {"lw": 2.2, "marker": "o"} if ours else {"lw": 1, "marker": "."}
+        axes.errorbar(*zip(*drawn, strict=True), label=form, **style)
     axes.axhline(unpruned, color="black", lw=1, ls="--", label=f"fine-tuned, {options.dense_bytes / 1e6:.1f} MB dense")
-    if options.over == "bytes":
-        for name, size in MARKED.items():
-            axes.axvline(size / 1000, color="grey", lw=0.8, ls=":")
-            axes.annotate(name, (size / 1000, axes.get_ylim()[0]), rotation=90, fontsize=7, ha="right", va="bottom")
-    axes.set(xscale="log", ylabel="score, %", xlabel="kB of the delta" if options.over == "bytes" else "texts")
+    for name, size in MARKED.items():
+        axes.axvline(size / 1000, color="grey", lw=0.8, ls=":")
+        axes.annotate(name, (size / 1000, axes.get_ylim()[0]), rotation=90, fontsize=7, ha="right", va="bottom")
+    axes.set(xscale="log", ylabel="score, %", xlabel="kB of the delta")
     ticks = (10, 30, 100, 300, 1000, 3000)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.tick_params(axis="x", which="minor", length=0)
     figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(options.picture, dpi=150)
+
+
+def _point(rows: list[dict]) -> tuple[float, float, float]:
+    """kB, mean score and its deviation over seeds."""
+    scores = [row["score"] for row in rows]
+    spread = stdev(scores) if len(scores) > 1 else 0.0
+    return fmean(row["bytes"] for row in rows) / 1000, fmean(scores), spread
 
 
 def _rows(path: Path) -> list[dict]:
@@ -203,7 +203,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--texts", type=int, default=1024)
     parser.add_argument("--model")
-    parser.add_argument("--over", choices=["bytes", "texts"], default="bytes")
     parser.add_argument("--dense_bytes", type=float, default=90.9e6)
     parser.add_argument("--picture")
     options = parser.parse_args()
