@@ -32,7 +32,7 @@ def test_q_is_moved_by_the_data_to_what_prune_finds_on_the_same_batch(tmp_path, 
     train, given = Texts(320, 1), Texts(48, 6)
     trainer = make_trainer(tmp_path, max_steps=3, train=train)
     data = {"train": None, "given": given}[dataset]
-    callback = HFDeltaPruneCallback("darex-q", [0.8, 0.9], calibration_dataset=data).attach(trainer)
+    callback = HFDeltaPruneCallback("darex-q", [0.9, 0.95], calibration_dataset=data).attach(trainer)
     trainer.train()
     items = [train[5 * i] for i in range(64)] if data is None else list(given)
     batch = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "attention_mask")}
@@ -46,7 +46,7 @@ def test_q_is_moved_by_the_data_to_what_prune_finds_on_the_same_batch(tmp_path, 
     for row in callback.results[2:]:
         found = prune(base, trainer.model, "darex-q", row.pruning_rate, 0, calibration=Calibration(cost=cost))
         assert row.q == pytest.approx(found.q, rel=1e-4)
-        assert row.q > 1.05 * (1 - row.pruning_rate)
+        assert row.q > 1.5 * (1 - row.pruning_rate)
 
 
 def test_labels_that_the_loss_refuses_do_not_matter_to_q(tmp_path):
