@@ -15,7 +15,7 @@ from rich.text import Text
 from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter, describe_result
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.results import Row
-from dpp_lightning.experiments.terminal_tables import printable
+from dpp_lightning.storage.safe_text import printable
 
 
 def rows_reporter(given: Reporter | None = None, *, shown: bool) -> AbstractContextManager[Reporter]:

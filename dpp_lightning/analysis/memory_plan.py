@@ -16,6 +16,7 @@ from math import ceil, floor, isfinite
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from dpp_lightning.storage.safe_text import markdown_text
 from dpp_lightning.tensors.blocks import block_of
 
 Dtype = Literal["float32", "bfloat16"]
@@ -240,7 +241,7 @@ def table(
                 plan(theta0=theta0, outside=outside, unit=unit, pruning_rate=pruning_rate)
                 for theta0 in ("float32", "bfloat16")
             )
-            lines.append(f"| {label} | {count} | {' | '.join(_cells(wide, narrow))} |")
+            lines.append(f"| {markdown_text(label)} | {count} | {' | '.join(_cells(wide, narrow))} |")
     return "\n".join(lines)
 
 

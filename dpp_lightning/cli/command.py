@@ -32,6 +32,7 @@ from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repea
 from dpp_lightning.cli.home import expand_home
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
+from dpp_lightning.storage.safe_text import printable
 
 _CONFIG = "YAML file with any of these parameters by name, positional ones too; what is typed beside it wins"
 
@@ -118,7 +119,7 @@ class FunctionCommand:
             if described is None:
                 raise
             message, code = described
-            say(f"dpp {name}: {'error' if code == USAGE_ERROR else 'failed, nothing is left half-written'}: {message}")
+            say(f"dpp {name}: {'error' if code == USAGE_ERROR else 'failed'}: {message}")
             return code
         return DONE
 
@@ -224,8 +225,8 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(text + "\n")
+    """A message on standard error, whose lines hold nothing that a terminal would act on."""
+    sys.stderr.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
 
 
 class BytesDone:

@@ -1,6 +1,7 @@
 """The console command ``dpp``: its table of commands. Nothing heavy is imported before a command is known."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from pkgutil import resolve_name
 from dpp_lightning._version import __version__
 from dpp_lightning.cli import packaged_configs
 from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, USAGE_ERROR
-from dpp_lightning.cli.library_warnings import show_in_one_line
+from dpp_lightning.cli.library_warnings import show_plainly
+from dpp_lightning.storage.safe_text import printable
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def _of_lightning(summary: str, module: str = "lightning") -> Command:
 def _of_function(module: str, summary: str, *, threads_sleep: bool = False) -> Command:
     return Command(summary, f"dpp_lightning.cli.{module}:COMMAND.run", threads_sleep=threads_sleep)
 
+
+_NOT_IN_YAML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 
 COMMANDS = {
     "fit": _of_lightning("fine-tune; DeltaPruneCallback prunes, scores and saves at the end"),
@@ -112,6 +116,12 @@ completion:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    for word in arguments:
+        if _NOT_IN_YAML.search(word):
+            raise packaged_configs.UsageError(
+                f"{word!r} has characters that no setting can have (control characters, or bytes that are not UTF-8): "
+                "rename the file or folder"
+            )
     match arguments:
         case []:
             sys.stderr.write(_help())
@@ -139,14 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
     if argv is None:
-        show_in_one_line()
+        show_plainly()
         if os.getcwd() not in sys.path:  # classes in the current folder, as with python -m; nothing is shadowed
             sys.path.append(os.getcwd())
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except packaged_configs.UsageError as error:
-        sys.stderr.write(f"dpp: error: {error}\n")
+        sys.stderr.write(f"dpp: error: {printable(str(error))}\n")
         return USAGE_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("\ndpp: stopped\n")

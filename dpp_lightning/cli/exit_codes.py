@@ -41,6 +41,7 @@ _REFUSALS = (
         "lightning.fabric.accelerators.", "lightning.fabric.utilities.device_parser", "lightning.pytorch.accelerators.",
     )),
     (RuntimeError, ("lightning.pytorch.callbacks.early_stopping",)),
+    (RecursionError, ("json.",)),
     (AttributeError, ("lightning.pytorch.tuner.",)),
     (ImportError, ("lightning.", "transformers.", "huggingface_hub.", "datasets.", "lm_eval.", "peft.", "timm.")),
 )  # fmt: skip

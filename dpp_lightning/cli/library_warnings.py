@@ -1,4 +1,5 @@
-"""What the libraries say on the command line: ours in one line each, what no user can act on not at all.
+"""What the libraries say on the command line: ours in one line each, what no user can act on not at all, and none of it
+with characters that a terminal would act on.
 
 ``DPP_VERBOSE=1`` shows everything.
 """
@@ -11,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from dpp_lightning.storage.quiet_loading import is_verbose
+from dpp_lightning.storage.safe_text import printable
 
 _PACKAGE = Path(__file__).parents[1]
 _LOGGERS = (
@@ -34,17 +36,26 @@ _NOISY_WARNINGS = (
 )
 
 
-def show_in_one_line() -> None:
-    """Show this package's warnings as ``dpp: warning: TEXT`` in this process; those of others as they were shown."""
+def show_plainly() -> None:
+    """Show this package's warnings as ``dpp: warning: TEXT`` in this process, those of others as they were shown, and
+    of these and of log messages only printable characters."""
     others = warnings.formatwarning
 
     def format_warning(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         ours = category is UserWarning and _PACKAGE in Path(filename).parents
-        return f"dpp: warning: {message}\n" if ours else others(message, category, filename, lineno, line)
+        shown = f"dpp: warning: {message}\n" if ours else others(message, category, filename, lineno, line)
+        return "\n".join(map(printable, shown.split("\n")))
 
     warnings.formatwarning = format_warning
+    logging.setLogRecordFactory(_PrintableRecord)
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        """The message, line by line without characters that a terminal would act on."""
+        return "\n".join(map(printable, super().getMessage().split("\n")))
 
 
 def quiet_libraries() -> None:

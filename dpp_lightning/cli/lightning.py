@@ -1,7 +1,6 @@
 """The Lightning half of ``dpp``: fit, validate, test and predict on LightningCLI. Importing it imports torch."""
 
 import re
-import sys
 import time
 from argparse import ArgumentError
 from typing import Any, cast
@@ -226,7 +225,7 @@ class DPPCLI(LightningCLI):
             self.trainer.fit(**arguments)
         except SystemExit as stop:
             if signal_code(stop) and self.trainer.is_global_zero:
-                sys.stderr.write(how_to_resume(self.trainer, started))
+                say(how_to_resume(self.trainer, started).rstrip())
             raise
         except RuntimeError as error:
             if lost_rank(error):

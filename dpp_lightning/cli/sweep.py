@@ -6,7 +6,6 @@ and trainer are built as ``dpp test`` builds them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, full_name
 from dpp_lightning.callbacks.prune_run.rows_bar import RowsBar
-from dpp_lightning.cli.command import FunctionCommand
+from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
@@ -151,9 +150,9 @@ class SweepCLI(DPPCLI):
                 evaluate(**{**arguments, "verbose": False})
         except SystemExit as stop:
             if signal_code(stop) and is_first:
-                sys.stderr.write(
+                say(
                     "\ndpp sweep: stopped. To go on where it was, repeat the command: the rows made so far are in "
-                    f"{self.options.output}\n"
+                    f"{self.options.output}"
                 )
             raise
         if not callback.results:
@@ -170,7 +169,8 @@ class SweepCLI(DPPCLI):
         monitor = full_name(self.trainer.callback_metrics, asked)
         subject = Subject(str(task), checkpoint, monitor, callback.settings.objective)
         written = write_report(callback.results, Path(self.options.output), subject)
-        sys.stderr.write("".join(f"{path}\n" for path in written))
+        for path in written:
+            say(str(path))
 
 
 def run(arguments: list[str]) -> int:

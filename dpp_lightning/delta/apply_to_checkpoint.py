@@ -70,6 +70,15 @@ def apply_checkpoint(
         check_model(base, "base", base_revision)
         reader = DeltaReader.open(delta, delta_revision)
         contents, info = warning_if_empty(reader.contents.for_task(task), str(delta)), reader.info
+        side_files = dense_side_files(
+            base,
+            delta,
+            base_revision=base_revision,
+            delta_revision=delta_revision,
+            tasks=info.tasks,
+            task=task,
+            absent=info.absent_files,
+        )
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
         shapes |= dict.fromkeys(_base_names(contents))
         named = named_tensors(load_tensors(base, base_revision))
@@ -84,15 +93,6 @@ def apply_checkpoint(
                 done += block.nbytes
                 if progress:
                     progress(done, total)
-        side_files = dense_side_files(
-            base,
-            delta,
-            base_revision=base_revision,
-            delta_revision=delta_revision,
-            tasks=info.tasks,
-            task=task,
-            absent=info.absent_files,
-        )
         write_dense_files(side_files, folder, entries)
     return local_path(output)
 

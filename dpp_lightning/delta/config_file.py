@@ -14,10 +14,11 @@ import xxhash
 
 from dpp_lightning._version import __version__
 from dpp_lightning.delta.contents import DeltaInfo
-from dpp_lightning.delta.safe_names import is_printable
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.sampling.sampler import SAMPLER_VERSION, exact_rate, stream_key
+from dpp_lightning.storage.locate import few_names
 from dpp_lightning.storage.model_folder import check_side_name
+from dpp_lightning.storage.safe_text import has_controls, is_task_name
 from dpp_lightning.tensors.dtypes import DTYPES
 
 CONFIG_FILE = "delta_config.json"
@@ -108,8 +109,10 @@ def _check_texts(info: DeltaInfo) -> None:
         check_side_name(name)
     trained = [text for item in info.training.items() for text in item]
     for text in (*vars(info).values(), *trained):
-        if isinstance(text, str) and not is_printable(text):
+        if isinstance(text, str) and has_controls(text):
             raise ValueError(f"{CONFIG_FILE}: control characters in {text!r}")
+    if unusable := [task for task in info.tasks if not is_task_name(task)]:
+        raise ValueError(f"{CONFIG_FILE}: tasks cannot be named {few_names(map(repr, unusable))}")
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.model_card import card_text
 from dpp_lightning.delta.model_file import BLOBS, CARRIED, FACTORS, KEPT, ROWS, TABLE, write_model
 from dpp_lightning.delta.promise import check_promise
-from dpp_lightning.delta.safe_names import check_name
 from dpp_lightning.delta.table_blob import TensorTable, read_table
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
 from dpp_lightning.storage.locate import local_folder
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
 from dpp_lightning.storage.output_folder import DELTA, output_folder
+from dpp_lightning.storage.safe_text import check_name
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, check_dtype, to_dtype
 

@@ -8,6 +8,7 @@ from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.methods.merge_rules import MERGES
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.locate import hub_id
+from dpp_lightning.storage.safe_text import markdown_code, markdown_text
 
 
 def card_text(
@@ -38,7 +39,7 @@ def card_text(
     """
     tasks = info.tasks
     rows = {
-        "base": f"{_base(info)} (fingerprint `{info.base_fingerprint}`)",
+        "base": f"{_base(info)} (fingerprint {markdown_code(info.base_fingerprint)})",
         "pruning rate, q, mask seed": f"{info.pruning_rate:g}, {info.q:.6g}, {info.seed}",
         **_factors(info, ranks, factor_numbers),
         **_training(info),
@@ -47,7 +48,7 @@ def card_text(
     }
     if module_bytes:
         rows["weights of further modules, dense"] = ", ".join(
-            f"`{n}` ({size:,} bytes)" for n, size in module_bytes.items()
+            f"{markdown_code(n)} ({size:,} bytes)" for n, size in module_bytes.items()
         )
     figures = [(name, f"{value:.6g}") for named in (scores, reference_scores) for name, value in (named or {}).items()]
     lines = [
@@ -61,7 +62,7 @@ def card_text(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in (*rows.items(), *figures)),
+        *(f"| {markdown_text(name)} | {value} |" for name, value in (*rows.items(), *figures)),
         "",
         "```python",
         "from dpp_lightning import SparseDelta",
@@ -76,11 +77,12 @@ def card_text(
 
 def _summary(info: DeltaInfo, tasks: Sequence[str]) -> str:
     row = METHODS.get(info.method) or MERGES.get(info.method)
+    method = markdown_code(info.method)
     rate, paper = f"{100 * info.pruning_rate:g} %", f" ([{row.paper}]({row.url}))" if row else ""
     if tasks:
-        merged = f"Deltas of one base ({', '.join(tasks)}) merged with `{info.method}`"
+        merged = f"Deltas of one base ({markdown_text(', '.join(tasks))}) merged with {method}"
         return f"{merged}; together they drop {rate} of the entries{paper}."
-    return f"Fine-tuned minus base weights, {rate} of them dropped with `{info.method}`{paper}."
+    return f"Fine-tuned minus base weights, {rate} of them dropped with {method}{paper}."
 
 
 def _factors(info: DeltaInfo, ranks: Sequence[int], numbers: int) -> dict[str, str]:
@@ -135,4 +137,4 @@ def _base(info: DeltaInfo) -> str:
         return "unnamed"
     if hub_id(info.base_name):
         return info.base_name
-    return f"`{info.base_name.replace(chr(92), '/').rstrip('/').rpartition('/')[2]}`, not on the hub"
+    return f"{markdown_code(info.base_name.replace(chr(92), '/').rstrip('/').rpartition('/')[2])}, not on the hub"

@@ -13,7 +13,7 @@ import zstandard
 
 from dpp_lightning.delta.coding.factor_stream import largest_rank, least_rank
 from dpp_lightning.delta.contents import Table
-from dpp_lightning.delta.safe_names import check_name
+from dpp_lightning.storage.safe_text import check_name
 from dpp_lightning.tensors.factors import matrix_shape, stored_numbers
 
 _LEVEL, _LEVEL_OF_LARGE, _LARGE = 19, 9, 1 << 19  # zstandard: the best, but of many experts' names it takes 10 s

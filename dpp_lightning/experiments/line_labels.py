@@ -76,4 +76,4 @@ def _label_end(axes: Any, label: str, line: Any, end: tuple[float, float], y: fl
         scaley=False,
         **style,
     )
-    axes.text(1.08, y, label, transform=axes.transAxes, fontsize="small", verticalalignment="center")
+    axes.text(1.08, y, label, transform=axes.transAxes, fontsize="small", verticalalignment="center", parse_math=False)

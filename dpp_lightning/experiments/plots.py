@@ -149,8 +149,8 @@ def _figure(
         for level in (r.score for r in results if r.method == name):
             lines.append((name, axes.axhline(level, color="black", linestyle=style, linewidth=1)))
     label(axes)
-    axes.set_ylabel(score)
-    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(score, parse_math=False)
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.25)
     name_lines(axes, lines, height - _AROUND)
     return _without_formulas(figure)
@@ -189,7 +189,7 @@ def _draw_curve(axes: Any, curve: QCurve, monitor: str, finetuned: float | None,
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("q (left end: 1 - p, DARE)")
-    axes.set_ylabel(monitor, color="tab:blue")
+    axes.set_ylabel(monitor, color="tab:blue", parse_math=False)
     change_axes.set_ylabel("output change", color="tab:red")
     axes.set_title(f"p = {curve.pruning_rate:g}")
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}

@@ -10,6 +10,7 @@ from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size
 from dpp_lightning.experiments.tables import markdown_table
 from dpp_lightning.storage.atomic_write import atomic_file
+from dpp_lightning.storage.safe_text import markdown_text
 
 TABLE_FILE, RATE_FILE, SIZE_FILE = "table.md", "score_over_rate.png", "score_over_mb.png"
 
@@ -39,7 +40,7 @@ def write_report(results: Sequence[Result], folder: Path, subject: Subject) -> l
     """
     table = folder / TABLE_FILE
     with atomic_file(table) as temporary:
-        heading = f"# {subject.task}, {Path(subject.checkpoint).name}\n\n"
+        heading = f"# {markdown_text(f'{subject.task}, {Path(subject.checkpoint).name}')}\n\n"
         temporary.write_text(heading + markdown_table(results) + "\n" + caption(results, subject), encoding="utf-8")
     score = f"{subject.monitor} ({results[0].split} split)"
     title = f"{subject.task}, {Path(subject.checkpoint).name}; {_seeds(results)}"
@@ -58,7 +59,7 @@ def caption(results: Sequence[Result], subject: Subject) -> str:
         f"on {' and '.join(searched)}, {labels}; none of it is scored" if searched else "none; q follows from p"
     )
     return "".join(
-        f"- {line}\n"
+        f"- {markdown_text(line)}\n"
         for line in (
             f"score: {subject.monitor} on the {results[0].split} split; {_seeds(results)}",
             f"calibration and search of q: {calibrated}",

@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from dpp_lightning.experiments.earlier_run import move_aside
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.storage.atomic_write import atomic_file
+from dpp_lightning.storage.safe_text import has_controls
 
 PLOT_FILE = "q_curve.png"
 
 _CURE = "Choose another output folder, or leave resume out: the earlier run is then kept in a folder earlier-1"
 
 Row = tuple[str, float, int]
+
+_TYPES = {**get_type_hints(Result), "monitor": str, "settings": dict}
+_LONGEST = 200  # characters of a value in a message
 
 
 class ResultsLog:
@@ -131,10 +135,22 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-        _result(row)
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and _is_row(row) else None
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    """Whether every field that a row needs is there, and all known ones are of their types and safe to print."""
+    needed = {f.name for f in fields(Result) if f.default is MISSING}
+    values = [(value, _TYPES[name]) for name, value in row.items() if name in _TYPES]
+    printable = not any(has_controls(value) for value, _ in values if isinstance(value, str))
+    return needed <= row.keys() and printable and all(_is_of(value, kind) for value, kind in values)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    kinds = get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def _result(row: Mapping[str, Any]) -> Result:
@@ -146,4 +162,10 @@ def _difference(name: str, there: Any, here: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return "unset" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return "unset"
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        return "something deeply nested"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

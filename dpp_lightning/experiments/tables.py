@@ -9,7 +9,8 @@ from statistics import fmean
 from rich.console import Console
 
 from dpp_lightning.experiments.grid import Result, mean_and_deviation
-from dpp_lightning.experiments.terminal_tables import Column, printable, show_table
+from dpp_lightning.experiments.terminal_tables import Column, show_table
+from dpp_lightning.storage.safe_text import markdown_text
 
 COLUMNS = ("model", "p", "score", "q", "density", "MB", "ratio", "seconds")
 
@@ -119,9 +120,7 @@ def table_caption(results: Sequence[Result], monitor: str) -> str:
 def markdown_table(results: Iterable[Result]) -> str:
     """The summary as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in summary_rows(results))]) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table."""
-    return printable(text).replace("|", "\\|")
+    return (
+        "\n".join([*lines, *("| " + " | ".join(map(markdown_text, row)) + " |" for row in summary_rows(results))])
+        + "\n"
+    )

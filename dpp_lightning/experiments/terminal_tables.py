@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpp_lightning.storage.safe_text import printable
+
 _SHORTEST_NAME = 12  # cells that a name keeps on a terminal that is too narrow for the table
 
 
@@ -67,11 +69,6 @@ def show_lines(lines: Iterable[str], console: Console | None = None) -> None:
     console = console or Console()
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=not console.file.isatty())
-
-
-def printable(text: str) -> str:
-    """A text in which line breaks, escape sequences and the like are written as in Python's strings."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cut_names(names: Sequence[str], width: int) -> list[str]:

@@ -29,6 +29,7 @@ from dpp_lightning.storage.checkpoints import Weights as BaseWeights
 from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.model_folder import merged_side_files
 from dpp_lightning.storage.output_folder import DELTA, output_folder
+from dpp_lightning.storage.safe_text import printable
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.dtypes import check_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import hash_tensors
@@ -257,7 +258,7 @@ class _Merger:
             q=1.0,
             seeded=self.seeded,
             drawn_rate=first.drawn_rate if self.seeded else None,
-            base_name=self.base_name or first.base_name,
+            base_name=printable(self.base_name) if self.base_name else first.base_name,
             base_revision=self.base_revision or (None if self.base_name else first.base_revision),
             base_fingerprint=self._fingerprint(unchanged),
             base_check=self._check.hexdigest(),

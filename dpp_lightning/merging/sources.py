@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.storage.safe_text import is_task_name
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.name_matching import match_names
-
-_TASK_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")  # Windows drops a dot at the end of a folder
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _check_task_names(tasks: Sequence[str]) -> None:
     Raises:
         ValueError: with the names and the cure.
     """
-    unusable = [task for task in tasks if not _TASK_NAME.fullmatch(task)]
+    unusable = [task for task in tasks if not is_task_name(task)]
     if unusable or len({task.lower() for task in tasks}) != len(tasks):
         raise ValueError(
             f"the deltas are named {', '.join(map(repr, tasks))}: each needs a name of its own of letters, digits, "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import isfinite
 from pathlib import Path
+
+from dpp_lightning.storage.file_content import read_json
 
 Weight = float | Mapping[str, float]
 Weights = float | Sequence[Weight] | Mapping[str, Weight]
@@ -89,10 +90,7 @@ def read_weights(words: Sequence[str]) -> Weights | None:
     path = Path(words[0])
     if len(words) > 1 or not path.is_file():
         raise ValueError(f"--weights takes numbers or one JSON file, got {' '.join(words)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, list | dict):
         raise ValueError(f"{path}: expected a list or an object of weights, got {type(content).__name__}")
     return content

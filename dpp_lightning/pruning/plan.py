@@ -25,6 +25,7 @@ from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
 from dpp_lightning.pruning.value_checks import ValueChecks
 from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.storage.safe_text import printable
 from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
@@ -417,7 +418,7 @@ class PruningPlan:
             seed=spec.seed,
             q=spec.row.rescale(spec.pruning_rate),
             seeded=spec.row.seeded,
-            base_name=self.base_name,
+            base_name=self.base_name and printable(self.base_name),
             base_revision=self.base_revision,
             base_fingerprint=self.fingerprint,
             base_check=check.hexdigest(),

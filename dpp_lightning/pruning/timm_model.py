@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.file_content import read_json
 from dpp_lightning.storage.locate import local_folder
 
 _CONFIG = "config.json"
@@ -87,7 +87,7 @@ def is_timm(source: str, revision: str | None) -> bool:
 def read_timm_config(source: str, revision: str | None) -> dict[str, Any]:
     """A folder's ``config.json``; empty where it is not to be read."""
     try:
-        config = json.loads((local_folder(source, revision, [_CONFIG]) / Path(_CONFIG)).read_text(encoding="utf-8"))
+        config = read_json(local_folder(source, revision, [_CONFIG]) / Path(_CONFIG))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

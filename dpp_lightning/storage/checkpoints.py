@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from torch import Tensor
 
+from dpp_lightning.storage.file_content import read_json
 from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.mapped_file import map_safetensors, map_torch_file
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS
@@ -130,16 +131,26 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name to shard of an index, every shard a plain file name."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index}: expected JSON with a weight_map, got {error!r}; fetch or save it again") from error
+    content = read_json(index, pairs=_without_repeats)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must map names of tensors to names of files; fetch or save it again")
+        raise ValueError(
+            f"{index}: expected a weight_map of names of tensors to names of files; fetch or save it again"
+        )
     unsafe = [s for s in set(weight_map.values()) if s in ("", ".", "..") or "\0" in s or PureWindowsPath(s).name != s]
     if unsafe:
         raise ValueError(f"{index}: shards must be plain names of files in its folder, got {_few(map(repr, unsafe))}")
     return weight_map
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which every name stands once."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands there twice")
+        found[name] = value
+    return found
 
 
 def _few(names: Iterable[str], shown: int = 10) -> str:

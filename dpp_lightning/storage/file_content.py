@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -43,6 +45,24 @@ def check_content(path: Path, name: str = "") -> None:
     _check_kind(path, name, head)
 
 
+def read_json(path: Path, name: str = "", pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a file of JSON holds.
+
+    Args:
+        path: a file that is there.
+        name: what the message calls it; default its path.
+        pairs: makes an object of its names and values; default a dict.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        fault = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{name or path} is not readable JSON ({fault}): {_CURE}, or save the model again") from error
+
+
 def _check_kind(path: Path, name: str, head: bytes) -> None:
     """Refuse what is not of the kind that the suffix names."""
     archive = head.startswith((_ZIP, _GZIP)) or head[_TAR_AT:].startswith(_TAR)
@@ -60,10 +80,7 @@ def _check_kind(path: Path, name: str, head: bytes) -> None:
     elif path.suffix in TORCH_SUFFIXES and head.startswith(_ZIP) and not zipfile.is_zipfile(path):
         raise ValueError(f"{name} is truncated, the end of the file is missing: {_CURE}")
     elif path.suffix == ".json":
-        try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not readable JSON ({error}): {_CURE}, or save the model again") from error
+        read_json(path, name)
 
 
 def _head(path: Path, name: str) -> bytes:

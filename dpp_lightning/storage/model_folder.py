@@ -16,6 +16,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
+from dpp_lightning.storage.file_content import check_content, read_json
 from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.same_content import same_content, weights_as_safetensors
 
@@ -81,6 +82,7 @@ def side_files(source: str | Path, revision: str | None = None) -> dict[str, Pat
 
     Raises:
         FileNotFoundError: neither file nor folder nor of the form of a hub id.
+        ValueError: one of them is a link that leads out of the folder.
     """
     return {name: path for name, path in _files(source, revision).items() if is_side_file(name)}
 
@@ -105,6 +107,9 @@ def changed_side_files(
 
     Returns:
         File name to path, or to None for what is absent.
+
+    Raises:
+        ValueError: a link that leads out of its folder, or a changed file of JSON that cannot be read.
     """
     base_files, finetuned_files = side_files(base, base_revision), side_files(finetuned, finetuned_revision)
     changed: dict[str, Path | None] = {
@@ -114,6 +119,7 @@ def changed_side_files(
     }
     if weights_only:
         return {name: path for name, path in changed.items() if is_module_weights(name)}
+    _check_files(changed)
     absent = [name for name in base_files if name not in finetuned_files and _kind_is_known(name, finetuned_files)]
     return changed | dict.fromkeys(absent)
 
@@ -130,6 +136,9 @@ def merged_side_files(
     Returns:
         File name to path, or to None for what is absent: what all deltas have byte for byte under its own name, any
         other as ``TASK.name``.
+
+    Raises:
+        ValueError: a link that leads out of its folder, or a file of JSON that cannot be read.
     """
     by_task: dict[str, dict[str, Path | None]] = {
         task: {**dict.fromkeys((absent or {}).get(task, ())), **side_files(folder)} for task, folder in folders.items()
@@ -142,6 +151,7 @@ def merged_side_files(
                 name in other and ((at := other[name]) and at.read_bytes()) == content for other in by_task.values()
             )
             merged[name if shared else f"{task}.{name}"] = path
+    _check_files(merged)
     return merged
 
 
@@ -162,11 +172,16 @@ def dense_side_files(
         tasks: those that the delta merges, none for a delta of one model.
         task: the one whose files are wanted.
         absent: names of files that the fine-tuned model does not have, as ``DeltaInfo.absent_files``.
+
+    Raises:
+        ValueError: a link that leads out of its folder, or a file of JSON that cannot be read.
     """
     of_delta = names_of_task(_files(delta, delta_revision, tasks), tasks, task)
     gone = names_of_task(dict.fromkeys(absent), tasks, task)
     of_base = {name: path for name, path in side_files(base, base_revision).items() if name not in gone}
-    return {**of_base, **of_delta}
+    files = {**of_base, **of_delta}
+    _check_files(files)
+    return files
 
 
 def names_of_task(files: Mapping[str, _T], tasks: Sequence[str], task: str | None) -> dict[str, _T]:
@@ -257,10 +272,36 @@ def _files(source: str | Path, revision: str | None, tasks: Sequence[str] = ()) 
         if inside.is_dir() and _may_hold_side_files(inside.name):
             paths += [path for path in inside.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    _check_links(files, folder)
     for name in [name for name in files if "/" in name and name.endswith(f"/{_TORCH_WEIGHTS}")]:
         path = files.pop(name)
         files.setdefault(f"{name.removesuffix(_TORCH_WEIGHTS)}{_MODULE_WEIGHTS}", path)
     return files
+
+
+def _check_links(files: Mapping[str, Path], folder: Path) -> None:
+    """Refuse side files, possibly of a task, that are links out of their folder, so that nobody's other files get into
+    a delta; those of the hub's cache lead to the blobs of their repository."""
+    root = folder.resolve()
+    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for name, path in files.items():
+        meant = (name, *(name[dot + 1 :] for dot, letter in enumerate(name) if letter == "."))
+        if any(map(is_side_file, meant)) and not any(path.resolve().is_relative_to(place) for place in roots):
+            raise ValueError(
+                f"{path} leads to {path.resolve()}, out of its folder, and is not followed: put a copy of that file in "
+                "its place, or remove it"
+            )
+
+
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Refuse names that no side file can have, files of JSON that cannot be read, and configurations that are no
+    objects."""
+    for name, path in files.items():
+        check_side_name(name)
+        if path is not None and name.endswith(".json"):
+            check_content(path)
+            if PurePosixPath(name).name.endswith(_MODEL) and not isinstance(read_json(path), dict):
+                raise ValueError(f"{path} is no JSON object: copy or download it again")
 
 
 def _may_hold_side_files(folder: str) -> bool:

@@ -6,12 +6,11 @@ what the source is, and how it is used.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content
+from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content, read_json
 from dpp_lightning.storage.locate import few_names, local_folder, local_path, not_found, subject
 from dpp_lightning.storage.quantised import refuse_gguf
 from dpp_lightning.storage.sharded_checkpoint import is_sharded
@@ -249,7 +248,7 @@ def _check_weights_folder(folder: Path, files: frozenset[str], name: str, *, ada
 def _check_shards(index: Path, entries: Iterable[str], name: str) -> None:
     """Refuse an index that cannot be read, or that names files which the folder lacks."""
     check_content(index, f"{name}: {index.name}")
-    content = json.loads(index.read_bytes())
+    content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     missing = sorted(set(map(str, shards.values())) - set(entries)) if isinstance(shards, dict) else []
     if missing:
@@ -284,7 +283,7 @@ def _check_config(folder: Path, files: frozenset[str], name: str) -> None:
             "copy config.json from its base"
         )
     check_content(folder / _MODEL_CONFIG, f"{name}: config.json")
-    if not isinstance(json.loads((folder / _MODEL_CONFIG).read_bytes()), dict):
+    if not isinstance(read_json(folder / _MODEL_CONFIG), dict):
         raise ValueError(f"{name}: config.json is no JSON object: copy or download it again")
 
 

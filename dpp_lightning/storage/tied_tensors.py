@@ -6,7 +6,6 @@ two masks, and the model would no longer be tied. What the configuration ties, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpp_lightning.storage.file_content import read_json
 from dpp_lightning.tensors.names import embedding_rank
 
 _PROBE = 4096  # entries compared before whole tensors are
@@ -74,13 +74,15 @@ def _tied_names(folder: Path) -> dict[str, str] | None:
     from dpp_lightning.tensors.hf_architecture import skeleton
     from dpp_lightning.tensors.hf_layout import file_layout
 
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} is no JSON object: copy or download it again")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = next(iter(filter(None, (skeleton(name, config) for name in config.architectures or ()))), None)
     except (OSError, ValueError, KeyError):
         model = None
     if model is None:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return None if raw.get("tie_word_embeddings", True) else {}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict()

@@ -33,9 +33,7 @@ def test_code_that_dpp_apply_does_not_copy_is_named_in_one_line(tmp_path):
     "line", ["warnings.warn('of others')", "import lightning, warnings; warnings.warn('of others')"]
 )
 def test_warnings_of_others_are_shown_as_they_were(line):
-    code = (
-        f"import warnings; from dpp_lightning.cli.library_warnings import show_in_one_line; show_in_one_line(); {line}"
-    )
+    code = f"import warnings; from dpp_lightning.cli.library_warnings import show_plainly; show_plainly(); {line}"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     assert "UserWarning: of others" in shown
     assert "dpp: warning" not in shown

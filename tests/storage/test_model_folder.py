@@ -38,18 +38,26 @@ OTHERS = [
     "additional_chat_templates/deeper/x.jinja", "3_Asym/a/b/config.json", "additional_chat_templates/x.py",
 ]  # fmt: skip
 
+SAYS = "says"
+
 
 def folder_of(path, *names, **files):
-    """A folder of files; ``__`` in a name stands for a dot. Those without content say their own name."""
+    """A folder of files; ``__`` in a name stands for a dot. Those without content say their own name, in JSON where that
+    is what they are."""
     for name, content in {**dict(zip(names, names, strict=True)), **files}.items():
         file = path / name.replace("__", ".")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
+        file.write_text(json.dumps({SAYS: content}) if file.suffix == ".json" and content[0] not in "[{" else content)
     return path
 
 
 def contents(files):
-    return {name: path.read_text() for name, path in files.items()}
+    return {name: said(path.read_text()) for name, path in files.items()}
+
+
+def said(text):
+    """What a file of :func:`folder_of` says."""
+    return json.loads(text)[SAYS] if text.startswith(f'{{"{SAYS}"') else text
 
 
 def test_side_files_are_those_of_the_model_and_neither_code_nor_pickles_nor_weights(tmp_path):

@@ -1,6 +1,5 @@
 """A timm model with the weights of its base, from a local file or folder, the hub, or a file of this package."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import dpp_lightning.tasks.vision.two_layer  # noqa: F401  (the import registers the model with timm)
 from dpp_lightning.storage.checkpoints import load_tensors
+from dpp_lightning.storage.file_content import read_json
 from dpp_lightning.storage.locate import hub_id, local_path, not_found
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tasks.common.pretrained import PRETRAINED, loading
@@ -106,7 +106,7 @@ def _check_architecture(model_name: str | None, pretrained: str) -> None:
                 ".safetensors file in it and model_name, or save the folder with timm.models.save_for_hf"
             )
         check_model(pretrained, PRETRAINED, config=True)
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture")
+        architecture = read_json(folder / "config.json").get("architecture")
         if architecture is None:
             raise ValueError(
                 f"{PRETRAINED} {pretrained}: its config.json names no architecture of timm (a model of transformers "
