@@ -1,0 +1,69 @@
+"""Every command that writes a folder, with a kill, a full disk and a broken disk at each call that changes the disk."""
+
+import pytest
+import torch
+from fault_campaign import MODES, Campaign, FaultServer, held
+from tiny_glue import make_model
+from transformers import BertForSequenceClassification, BertModel
+
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = {
+    "prune": "prune base tuned --seed {seed} --output {{root}}/out",
+    "merge": "merge base a b --scale {seed}.5 --output {{root}}/out",
+    "merge --dense": "merge base a b --scale {seed}.5 --output {{root}}/out --dense {{root}}/dense",
+    "apply": "apply base a --max_shard_bytes {seed}0000 --output {{root}}/out",
+    "export": "export last.ckpt --max_shard_bytes {seed}0000 --output {{root}}/out",
+    "export --base": "export last.ckpt --base base --seed {seed} --output {{root}}/out",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A base, a classifier fine-tuned from it, as a folder and a checkpoint, and two deltas with heads of their own."""
+    place = tmp_path_factory.mktemp("inputs")
+    base = make_model(place / "base", BertModel)
+    for k, name in enumerate(("tuned", "other")):
+        torch.manual_seed(k)
+        model = BertForSequenceClassification.from_pretrained(base, num_labels=2 + k)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        model.save_pretrained(place / name)
+        prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5))
+    tuned = BertForSequenceClassification.from_pretrained(place / "tuned")
+    state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"pretrained": "tuned"}}, place / "last.ckpt")
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(inputs, tmp_path_factory):
+    """With everything imported that the commands need."""
+    server = FaultServer(tmp_path_factory.mktemp("server"))
+    for number, command in enumerate(COMMANDS.values()):
+        root = tmp_path_factory.mktemp(f"warm{number}")
+        words = command.format(seed=1).format(root=root).split()
+        assert server.run(words, inputs, mode="warm")["code"] == 0
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("there", ["new", "older"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_is_whole_or_the_older_one(name, there, mode, inputs, server, tmp_path):
+    root = tmp_path / "root"
+    older = {}
+    if there == "older":
+        words = COMMANDS[name].format(seed=2).format(root=tmp_path / "older").split()
+        assert server.run(words, inputs)["code"] == 0
+        older = {p.name: held(p) for p in (tmp_path / "older").iterdir()}
+    words = COMMANDS[name].format(seed=1).split() + (["--overwrite"] if older else [])
+    campaign = Campaign(server, words, inputs, root, older)
+    campaign.run([mode])
+    print(f"{name}, {there}, {mode}: {campaign.tried} runs, {len(campaign.faults)} faults")
+    assert not campaign.faults, f"{len(campaign.faults)} of {campaign.tried}\n" + "\n".join(campaign.faults[:60])
