@@ -3,7 +3,7 @@
 A folder that replaces another changes names with it in one step where the system can (Linux, macOS). Elsewhere it
 takes two renames, and what a machine that stops between them leaves, the old folder as ``.NAME.….old``, is put back by
 the next run into that place. Temporary files and folders of a run that was killed are removed by the next one that
-writes the same name, also if it is refused: a lock beside each says whether its owner lives. On Windows a folder has no
+writes into the same parent folder: a lock beside each says whether its owner lives. On Windows a folder has no
 sync of its own, and nothing is replaced while one of its files is open or mapped.
 """
 
@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 _HERE, _EXCHANGE, _SWAP = -100, 2, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # file systems that cannot exchange names
+_LOCK_NAME = re.compile(r"(?P<temporary>\.(?P<name>.+)\.[0-9a-f]{8}(\.[^.]+)?)\.dpp\.lock")
 _UNFINISHED: set[Path] = set()  # the temporary folders that this process is writing
 
 
@@ -46,7 +47,7 @@ def atomic_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
-    remove_leftovers(folder)
+    remove_leftovers(folder.parent)
     check()
     with scratch_folder(folder) as temporary:
         yield temporary
@@ -59,7 +60,7 @@ def atomic_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder``, removed when the block ends; of a killed run by :func:`remove_leftovers`.
+    """An empty folder beside ``folder``, removed when the block ends, that of a killed run by the next one.
 
     Args:
         folder: absolute, need not exist; parents are made.
@@ -86,8 +87,6 @@ def is_unfinished(folder: Path) -> bool:
 def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it when the block ends without an exception.
 
-    What killed runs left of the same file is removed.
-
     Args:
         path: the final name; parents are made.
         suffix: of the temporary name, where a kill should not leave one that is taken for such a file; default
@@ -98,7 +97,7 @@ def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
     """
     suffix = path.suffix if suffix is None else suffix
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path.parent, path.stem, suffix)
+    remove_leftovers(path.parent)
     with _owned(path.parent / f".{path.stem}.{token_hex(4)}{suffix}") as temporary:
         temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
@@ -160,37 +159,35 @@ def _remove(path: Path) -> None:
 
 
 def _lock_of(temporary: Path) -> Path:
-    return temporary.with_name(f"{temporary.name}.lock")
+    return temporary.with_name(f"{temporary.name}.dpp.lock")
 
 
 def _old_of(temporary: Path) -> Path:
     return temporary.with_name(f"{temporary.name}.old")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left beside a folder; where one was killed between two renames, put the old one back.
+def remove_leftovers(parent: Path) -> None:
+    """Remove the temporary files and folders that killed runs left in a folder.
 
-    What a run that lives is writing stays, and what cannot be removed.
+    Where one was killed between two renames, the older folder gets its name back. What a run that lives is writing
+    stays, and what cannot be removed.
     """
-    _remove_left(folder.parent, folder.name, "", back=folder)
-
-
-def _remove_left(parent: Path, stem: str, suffix: str, *, back: Path | None = None) -> None:
-    """Remove the temporary files or folders in ``parent`` of that stem and suffix whose owner is gone.
-
-    Args:
-        back: a folder that gets back the older contents that lie beside one of them, if it is not there.
-    """
-    name = re.compile(rf"(\.{re.escape(stem)}\.[a-z0-9_]{{8}}{re.escape(suffix)})\.lock")
     with suppress(OSError):
-        found = [parent / match[1] for path in parent.iterdir() if (match := name.fullmatch(path.name))]
-        for temporary in found:
+        found = [match for path in parent.iterdir() if (match := _LOCK_NAME.fullmatch(path.name))]
+        for match in found:
+            temporary = parent / match["temporary"]
             lock = FileLock(_lock_of(temporary), timeout=0)
             with suppress(Timeout, NotImplementedError, OSError), lock:  # its owner lives, or nothing can be locked
-                if back is not None and _old_of(temporary).exists() and not back.exists():
-                    _old_of(temporary).replace(back)
-                _remove(_old_of(temporary))
+                _put_back(_old_of(temporary), parent / match["name"])
                 _remove_with_lock(temporary, lock)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    """Give an older folder its name back, or remove it where the name is taken."""
+    if old.exists():
+        if not folder.exists():
+            old.replace(folder)
+        _remove(old)
 
 
 def _take_name(temporary: Path, folder: Path) -> None:

@@ -125,7 +125,7 @@ def check_output(
     if same_place(folder, ".") or lies_in(".", folder) or os.path.ismount(folder):
         where = "where a disk is mounted" if os.path.ismount(folder) else "the current folder or one around it"
         raise ValueError(f"{name} is {where}, whose place no other folder can take: name a folder inside it")
-    remove_leftovers(folder)
+    remove_leftovers(folder.parent)
     _check_contents(folder, kind, overwrite, name, also)
     _check_parent(folder, name)
 

@@ -78,6 +78,12 @@ def held(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def call_name(answer, number):
+    """The call at which a run met its fault, without what is random in its name."""
+    call = answer["calls"][number - 1] if len(answer["calls"]) >= number else "nothing"
+    return re.sub(r"\.[a-z0-9_]{8}\b", ".XXXXXXXX", call)
+
+
 @dataclass
 class Campaign:
     """A command whose outputs are folders below one root.
@@ -114,8 +120,7 @@ class Campaign:
                 self._prepare()
                 answer = self._run(mode, number)
                 self.tried += 1
-                call = answer["calls"][number - 1] if len(answer["calls"]) >= number else "nothing"
-                call = re.sub(r"\.[a-z0-9_]{8}\b", ".XXXXXXXX", call)
+                call = call_name(answer, number)
                 before = len(self.faults)
                 self._judge(mode, call, answer)
                 if held(self.folder) != inputs:

@@ -204,6 +204,20 @@ def test_dense_folders_of_all_tasks_are_replaced_together(here, capsys, monkeypa
     assert "for each task, a/scores.csv, and is not overwritten" in refused(capsys, *words, "--overwrite")
 
 
+def test_a_merge_whose_dense_folder_fails_writes_no_delta_either(here, capsys, monkeypatch):
+    words = ["merge", "base", "a", "b", "--output", "out", "--dense", "dense"]
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = held()
+    with monkeypatch.context() as patched:
+        patched.setattr("dpp_lightning.cli.merge.apply_checkpoint", fail)
+        assert main(words) == 1
+    assert held() == before
+    assert main(words) == 0  # not refused for a delta that is there already
+
+
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_functions_have_the_rule_too(name, here):
     call = PYTHON[name]
