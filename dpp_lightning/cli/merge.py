@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -73,7 +74,10 @@ def merge_to_folder(
     check_model(base, "BASE", base_revision, order=_ORDER)
     for delta in deltas:
         check_delta(delta, "DELTAS", order=_ORDER)
-    with output_folder(output, DELTA, overwrite=overwrite, inputs=inputs[: 1 + len(deltas)]) as folder:
+    with (
+        _naming_what_is_written(dense, output) as parts,
+        output_folder(output, DELTA, overwrite=overwrite, inputs=inputs[: 1 + len(deltas)]) as folder,
+    ):
         with progress_bar("merging") as progress:
             merge_checkpoints(
                 base,
@@ -88,7 +92,8 @@ def merge_to_folder(
                 base_revision=base_revision,
                 progress=progress,
             )
-        parts = [] if dense is None else _write_dense(base, base_revision, folder, dense, overwrite=overwrite)
+        if dense is not None:
+            parts += _write_dense(base, base_revision, folder, dense, overwrite=overwrite)
     info = DeltaReader.open(output).info
     say(
         f"{output}: {delta_bytes(local_path(output)):,} bytes, {', '.join(info.tasks)} merged by {info.method} "
@@ -103,6 +108,22 @@ COMMAND = FunctionCommand(
     example="dpp merge BASE SST2 MRPC --method ties --weights 1 0.5 --output MERGED",
     groups={"what is written": "output", "how deltas are merged": "method", "hub": "base_revision"},
 )
+
+
+@contextmanager
+def _naming_what_is_written(dense: str | None, output: str) -> Iterator[list[str]]:
+    """A list for the dense folders, which take their names before the output does.
+
+    Raises:
+        OSError: of the output; names the dense folder too, if it is written.
+    """
+    written: list[str] = []
+    try:
+        yield written
+    except OSError as error:
+        if not written:
+            raise
+        raise OSError(error.errno, f"{dense} is written; of {output}: {error.strerror or error}") from error
 
 
 def _write_dense(base: str, revision: str | None, merged: Path, dense: str, *, overwrite: bool) -> list[str]:

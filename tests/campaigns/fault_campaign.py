@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +48,7 @@ class FaultServer:
             text=True,
         )
 
-    def run(self, words, folder, root="", mode="off", number=0, seconds=60, user=0):
+    def run(self, words, folder, root="", mode="off", number=0, seconds=60):
         """Run a command; answers ``code``, ``calls`` below the root and ``stderr``.
 
         Args:
@@ -55,10 +58,9 @@ class FaultServer:
             mode: of ``disk_faults.c``, ``off``, or ``warm`` for a run in the server itself.
             number: of the call at which the fault is.
             seconds: after which it is killed.
-            user: number of the user it runs as, 0 for the present one.
         """
         job = {"words": [str(word) for word in words], "folder": str(folder), "root": str(root), "mode": mode}
-        job |= {"number": number, "seconds": seconds, "user": user, "stderr": str(self.place / "stderr.txt")}
+        job |= {"number": number, "seconds": seconds, "stderr": str(self.place / "stderr.txt")}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -76,6 +78,23 @@ def held(folder):
     if not folder.exists():
         return None
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def own_disk(folder, kilobytes):
+    """A file system of its own at a folder, which is skipped where it cannot be mounted.
+
+    Yields:
+        To be called to make it read-only.
+    """
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def call_name(answer, number):
@@ -108,29 +127,36 @@ class Campaign:
     faults: list = field(default_factory=list)
     tried: int = 0
 
-    def run(self, modes=MODES, every=1):
-        """All runs; the faults found are in ``faults``."""
-        self._prepare()
-        undisturbed = self._run("count")
-        assert undisturbed["code"] == 0, undisturbed["stderr"]
-        self.whole = self._state()
-        inputs = held(self.folder)
-        for mode in modes:
-            for number in range(1, len(undisturbed["calls"]) + 1, every):
-                self._prepare()
-                answer = self._run(mode, number)
-                self.tried += 1
-                call = call_name(answer, number)
-                before = len(self.faults)
-                self._judge(mode, call, answer)
-                if held(self.folder) != inputs:
-                    self.faults.append("the inputs are changed")
-                self._judge_next(call)
-                self.faults[before:] = [f"{mode} at {number}, {call}: {fault}" for fault in self.faults[before:]]
+    def run(self, mode):
+        """A run for each call with the fault at it; what is wrong afterwards is in ``faults``."""
+        calls, inputs = self._run_undisturbed()["calls"], held(self.folder)
+        for number in range(1, len(calls) + 1):
+            self._prepare()
+            answer = self._run(mode, number)
+            call = call_name(answer, number)
+            self._judge_all(f"{mode} at {number}, {call}", mode, call, answer, inputs)
 
-    def _run(self, mode, number=0):
+    def run_killed_at_random_times(self, times):
+        """So many runs that are killed before an undisturbed one would be done."""
+        start = time.perf_counter()
+        self._run_undisturbed()
+        seconds, inputs, rng = time.perf_counter() - start, held(self.folder), random.Random(0)
+        for number in range(times):
+            self._prepare()
+            answer = self._run("count", seconds=rng.uniform(0.01, seconds))
+            assert answer["code"] in (0, -9)
+            self._judge_all(f"kill {number}", "kill", "", answer, inputs)
+
+    def _run_undisturbed(self):
+        self._prepare()
+        answer = self._run("count")
+        assert answer["code"] == 0, answer["stderr"]
+        self.whole = self._state()
+        return answer
+
+    def _run(self, mode, number=0, seconds=60):
         words = [word.format(root=self.root) for word in self.words]
-        return self.server.run(words, self.folder, self.root, mode, number)
+        return self.server.run(words, self.folder, self.root, mode, number, seconds)
 
     def _prepare(self):
         shutil.rmtree(self.root, ignore_errors=True)
@@ -146,6 +172,16 @@ class Campaign:
 
     def _hidden(self):
         return [p.name for p in self.root.iterdir() if p.name.startswith(".")]
+
+    def _judge_all(self, moment, mode, call, answer, inputs):
+        """Look at everything after one disturbed run, and after the one that follows."""
+        self.tried += 1
+        before = len(self.faults)
+        self._judge(mode, call, answer)
+        if held(self.folder) != inputs:
+            self.faults.append("the inputs are changed")
+        self._judge_next()
+        self.faults[before:] = [f"{moment}: {fault}" for fault in self.faults[before:]]
 
     def _judge(self, mode, call, answer):
         """Look at the outputs and at what was said, after a disturbed run."""
@@ -168,7 +204,7 @@ class Campaign:
         if self._hidden() and not call.startswith("remove"):
             self.faults.append(f"{self._hidden()} are left")
 
-    def _judge_next(self, call):
+    def _judge_next(self):
         """Look at the outputs after an undisturbed run that follows."""
         refused = "--overwrite" not in self.words and self._state() != {}
         answer = self._run("off")

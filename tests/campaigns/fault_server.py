@@ -30,16 +30,12 @@ def act(words):
 
 
 def run(library, job, answers):
-    """In the child: become another user if asked, arm the faults, run the command, leave without clean-up."""
+    """In the child: arm the faults, run the command, leave without clean-up."""
     with open(job["stderr"], "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.close(answers)
     os.chdir(job["folder"])
-    if job.get("user"):
-        os.setgroups([])
-        os.setgid(job["user"])
-        os.setuid(job["user"])
     library.disk_faults_arm(job["root"].encode(), MODES[job["mode"]], job["number"])
     code = act(job["words"])
     sys.stdout.flush()

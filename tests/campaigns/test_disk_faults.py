@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fault_campaign import MODES, Campaign, FaultServer, held
+from fault_campaign import MODES, Campaign, FaultServer, held, own_disk
 from tiny_glue import make_model
 from transformers import BertForSequenceClassification, BertModel
 
@@ -64,6 +64,31 @@ def test_an_output_is_whole_or_the_older_one(name, there, mode, inputs, server, 
         older = {p.name: held(p) for p in (tmp_path / "older").iterdir()}
     words = COMMANDS[name].format(seed=1).split() + (["--overwrite"] if older else [])
     campaign = Campaign(server, words, inputs, root, older)
-    campaign.run([mode])
+    campaign.run(mode)
     print(f"{name}, {there}, {mode}: {campaign.tried} runs, {len(campaign.faults)} faults")
     assert not campaign.faults, f"{len(campaign.faults)} of {campaign.tried}\n" + "\n".join(campaign.faults[:60])
+
+
+@pytest.mark.parametrize("there", ["new", "older"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_read_only_place_is_refused_in_one_line(name, there, inputs, server, tmp_path):
+    root = tmp_path / "root"
+    with own_disk(root, 4000) as make_read_only:
+        words = COMMANDS[name].format(seed=2).format(root=root).split()
+        if there == "older":
+            assert server.run(words, inputs)["code"] == 0
+        before = held(root)
+        make_read_only()
+        answer = server.run([*words, *(["--overwrite"] if before else [])], inputs)
+        assert (answer["code"], held(root)) == (2, before)
+        (line,) = answer["stderr"].splitlines()
+        assert line.startswith(f"dpp {words[0]}: error: --output {root}/out cannot be made: cannot write into")
+        assert "Read-only file system" in line
+
+
+def test_thirty_exports_killed_at_random_times(inputs, server, tmp_path):
+    words = COMMANDS["export"].format(seed=1).split()
+    campaign = Campaign(server, words, inputs, tmp_path / "root")
+    campaign.run_killed_at_random_times(30)
+    print(f"export, random kills: {campaign.tried} runs, {len(campaign.faults)} faults")
+    assert not campaign.faults, "\n".join(campaign.faults)
