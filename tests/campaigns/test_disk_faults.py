@@ -17,13 +17,14 @@ COMMANDS = {
     "merge --dense": "merge base a b --scale {seed}.5 --output {{root}}/out --dense {{root}}/dense",
     "apply": "apply base a --max_shard_bytes {seed}0000 --output {{root}}/out",
     "export": "export last.ckpt --max_shard_bytes {seed}0000 --output {{root}}/out",
+    "export --peft": "export low{seed} --peft --output {{root}}/out",
     "export --base": "export last.ckpt --base base --seed {seed} --output {{root}}/out",
 }
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A base, a classifier fine-tuned from it, as a folder and a checkpoint, and two deltas with heads of their own."""
+    """A base, a classifier fine-tuned from it, as a folder and a checkpoint, and deltas with heads of their own."""
     place = tmp_path_factory.mktemp("inputs")
     base = make_model(place / "base", BertModel)
     for k, name in enumerate(("tuned", "other")):
@@ -34,6 +35,8 @@ def inputs(tmp_path_factory):
                 p.add_(0.02 * torch.randn_like(p))
         model.save_pretrained(place / name)
         prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5))
+        low = PruningSpec("lowrank", method_settings={"rank": 2})
+        prune_checkpoint(base, place / name, place / f"low{k + 1}", low)
     tuned = BertForSequenceClassification.from_pretrained(place / "tuned")
     state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"pretrained": "tuned"}}, place / "last.ckpt")
