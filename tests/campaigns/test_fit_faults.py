@@ -1,5 +1,6 @@
 """dpp fit with checkpoints on a disk that is full or broken, and killed at every call that changes the disk."""
 
+import os
 import re
 import shutil
 
@@ -44,7 +45,7 @@ def place(tmp_path_factory):
 def server(place, tmp_path_factory):
     """With everything imported that a fit needs."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(place))
+        patched.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
         server = FaultServer(tmp_path_factory.mktemp("server"))
     root = tmp_path_factory.mktemp("warm")
     assert server.run(words(root), place, mode="warm")["code"] == 0
