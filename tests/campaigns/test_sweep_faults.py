@@ -120,13 +120,14 @@ def test_a_sweep_goes_on_after_a_fault(mode, job, server, whole, tmp_path):
         root.mkdir()
         answer = server.run([*job, root / "sweep"], root, root, mode, number)
         tried += 1
+        call = call_name(answer, number)
         found = torn(root / "sweep")
-        if answer["code"] == 0:
-            found += differences(root / "sweep", wanted)
+        if answer["code"] == 0:  # what could not be removed is there until the next run
+            found += [] if call.startswith("remove") else differences(root / "sweep", wanted)
         elif mode != "kill":
             found += said(answer)
         found += again(job, server, root, wanted)
-        faults += [f"{mode} at {number}, {call_name(answer, number)}: {fault}" for fault in found]
+        faults += [f"{mode} at {number}, {call}: {fault}" for fault in found]
     print(f"sweep, {mode}: {tried} runs, {len(faults)} faults")
     assert not faults, f"{len(faults)} of {tried}\n" + "\n".join(faults[:60])
 
