@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ from dpp_lightning.delta.folder import DeltaReader, delta_bytes
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.weights import read_weights
 from dpp_lightning.methods.merge_rules import MERGES
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.output_folder import DELTA, DENSE_OF_TASKS, Inputs, check_output, output_folder
 from dpp_lightning.storage.source_kind import check_delta, check_model
 
@@ -72,29 +74,33 @@ def merge_to_folder(
     check_model(base, "BASE", base_revision, order=_ORDER)
     for delta in deltas:
         check_delta(delta, "DELTAS", order=_ORDER)
-    with progress_bar("merging") as progress:
-        folder = merge_checkpoints(
-            base,
-            deltas,
-            output,
-            method,
-            weight_of_each,
-            tasks=tasks or None,
-            scale=scale,
-            trim_rate=trim_rate,
-            dtype=dtype,
-            base_revision=base_revision,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    reader = DeltaReader.open(folder)
-    names, size = reader.info.tasks, delta_bytes(folder)
-    say(f"{folder}: {size:,} bytes, {', '.join(names)} merged by {reader.info.method} ({CONFIG_FILE} has the settings)")
-    if dense is not None:
-        parts = [f"{dense}/{task}" for task in names] if reader.contents.needs_task else [dense]
-        _write_dense(base, base_revision, reader, dense, overwrite=overwrite)
-        for part in parts:
-            say(f"{part}: load it with from_pretrained")
+    with (
+        _naming_what_is_written(dense, output) as parts,
+        output_folder(output, DELTA, overwrite=overwrite, inputs=inputs[: 1 + len(deltas)]) as folder,
+    ):
+        with progress_bar("merging") as progress:
+            merge_checkpoints(
+                base,
+                deltas,
+                folder,
+                method,
+                weight_of_each,
+                tasks=tasks or None,
+                scale=scale,
+                trim_rate=trim_rate,
+                dtype=dtype,
+                base_revision=base_revision,
+                progress=progress,
+            )
+        if dense is not None:
+            parts += _write_dense(base, base_revision, folder, dense, overwrite=overwrite)
+    info = DeltaReader.open(output).info
+    say(
+        f"{output}: {delta_bytes(local_path(output)):,} bytes, {', '.join(info.tasks)} merged by {info.method} "
+        f"({CONFIG_FILE} has the settings)"
+    )
+    for part in parts:
+        say(f"{part}: load it with from_pretrained")
 
 
 COMMAND = FunctionCommand(
@@ -104,11 +110,33 @@ COMMAND = FunctionCommand(
 )
 
 
-def _write_dense(base: str, revision: str | None, merged: DeltaReader, dense: str, *, overwrite: bool) -> None:
-    """Write base plus merged delta, with heads of their own one folder inside for each task; all of them or none."""
+@contextmanager
+def _naming_what_is_written(dense: str | None, output: str) -> Iterator[list[str]]:
+    """A list for the dense folders, which take their names before the output does.
+
+    Raises:
+        OSError: of the output; names the dense folder too, if it is written.
+    """
+    written: list[str] = []
+    try:
+        yield written
+    except OSError as error:
+        if not written:
+            raise
+        raise OSError(error.errno, f"{dense} is written; of {output}: {error.strerror or error}") from error
+
+
+def _write_dense(base: str, revision: str | None, merged: Path, dense: str, *, overwrite: bool) -> list[str]:
+    """Write base plus merged delta, with heads of their own one folder inside for each task; all of them or none.
+
+    Returns:
+        The folders of the models.
+    """
+    reader = DeltaReader.open(merged)
     with output_folder(dense, DENSE_OF_TASKS, overwrite=overwrite, argument="--dense") as folder:
-        if not merged.contents.needs_task:
-            apply_checkpoint(base, merged.folder, folder, base_revision=revision)
-            return
-        for task in merged.info.tasks:
-            apply_checkpoint(base, merged.folder, folder / task, base_revision=revision, task=task)
+        if not reader.contents.needs_task:
+            apply_checkpoint(base, merged, folder, base_revision=revision)
+            return [dense]
+        for task in reader.info.tasks:
+            apply_checkpoint(base, merged, folder / task, base_revision=revision, task=task)
+        return [f"{dense}/{task}" for task in reader.info.tasks]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.storage.checkpoints import total_bytes
+from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.dtypes import FLOATS
 from dpp_lightning.tensors.factors import Factors
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
@@ -103,7 +103,7 @@ class PeftAdapter:
         settings = self.config(base, revision).to_dict()
         text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        save_file(self.tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS_FILE, self.tensors)
 
 
 def make_adapter(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from dpp_lightning.export.lora_merge import Adapter, merged_blocks
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+from dpp_lightning.storage.atomic_write import scratch_folder
 from dpp_lightning.storage.checkpoints import Progress
 from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.model_folder import copy_files
@@ -177,11 +177,10 @@ def export_delta(
         :func:`dpp_lightning.pruning.prune_checkpoints.prune_checkpoint`.
     """
     inputs = [*export.inputs, ("base", base)]
-    beside = real_path(output).parent
     with (
         output_folder(output, DELTA, overwrite=overwrite, inputs=inputs) as folder,
-        TemporaryDirectory(prefix=".dense.", dir=beside) as dense,
+        scratch_folder(real_path(output)) as dense,
     ):
-        export.write(Path(dense), 1 << 62)
+        export.write(dense, 1 << 62)
         prune_checkpoint(base, dense, folder, spec, base_revision=base_revision, progress=progress)
     return local_path(output)

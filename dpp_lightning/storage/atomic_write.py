@@ -2,33 +2,39 @@
 
 A folder that replaces another changes names with it in one step where the system can (Linux, macOS). Elsewhere it
 takes two renames, and what a machine that stops between them leaves, the old folder as ``.NAME.….old``, is put back by
-the next run into that place. Temporary folders of a run that was killed are removed by the next one: a lock beside each
-says whether its owner lives. On Windows a folder has no sync of its own, and nothing is replaced while one of its files
-is open or mapped.
+the next run into that place. Temporary files and folders of a run that was killed are removed by the next one that
+writes into the same parent folder: a lock beside each says whether its owner lives. On Windows a folder has no
+sync of its own, and nothing is replaced while one of its files is open or mapped.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
 _HERE, _EXCHANGE, _SWAP = -100, 2, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # file systems that cannot exchange names
+_LOCK_NAME = re.compile(r"(?P<temporary>\.(?P<name>.+)\.[0-9a-f]{8}(\.[^.]+)?)\.dpp\.lock")
+_UNFINISHED: set[Path] = set()  # the temporary folders that this process is writing
 
 
 @contextmanager
 def atomic_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the block ends without an exception.
+
+    Inside a temporary folder of this process nothing has to be atomic, since that one appears whole or not at all:
+    there ``folder`` itself is written.
 
     Args:
         folder: the final name, absolute and no link; parents are made. What it holds is replaced, whatever it is.
@@ -37,20 +43,44 @@ def atomic_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or on Windows replaced while a file in it is open.
     """
-    _tidy(folder)
+    if is_unfinished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    remove_leftovers(folder.parent)
     check()
+    with scratch_folder(folder) as temporary:
+        yield temporary
+        temporary.chmod(0o755)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        check()
+        _take_name(temporary, folder)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, removed when the block ends, that of a killed run by the next one.
+
+    Args:
+        folder: absolute, need not exist; parents are made.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    with _owned(temporary):
+    with _owned(folder.parent / f".{folder.name}.{token_hex(4)}") as temporary:
+        temporary.mkdir(mode=0o700)
+        _UNFINISHED.add(temporary)
         try:
             yield temporary
-            temporary.chmod(0o755)
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
-            check()
-            _take_name(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _UNFINISHED.discard(temporary)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is, or lies in, a temporary folder that this process is writing; ``folder`` is absolute."""
+    return not _UNFINISHED.isdisjoint((folder, *folder.parents))
 
 
 @contextmanager
@@ -65,19 +95,16 @@ def atomic_file(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or on Windows replaced while it is open.
     """
+    suffix = path.suffix if suffix is None else suffix
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.stem}.", suffix=path.suffix if suffix is None else suffix, dir=path.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    remove_leftovers(path.parent)
+    with _owned(path.parent / f".{path.stem}.{token_hex(4)}{suffix}") as temporary:
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         temporary.chmod(0o644)
         _sync(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _confirm(path)
 
 
 def check_writable(folder: Path) -> None:
@@ -97,45 +124,70 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _owned(temporary: Path) -> Iterator[None]:
-    """A lock beside a temporary folder while the block runs, which the system lets go when its owner is killed.
+def _owned(temporary: Path) -> Iterator[Path]:
+    """A name for a temporary file or folder, removed when the block ends, with a lock beside it.
 
-    Where the file system has no locks there is none, and nobody removes what a killed run leaves.
+    The lock is there before the name is taken, and the system lets go of it when its owner is killed. Where the file
+    system has no locks there is none, and nobody removes what a killed run leaves.
     """
     lock = FileLock(_lock_of(temporary))
     try:
         with suppress(NotImplementedError, OSError):
             lock.acquire()
-        if not lock.is_locked:
-            _lock_of(temporary).unlink(missing_ok=True)  # else another run takes it, and the folder for left over
-        yield
+        if not lock.is_locked:  # else another run takes it, and what is written for left over
+            _remove(_lock_of(temporary))
+        yield temporary
     finally:
-        lock.release()
-        _lock_of(temporary).unlink(missing_ok=True)
+        _remove_with_lock(temporary, lock)
+
+
+def _remove_with_lock(temporary: Path, lock: FileLock) -> None:
+    """Remove what is temporary, then its lock; where something is left, the lock stays for the next run."""
+    _remove(temporary)
+    lock.release()
+    if not (temporary.exists() or _old_of(temporary).exists()):
+        _remove(_lock_of(temporary))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, or as much of it as can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _lock_of(temporary: Path) -> Path:
-    return temporary.with_name(f"{temporary.name}.lock")
+    return temporary.with_name(f"{temporary.name}.dpp.lock")
 
 
 def _old_of(temporary: Path) -> Path:
     return temporary.with_name(f"{temporary.name}.old")
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what killed runs left beside a folder; where one was killed between two renames, put the old one back."""
-    for name in glob.glob(f".{glob.escape(folder.name)}.*.lock", root_dir=folder.parent):
-        lock = FileLock(folder.parent / name, timeout=0)
-        try:
-            with lock:
-                temporary = folder.parent / name.removesuffix(".lock")
-                if _old_of(temporary).exists() and not folder.exists():
-                    _old_of(temporary).replace(folder)
-                for left in (temporary, _old_of(temporary)):
-                    shutil.rmtree(left, ignore_errors=True)
-                (folder.parent / name).unlink(missing_ok=True)
-        except (Timeout, NotImplementedError, OSError):
-            continue  # its owner lives, or nothing can be locked or removed here
+def remove_leftovers(parent: Path) -> None:
+    """Remove the temporary files and folders that killed runs left in a folder.
+
+    Where one was killed between two renames, the older folder gets its name back. What a run that lives is writing
+    stays, and what cannot be removed.
+    """
+    with suppress(OSError):
+        found = [match for path in parent.iterdir() if (match := _LOCK_NAME.fullmatch(path.name))]
+        for match in found:
+            temporary = parent / match["temporary"]
+            lock = FileLock(_lock_of(temporary), timeout=0)
+            with suppress(Timeout, NotImplementedError, OSError), lock:  # its owner lives, or nothing can be locked
+                _put_back(_old_of(temporary), parent / match["name"])
+                _remove_with_lock(temporary, lock)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    """Give an older folder its name back, or remove it where the name is taken."""
+    if old.exists():
+        if not folder.exists():
+            old.replace(folder)
+        _remove(old)
 
 
 def _take_name(temporary: Path, folder: Path) -> None:
@@ -144,11 +196,20 @@ def _take_name(temporary: Path, folder: Path) -> None:
         temporary.replace(folder)
     elif not _exchanged(temporary, folder):
         _replace_in_two_steps(temporary, folder)
+    _confirm(folder)
+
+
+def _confirm(path: Path) -> None:
+    """Have the system put the name that a file or folder has taken onto the disk.
+
+    Raises:
+        OSError: it does not say that this is done; the message says what is.
+    """
     try:
-        _sync(folder.parent)
+        _sync(path.parent)
     except OSError as error:
         raise OSError(
-            error.errno, f"{folder} is written and has its name, but the system does not confirm that: {error.strerror}"
+            error.errno, f"{path} is written and has its name, but the system does not confirm that: {error.strerror}"
         ) from error
 
 
@@ -195,7 +256,7 @@ def _replace_in_two_steps(temporary: Path, folder: Path) -> None:
                 "the tensors that read it, or choose another folder"
             ) from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ All of this is checked before anything is read, and what the folder holds once m
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -20,12 +21,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeAlias
 
-from dpp_lightning.storage.atomic_write import atomic_folder
+from dpp_lightning.storage.atomic_write import atomic_folder, is_unfinished, remove_leftovers
 from dpp_lightning.storage.locate import few_names, hub_id, local_path, subject
 from dpp_lightning.storage.model_folder import is_side_file
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.same_place import lies_in, links_into, real_path, same_place
 from dpp_lightning.storage.source_kind import DELTA_CONFIG, DELTA_MODEL
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # by the user's rights; else the disk is full or broken
 
 Inputs: TypeAlias = Sequence[tuple[str, str | Path | None]]  # what the user calls a source, and the source itself
 
@@ -96,6 +99,8 @@ def check_output(
 ) -> None:
     """Refuse an output folder that is not to be written, before anything is read.
 
+    What killed runs left beside it is removed.
+
     Args:
         output: folder that is to be written.
         kind: what is to be in it.
@@ -109,6 +114,7 @@ def check_output(
         ValueError: the output is, holds or lies in an input, or cannot be replaced where it is.
         FileExistsError: it holds something that is not replaced.
         NotADirectoryError, PermissionError: it cannot be made where it should be.
+        OSError: the disk there is full or broken.
     """
     name, folder = subject(output, argument), real_path(output)
     for label, source in inputs:
@@ -119,6 +125,7 @@ def check_output(
     if same_place(folder, ".") or lies_in(".", folder) or os.path.ismount(folder):
         where = "where a disk is mounted" if os.path.ismount(folder) else "the current folder or one around it"
         raise ValueError(f"{name} is {where}, whose place no other folder can take: name a folder inside it")
+    remove_leftovers(folder.parent)
     _check_contents(folder, kind, overwrite, name, also)
     _check_parent(folder, name)
 
@@ -135,11 +142,16 @@ def output_folder(
 ) -> Iterator[Path]:
     """A temporary folder that takes the output's place when the block ends without an exception.
 
-    An output that is a link stays one: the folder that it leads to is written.
+    An output that is a link stays one: the folder that it leads to is written. One that lies in a temporary folder of
+    this process, as a part of a larger output, is written in its place without checks.
 
     Args and errors: as :func:`check_output`; and OSError where it cannot be written.
     """
     also = frozenset(also)
+    if is_unfinished(real_path(output)):
+        with atomic_folder(real_path(output), lambda: None) as folder:
+            yield folder
+        return
     check_output(output, kind, overwrite=overwrite, inputs=inputs, argument=argument, also=also)
     name, folder = subject(output, argument), real_path(output)
     with atomic_folder(folder, lambda: _check_contents(folder, kind, overwrite, name, also)) as temporary:
@@ -198,10 +210,8 @@ def _check_parent(folder: Path, name: str) -> None:
         with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:
-        cause = error.strerror or error
-        raise PermissionError(
-            f"{name} cannot be made: cannot write into {above}: {cause}; name another folder"
-        ) from error
+        message = f"{name} cannot be made: cannot write into {above}: {error.strerror or error}; name another folder"
+        raise (PermissionError if error.errno in _FORBIDDEN else OSError)(message) from error
 
 
 def _contents(folder: Path) -> Iterator[str]:

@@ -119,6 +119,28 @@ class SafetensorsWriter:
         self._missing = self._entry.nbytes if self._entry else 0
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of tensors in memory, in their order, those of larger items first.
+
+    safetensors' own ``save_file`` says of a full disk something that is no OSError.
+
+    Args:
+        path: of a file that is not there.
+        tensors: of any layout and device.
+
+    Raises:
+        ValueError: as :class:`SafetensorsWriter`.
+        OSError: it cannot be written, or is there already.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()]
+    with path.open("xb") as file:
+        writer = SafetensorsWriter(file, entries, {"format": "pt"})
+        for tensor in ordered.values():
+            writer.write(tensor)
+        writer.close()
+
+
 class ShardedWriter:
     """Writes the weights of a Hugging Face folder: one file, or shards and their index; as a context it closes itself.
 

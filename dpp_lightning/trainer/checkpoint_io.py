@@ -33,7 +33,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic_file(Path(path), suffix=".part") as temporary:
-            torch.save(checkpoint, temporary)
+            _save(checkpoint, temporary)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """``torch.save`` that raises the system's own error: given a path, it says of a full disk ``unexpected pos 64``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:  # of the end of the file, which is written all the same
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class SameCheckpoint(Callback):

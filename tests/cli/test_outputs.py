@@ -16,6 +16,7 @@ from dpp_lightning.export.write import export_checkpoint, export_delta
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
+from dpp_lightning.storage import atomic_write
 from dpp_lightning.storage.safetensors_writer import ShardedWriter
 
 COMMANDS = {
@@ -202,6 +203,36 @@ def test_dense_folders_of_all_tasks_are_replaced_together(here, capsys, monkeypa
     assert held("dense") != older
     (here / "dense" / "a" / "scores.csv").write_text("x")
     assert "for each task, a/scores.csv, and is not overwritten" in refused(capsys, *words, "--overwrite")
+
+
+def test_a_merge_whose_dense_folder_fails_writes_no_delta_either(here, capsys, monkeypatch):
+    words = ["merge", "base", "a", "b", "--output", "out", "--dense", "dense"]
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = held()
+    with monkeypatch.context() as patched:
+        patched.setattr("dpp_lightning.cli.merge.apply_checkpoint", fail)
+        assert main(words) == 1
+    assert held() == before
+    assert main(words) == 0  # not refused for a delta that is there already
+
+
+def test_a_merge_whose_delta_fails_last_names_the_dense_folder(here, capsys, monkeypatch):
+    sync = atomic_write._sync
+
+    def fails(path):
+        if path.name.startswith(".out."):
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(atomic_write, "_sync", fails)
+    capsys.readouterr()
+    assert main(["merge", "base", "a", "b", "--output", "out", "--dense", "dense"]) == 1
+    assert "dense is written; of out: Input/output error" in capsys.readouterr().err
+    assert (here / "dense" / "a" / "model.safetensors").exists()
+    assert not (here / "out").exists()
 
 
 @pytest.mark.parametrize("name", PYTHON)

@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from dpp_lightning.storage import atomic_write
-from dpp_lightning.storage.atomic_write import atomic_file, atomic_folder, check_writable
+from dpp_lightning.storage.atomic_write import (
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    is_unfinished,
+    remove_leftovers,
+)
 
 
 @pytest.fixture(params=["this system", "windows"])
@@ -158,7 +164,8 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 @POSIX
 @pytest.mark.parametrize(
-    "moment", ["in the block", "before the names change", "after the names changed", "between two"]
+    "moment",
+    ["with its lock", "in the block", "before the names change", "after the names changed", "between two"],
 )
 def test_a_kill_leaves_a_whole_folder_and_the_next_run_removes_the_rest(tmp_path, monkeypatch, moment):
     write(tmp_path / "out", "old")
@@ -168,7 +175,9 @@ def test_a_kill_leaves_a_whole_folder_and_the_next_run_removes_the_rest(tmp_path
             with atomic_folder(tmp_path / "out", anything) as temporary:
                 (temporary / "mark").write_text("half")
                 die()
-        if moment == "before the names change":
+        if moment == "with its lock":
+            monkeypatch.setattr(Path, "mkdir", lambda path, **_: die() if path.name[0] == "." else None)
+        elif moment == "before the names change":
             monkeypatch.setattr(atomic_write, "_exchanged", die)
         elif moment == "after the names changed":
             monkeypatch.setattr(atomic_write.shutil, "rmtree", die)
@@ -187,6 +196,85 @@ def test_a_kill_leaves_a_whole_folder_and_the_next_run_removes_the_rest(tmp_path
 
 
 @POSIX
+def test_what_a_kill_leaves_of_a_file_is_removed_with_the_next_file(tmp_path):
+    def work():
+        with atomic_file(tmp_path / "last.ckpt", suffix=".part") as temporary:
+            temporary.write_text("half")
+            die()
+
+    killed(work)
+    assert sorted(Path(name).suffix for name in os.listdir(tmp_path)) == [".lock", ".part"]
+    with atomic_file(tmp_path / "table.md") as temporary:
+        temporary.write_text("text")
+    assert os.listdir(tmp_path) == ["table.md"]
+
+
+@POSIX
+def test_an_old_folder_gets_its_own_name_back_whatever_is_written_next(tmp_path, monkeypatch):
+    """Not that of ``out``, which a name such as ``.out-0.9.….old`` also begins with."""
+    write(tmp_path / "out-0.9", "old")
+    monkeypatch.setattr(atomic_write, "_exchanged", lambda *_: False)
+    replace = os.replace
+
+    def work():
+        monkeypatch.setattr(os, "replace", lambda a, b, **_: die() if Path(b).name == "out-0.9" else replace(a, b))
+        write(tmp_path / "out-0.9", "new")
+
+    killed(work)
+    write(tmp_path / "out-0", "text")
+    assert sorted(os.listdir(tmp_path)) == ["out-0", "out-0.9"]
+    assert (tmp_path / "out-0.9" / "mark").read_text() == "old"
+
+
+@POSIX
+def test_what_cannot_be_removed_keeps_its_lock_for_the_next_run(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    with monkeypatch.context() as broken:
+        broken.setattr(atomic_write.shutil, "rmtree", lambda *_, **__: None)
+        write(tmp_path / "out", "new")
+    assert len(os.listdir(tmp_path)) == 3
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "mark").read_text() == "new"
+
+
+def test_a_lock_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def fails(path, missing_ok=False):
+        if path.suffix == ".lock":
+            raise OSError(5, "Input/output error")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", fails)
+        write(tmp_path / "out", "text")
+    assert (tmp_path / "out" / "mark").read_text() == "text"
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path):
+    names = [".git", ".git.dpp.lock", ".out.0123abcd", ".out.0123abcd.lock", "out.0123abcd.dpp.lock"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_a_folder_inside_an_unfinished_one_is_written_in_its_place(tmp_path):
+    """The outer one appears whole or not at all, and a message names no place that will not be."""
+    with atomic_folder(tmp_path / "out", anything) as outer:
+        with atomic_folder(outer / "task", anything) as inner:
+            assert inner == outer / "task"
+            (inner / "mark").write_text("text")
+            assert os.listdir(outer) == ["task"]
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "task" / "mark").read_text() == "text"
+    assert not is_unfinished(outer)
+
+
+@POSIX
 def test_what_a_live_run_is_writing_is_left_alone(tmp_path):
     with atomic_folder(tmp_path / "out", anything) as temporary:
         (temporary / "mark").write_text("first")
@@ -195,7 +283,9 @@ def test_what_a_live_run_is_writing_is_left_alone(tmp_path):
         child.join(30)
         assert child.exitcode == 0
         assert (tmp_path / "out" / "mark").read_text() == "second"
+        write_file(tmp_path / "file.txt", "text")
         assert (temporary / "mark").read_text() == "first"
+    (tmp_path / "file.txt").unlink()
     assert (tmp_path / "out" / "mark").read_text() == "first"
     assert os.listdir(tmp_path) == ["out"]
 
@@ -224,7 +314,13 @@ def test_a_folder_is_there_at_every_moment_of_its_replacement(tmp_path):
         atomic_write._exchanged(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_a_sync_that_fails_after_the_name_was_taken_says_so(tmp_path, monkeypatch):
+def write_file(path, text):
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@pytest.mark.parametrize("act", [write, write_file])
+def test_a_sync_that_fails_after_the_name_was_taken_says_so(act, tmp_path, monkeypatch):
     sync = atomic_write._sync
 
     def fails(path):
@@ -234,8 +330,8 @@ def test_a_sync_that_fails_after_the_name_was_taken_says_so(tmp_path, monkeypatc
 
     monkeypatch.setattr(atomic_write, "_sync", fails)
     with pytest.raises(OSError, match="is written and has its name, but the system does not confirm that: Input"):
-        write(tmp_path / "out", "text")
-    assert (tmp_path / "out" / "mark").read_text() == "text"
+        act(tmp_path / "out", "text")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_file_is_replaced_whole(system, tmp_path):

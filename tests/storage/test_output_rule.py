@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+import dpp_lightning.storage.output_folder as output_folder_module
+from dpp_lightning.cli.exit_codes import FAILED, USAGE_ERROR, describe
 from dpp_lightning.storage.output_folder import DELTA, DENSE, DENSE_OF_TASKS, check_output, output_folder
 
 DELTA_FILES = ("delta_config.json", "delta_model.safetensors", "README.md", "config.json", "tokenizer.json")
@@ -241,4 +243,27 @@ def test_the_older_product_stays_until_the_new_one_is_complete(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fail_half_way()
     assert held(tmp_path / "out") == dict.fromkeys(DELTA_FILES, "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(28, OSError), (5, OSError), (13, PermissionError), (30, PermissionError)]
+)
+def test_a_full_disk_is_no_wrong_setting(tmp_path, monkeypatch, number, kind):
+    def fails(**_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(output_folder_module.tempfile, "TemporaryFile", fails)
+    with pytest.raises(OSError, match=f"cannot be made: cannot write into .*: {os.strerror(number)}") as error:
+        check_output(tmp_path / "out", DELTA)
+    assert type(error.value) is kind
+    assert describe(error.value)[1] == (FAILED if kind is OSError else USAGE_ERROR)
+
+
+def test_a_refused_output_is_rid_of_what_a_kill_left(tmp_path):
+    fill(tmp_path / "out", DELTA_FILES)
+    fill(tmp_path / ".out.0123abcd", DELTA_FILES)
+    (tmp_path / ".out.0123abcd.dpp.lock").touch()
+    with pytest.raises(FileExistsError, match="already"):
+        check_output(tmp_path / "out", DELTA)
     assert os.listdir(tmp_path) == ["out"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from full_disk import files_up_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -13,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from dpp_lightning.storage.mapped_file import DTYPES, map_safetensors
-from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE, Entry, SafetensorsWriter, ShardedWriter
+from dpp_lightning.storage.safetensors_writer import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    SafetensorsWriter,
+    ShardedWriter,
+    write_tensors,
+)
 from dpp_lightning.tensors.fingerprint import raw_bytes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -271,3 +279,25 @@ def test_a_refused_mapping_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("dpp_lightning.storage.mapped_file.mmap.mmap", refuse)
     with pytest.raises(MemoryError, match="overcommit_memory"):
         map_safetensors(tmp_path / "m.safetensors")
+
+
+def test_tensors_in_memory_are_written_as_save_file_does(tmp_path):
+    tensors = {
+        "half": filled(torch.float16, (3,)),
+        "turned": filled(torch.float32, (5, 3)).T,
+        "wide": filled(torch.int64, (2, 2)),
+        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+    }
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    read = load_file(tmp_path / "m.safetensors")
+    assert {name: t.shape for name, t in read.items()} == {name: t.shape for name, t in tensors.items()}
+    assert all(raw_bytes(read[name]) == raw_bytes(tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path, size):
+    with files_up_to(size), pytest.raises(OSError, match="File too large"):
+        write_tensors(tmp_path / "m.safetensors", {"a": torch.ones(5000)})

@@ -1,10 +1,14 @@
 """Checkpoints of a run appear whole or not at all, and all ranks go on from the same one."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from full_disk import files_up_to
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_glue import make_trainer
 
+from dpp_lightning.cli.exit_codes import FAILED, describe
 from dpp_lightning.trainer.checkpoint_io import AtomicCheckpointIO, SameCheckpoint
 
 
@@ -14,14 +18,26 @@ def test_a_save_that_is_broken_off_leaves_the_former_checkpoint_and_nothing_that
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
     def tear(checkpoint, file):
-        file.write_bytes(b"half")
-        assert file.parent == tmp_path, "on the file system of the final name"
-        assert file.suffix != ".ckpt"
+        file.write(b"half")
+        assert Path(file.name).parent == tmp_path, "on the file system of the final name"
+        assert Path(file.name).suffix != ".ckpt"
         raise OSError("no space left")
 
     monkeypatch.setattr("dpp_lightning.trainer.checkpoint_io.torch.save", tear)
     with pytest.raises(OSError, match="no space"):
         saver.save_checkpoint({"step": 2}, path)
+    assert saver.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_disk_that_is_full_is_an_error_of_the_system(size, tmp_path):
+    """Not what torch says of it: ``unexpected pos 64``."""
+    saver, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": 1}, path)
+    with files_up_to(size), pytest.raises(OSError, match="File too large") as error:
+        saver.save_checkpoint({"weight": torch.ones(5000)}, path)
+    assert describe(error.value)[1] == FAILED
     assert saver.load_checkpoint(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
