@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.storage.output_folder import FolderKind, output_folder
+from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import canonical_tensors, named_tensors
 
@@ -112,7 +112,7 @@ def save_adapter(adapter: PeftModel, folder: Path) -> None:
     config = copy(adapter.peft_config[name])
     config.inference_mode = True
     with output_folder(folder, _ADAPTER, overwrite=True) as temporary:
-        save_file(tensors, temporary / ADAPTER_FILE, metadata={"format": "pt"})
+        write_tensors(temporary / ADAPTER_FILE, tensors)
         config.save_pretrained(str(temporary))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from pydoc import locate
@@ -19,6 +20,7 @@ from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
 from dpp_lightning.storage.locate import hub_id, local_folder, local_path
+from dpp_lightning.storage.mapped_file import load_outline
 from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.same_place import same_place
 from dpp_lightning.storage.source_kind import check_checkpoint, check_delta, check_model
@@ -66,6 +68,7 @@ def check_sources(config: Namespace) -> None:
     checkpoint = config.get("ckpt_path")
     if checkpoint is not None and not _RESOLVED_LATER.match(str(checkpoint)) and local_path(checkpoint).exists():
         check_checkpoint(checkpoint, "--ckpt_path")
+        _check_of_trainer(local_path(checkpoint), trusted=config.get("weights_only") is False)
     if config.get("delta") is not None:
         check_delta(config.delta, "--delta")
     model = config.get("model")
@@ -121,6 +124,33 @@ def _check_checkpoint(path: Any) -> None:
     near = nearest(file.name, beside)
     cure = f": did you mean {file.parent / near}?" if near else f"; beside it are {', '.join(beside)}" if beside else ""
     raise UsageError(f"there is no checkpoint {str(path)!r} (--ckpt_path){cure}")
+
+
+def _check_of_trainer(file: Path, *, trusted: bool) -> None:
+    """Refuse a file that no Trainer of Lightning wrote, or that holds more than one may read unseen.
+
+    Args:
+        file: a file of ``torch.save``; of a folder of shards nothing is checked.
+        trusted: the user has said that its pickled objects may be made.
+    """
+    if not file.is_file() or trusted:
+        return
+    try:
+        content = load_outline(file)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"--ckpt_path {file} holds more than tensors and plain values ({refused[1] if refused else 'damaged'}), "
+            "and reading that could run any code: if you trust the file, give --weights_only false"
+        ) from error
+    except Exception as error:  # a damaged file ends in almost any type
+        raise ValueError(f"--ckpt_path {file} cannot be read ({error}): copy or download it again") from error
+    needed = ("state_dict", "pytorch-lightning_version")
+    if not isinstance(content, Mapping) or any(key not in content for key in needed):
+        raise ValueError(
+            f"--ckpt_path {file} is no checkpoint of Lightning's Trainer (it lacks {' or '.join(needed)}): to prune or "
+            "export weights alone use dpp prune or dpp export"
+        )
 
 
 def _check_data(command: str, config: Namespace) -> None:

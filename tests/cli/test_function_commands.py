@@ -303,9 +303,9 @@ def test_a_tilde_is_the_home_directory_where_no_shell_has_seen_it(way, tmp_path,
         (
             OSError(errno.ENOSPC, "disk full"),
             1,
-            "dpp configs: failed, nothing is left half-written: [Errno 28] disk full\n",
+            "dpp configs: failed: [Errno 28] disk full\n",
         ),
-        (MemoryError("no memory"), 1, "dpp configs: failed, nothing is left half-written: no memory\n"),
+        (MemoryError("no memory"), 1, "dpp configs: failed: no memory\n"),
         (KeyboardInterrupt(), 130, "\ndpp: stopped\n"),
     ],
 )

@@ -1,6 +1,7 @@
 """One hostile name, of folders, files, tensors, tasks, settings and rows, sent through every command: what comes out."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -80,7 +81,7 @@ def _folder(folder, like, tensors):
 
 def _with_config(delta, folder, key, value):
     shutil.copytree(delta, folder)
-    model, config = repaired(
+    _, config = repaired(
         (folder / MODEL_FILE).read_bytes(), json.loads((folder / CONFIG_FILE).read_bytes()) | {key: value}
     )
     (folder / CONFIG_FILE).write_bytes(config)
@@ -153,7 +154,12 @@ COMMANDS = [
 def outputs(place):
     """Of every command its words, its exit code and what it wrote to both streams."""
     (place / "commands.json").write_text(json.dumps(COMMANDS))
-    done = subprocess.run([sys.executable, "-c", RUN], cwd=place, capture_output=True)
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(place.parent / "cache"),
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", RUN], cwd=place, capture_output=True, env=environment)
     written = [re.split(r"=== ended (.*)\n", stream.decode()) for stream in (done.stdout, done.stderr)]
     out, err = ([*zip(parts[::2], parts[1::2], strict=False)] for parts in written)
     assert len(out) == len(err) == len(COMMANDS)

@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_nothing(bert):
     arguments = ["apply", place / "base", place / "delta", "--output", place / "dense"]
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "failed, nothing is left half-written" in done.stderr
+    assert "dpp apply: failed: " in done.stderr
     assert not (place / "dense").exists()
     assert not [p for p in os.listdir(place) if p.startswith(".")]
 

@@ -252,3 +252,11 @@ def test_a_hub_id_fetches_pytorch_weights_only_where_there_are_no_others(tmp_pat
     for name in ("config.json", "merges.txt", "spiece.model", "chat_template.jinja"):
         assert any(fnmatchcase(name, pattern) for pattern in asked[0][2])
     assert not any(fnmatchcase(name, p) for name in ("optimizer.pt", "modeling.py") for a in asked for p in a[2])
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
+    shard_folder(tmp_path, {}, {"1.safetensors": {"a": torch.ones(2)}, "2.safetensors": {"b": torch.ones(2)}})
+    text = '{"weight_map": {"a": "2.safetensors", "b": "2.safetensors", "a": "1.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is not readable JSON \('a' stands there twice\)"):
+        load_tensors(tmp_path)

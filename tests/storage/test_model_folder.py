@@ -91,9 +91,9 @@ def test_of_a_hub_id_all_side_files_are_fetched_and_no_code():
 
 def test_a_delta_holds_the_files_that_say_something_else_than_the_bases(tmp_path):
     config, spaced = json.dumps({"a": [1, 2]}), json.dumps({"a": [1, 2]}, indent=4)
-    base = folder_of(tmp_path / "base", config__json=config, vocab__txt="a", merges__txt="x", tokenizer__json="{broken")
+    base = folder_of(tmp_path / "base", config__json=config, vocab__txt="a", merges__txt="x", tokenizer__json="[1]")
     tuned = folder_of(
-        tmp_path / "tuned", config__json=spaced, vocab__txt="a ", merges__txt="x", tokenizer__json="{broken ", spiece__model="s"
+        tmp_path / "tuned", config__json=spaced, vocab__txt="a ", merges__txt="x", tokenizer__json="[2]", spiece__model="s"
     )  # fmt: skip
     assert set(changed_side_files(base, tuned)) == {"vocab.txt", "tokenizer.json", "spiece.model"}
     assert changed_side_files(base, base) == {}
@@ -222,3 +222,51 @@ def test_names_that_lead_out_of_the_folder_or_cannot_be_printed_are_refused(tmp_
     with pytest.raises(ValueError, match="a file beside the weights cannot be named"):
         copy_files({name: b"x"}, tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+DAMAGED = {
+    "deep": b"[" * 100_000, "cut": b'{"a": ', "no text": b"\xff\xfe", "a list": b"[1, 2]", "empty": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_configuration_that_cannot_be_read_gets_into_no_delta_and_no_model(tmp_path, content):
+    base, tuned = folder_of(tmp_path / "base", config__json='{"a": 1}'), folder_of(tmp_path / "tuned", "vocab.txt")
+    (tuned / "config.json").write_bytes(content)
+    for act in (
+        lambda: changed_side_files(base, tuned),
+        lambda: dense_side_files(base, tuned),
+        lambda: merged_side_files({"a": tuned, "b": base}),
+    ):
+        with pytest.raises(ValueError, match=r"config\.json"):
+            act()
+
+
+def test_links_are_not_followed_out_of_their_folder(tmp_path):
+    base, tuned = folder_of(tmp_path / "base", "config.json"), folder_of(tmp_path / "tuned", "config.json", "real.txt")
+    secret = folder_of(tmp_path, secret__txt="secret") / "secret.txt"
+    (tuned / "notes.md").symlink_to(secret)  # no side file
+    (tuned / "vocab.txt").symlink_to("real.txt")
+    assert contents(side_files(tuned))["vocab.txt"] == "real.txt"
+    other = folder_of(tmp_path / "modules", "model.safetensors", "config.json")
+    for name, meant in (("merges.txt", "../secret.txt"), ("tokenizer.json", str(secret)), ("2_Dense", str(other))):
+        (tuned / name).symlink_to(meant)
+        for act in (side_files, lambda folder: changed_side_files(base, folder), lambda f: merged_side_files({"a": f})):
+            with pytest.raises(ValueError, match=f"{name}.* leads to .*out of its folder"):
+                act(tuned)
+        (tuned / name).unlink()
+    (tuned / "sst2.vocab.txt").symlink_to(secret)  # a merged delta's, of a task
+    with pytest.raises(ValueError, match="out of its folder"):
+        dense_side_files(base, tuned, tasks=["sst2"], task="sst2")
+
+
+def test_links_of_the_hubs_cache_lead_to_the_blobs_of_their_repository_alone(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    folder_of(blobs, "1f")
+    folder_of(tmp_path / "models--a--c" / "blobs", "2e")
+    snapshot.mkdir(parents=True)
+    (snapshot / "vocab.txt").symlink_to("../../blobs/1f")
+    assert contents(side_files(snapshot)) == {"vocab.txt": "1f"}
+    (snapshot / "merges.txt").symlink_to("../../../models--a--c/blobs/2e")
+    with pytest.raises(ValueError, match="out of its folder"):
+        side_files(snapshot)
