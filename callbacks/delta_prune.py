@@ -40,6 +40,7 @@ from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, shows_bars
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
+from dpp_lightning.experiments.run_lock import alone_in
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.scope import Scope
@@ -356,7 +357,10 @@ class DeltaPruneCallback(pl.Callback):
             if not can_be_pruned(base, pl_module, scope, settings.callback):
                 return
             finish_bar(trainer)
-            with rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
+            writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            alone = alone_in(self._folder, rank_zero_warn) if writes else nullcontext()
+            with alone, rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
+                trainer.strategy.barrier("dpp: the output folder is this run's")
                 run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
                 self.results = run.run()
         if trainer.is_global_zero and settings.push_to_hub is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -32,6 +32,7 @@ from dpp_lightning.callbacks.prune_run.rows_bar import rows_reporter
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_checks import warn_of_direction
 from dpp_lightning.experiments.grid import Result
+from dpp_lightning.experiments.run_lock import alone_in
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.scope import Scope
@@ -235,12 +236,14 @@ class HFDeltaPruneCallback(TrainerCallback):
             if not can_be_pruned(base, self._model, scope, settings.callback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
-            passes = self._passes()
+            passes, folder = self._passes(), hf_folder(settings, self._trainer)
             shown = passes.is_first and not self._trainer.args.disable_tqdm
-            with rows_reporter(self.reporter, shown=shown) as reporter:
+            alone = alone_in(folder, rank_zero_warn) if passes.is_first else nullcontext()
+            with alone, rows_reporter(self.reporter, shown=shown) as reporter:
+                self._trainer.accelerator.wait_for_everyone()
                 run = HFPruneRun(
                     settings, passes, base, scope, new, self._batch, labelled, self._source,
-                    hf_folder(settings, self._trainer), reporter,
+                    folder, reporter,
                 )  # fmt: skip
                 self.results = run.run()
 
