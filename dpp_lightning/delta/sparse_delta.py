@@ -17,6 +17,7 @@ from dpp_lightning.delta.applied_state import AppliedState
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
+from dpp_lightning.delta.locks import locked, tensors_of
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.delta.target import DeltaTarget, Values
 from dpp_lightning.methods.rescaling import check_q
@@ -168,7 +169,8 @@ class SparseDelta:
         The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
         The target's values at the kept positions are held until ``revert_``. All or nothing: if a check fails nothing
         is written, and after an interrupt or an error the base is back, bit for bit. A delta that changes nothing is
-        warned of, unless it is forced.
+        warned of, unless it is forced. Threads that share the model take turns; a forward is guarded by
+        :meth:`applied` alone.
 
         Args:
             target: module or state dict with the base's weights.
@@ -181,7 +183,8 @@ class SparseDelta:
         """
         if not force:
             warn_if_empty(self.contents, "this delta")
-        self._apply(self._target(target), target, force=force)
+        with locked(tensors_of(target)), locked([self]):
+            self._apply(self._target(target), target, force=force)
 
     def _apply(self, place: DeltaTarget, target: TensorSource, *, force: bool) -> None:
         if self._applied.touches(place.named):
@@ -214,7 +217,10 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors, or the target's tensors cannot be overwritten.
         """
-        place = self._target(target)
+        with locked(tensors_of(target)), locked([self]):
+            self._revert(self._target(target), base)
+
+    def _revert(self, place: DeltaTarget, base: TensorSource | None) -> None:
         originals = self._applied.originals(place.named) if base is None else self._originals_of(base)
         if originals is None:
             raise RuntimeError(
@@ -240,20 +246,27 @@ class SparseDelta:
 
     @contextmanager
     def applied(self, target: TensorSource, *, force: bool = False) -> Iterator[None]:
-        """``with delta.applied(model): ...`` applies on entry and reverts on exit, also after an exception."""
-        place = self._target(target)
-        named, before = place.named, self._applied.touches(place.named)
+        """``with delta.applied(model): ...`` applies on entry and reverts on exit, also after an exception.
 
-        def revert() -> None:
-            if not before and self._applied.touches(named):
-                self.revert_(target)
+        The block holds the model's lock: another thread's ``applied``, ``apply_`` or ``revert_`` on the model waits
+        for its end. A thread that uses two models at once takes them in the same order as all others.
+        """
+        with locked(tensors_of(target)):
+            with locked([self]):
+                place = self._target(target)
+                named, before = place.named, self._applied.touches(place.named)
 
-        if not force:
-            warn_if_empty(self.contents, "this delta")
-        with restored_after(revert):
-            self._apply(place, target, force=force)
-            del place  # it may hold copies
-            yield
+            def revert() -> None:
+                if not before and self._applied.touches(named):
+                    self.revert_(target)
+
+            if not force:
+                warn_if_empty(self.contents, "this delta")
+            with restored_after(revert):
+                with locked([self]):
+                    self._apply(place, target, force=force)
+                del place  # it may hold copies
+                yield
 
     def to_absolute(self, base: TensorSource, *, force: bool = False) -> Iterator[AbsoluteEntries]:
         """The fine-tuned values at the kept entries, to overwrite them in an engine that holds the base. O(kept).
@@ -278,12 +291,8 @@ class SparseDelta:
         sums = self._sums(place, entries)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
-            tensor, values, indices, rows = (
-                place.found[name],
-                sums[name],
-                sparse.changed.long(),
-                self.new_rows.get(name),
-            )
+            tensor, values, indices = place.found[name], sums[name], sparse.changed.long()
+            rows = self.new_rows.get(name)
             if rows is not None:
                 indices = torch.cat([indices, torch.arange(tensor.numel() - rows.numel(), tensor.numel())])
                 values = torch.cat([values, rows.to(values).reshape(-1)])

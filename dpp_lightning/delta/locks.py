@@ -1,0 +1,42 @@
+"""Locks of models and deltas, so that threads that share one take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from threading import RLock
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dpp_lightning.tensors.interrupts import restored_after
+from dpp_lightning.tensors.names import TensorSource
+
+_serials = count()
+_locks = WeakIdKeyDictionary()  # a tensor or delta to its lock, and the number by which locks are ordered
+
+
+@contextmanager
+def locked(things: Iterable[object]) -> Iterator[None]:
+    """Hold the lock of each of these objects for the block; a thread that holds them already goes on.
+
+    Locks are taken in one order, that of their making, so two threads that ask for the same objects cannot wait for
+    each other. A thread that asks for further objects inside the block can.
+
+    Args:
+        things: objects that weak references are possible to; told apart by identity.
+    """
+    found = dict(_locks.setdefault(thing, (next(_serials), RLock())) for thing in things)
+    held = ExitStack()
+    with restored_after(held.close):
+        for serial in sorted(found):
+            held.enter_context(found[serial])
+        yield
+
+
+def tensors_of(target: TensorSource) -> list[Tensor]:
+    """Every tensor of a model or state dict: what two threads share if they share the model."""
+    if isinstance(target, nn.Module):
+        return [*target.parameters(), *target.buffers()]
+    return [tensor for tensor in target.values() if isinstance(tensor, Tensor)]
