@@ -145,11 +145,12 @@ def _check_of_trainer(file: Path, *, trusted: bool) -> None:
         ) from error
     except Exception as error:  # a damaged file ends in almost any type
         raise ValueError(f"--ckpt_path {file} cannot be read ({error}): copy or download it again") from error
-    needed = ("state_dict", "pytorch-lightning_version")
-    if not isinstance(content, Mapping) or any(key not in content for key in needed):
+    there = content if isinstance(content, Mapping) else {}
+    missing = [key for key in ("state_dict", "pytorch-lightning_version") if key not in there]
+    if missing:
         raise ValueError(
-            f"--ckpt_path {file} is no checkpoint of Lightning's Trainer (it lacks {' or '.join(needed)}): to prune or "
-            "export weights alone use dpp prune or dpp export"
+            f"--ckpt_path {file} is no checkpoint of Lightning's Trainer (it lacks {' and '.join(missing)}): to prune "
+            "or export weights alone use dpp prune or dpp export"
         )
 
 

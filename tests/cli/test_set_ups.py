@@ -123,7 +123,9 @@ def test_a_sweep_without_a_test_step_names_the_other_split(tmp_path, monkeypatch
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "weights.ckpt")
+    torch.save(
+        {"state_dict": {"weight": torch.zeros(2)}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "weights.ckpt"
+    )
     words = ["sweep", "--config", "quickstart.yaml", "--model", "no_test.NoTest", "--ckpt_path", "weights.ckpt"]
     assert main([*words, "--output", "sweep", "--methods", "dare", "--rates", "0.9"]) == 2
     assert "--split validation" in capsys.readouterr().err.splitlines()[-1]

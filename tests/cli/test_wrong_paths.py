@@ -3,10 +3,12 @@
 The same table holds for every command that takes paths; another one in tests/tasks holds for what is used from Python.
 """
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from wrong_sources import make_sources
 
 from dpp_lightning.cli import main
@@ -197,3 +199,28 @@ def test_a_wrong_path_of_a_lightning_command_is_one_line(line, begins, says, her
     assert said[-1].startswith(f"dpp {words[0]}: error: {begins}")
     assert says in said[-1]
     assert [text for text in said if "Seed set" not in text] == said[-1:]
+
+
+class Harmful:
+    """What loads by a call: of ``torch.load`` without ``weights_only``."""
+
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": {"a": Harmful()}, "pytorch-lightning_version": "2.6.6"}, r"could run any code.*--weights_only"),
+        ({"weight": torch.zeros(2)}, r"it lacks state_dict and pytorch-lightning_version"),
+        ([1, 2], r"no checkpoint of Lightning's Trainer"),
+    ],
+    ids=["code", "weights alone", "a list"],
+)
+def test_a_file_that_no_trainer_wrote_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capfd, content, words):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "a.ckpt")
+    assert main(["test", "--config", "quickstart.yaml", "--ckpt_path", "a.ckpt"]) == 2
+    out, error = capfd.readouterr()
+    assert re.search(words, error.splitlines()[-1])
+    assert "run\n" not in out
