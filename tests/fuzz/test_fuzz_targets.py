@@ -1,4 +1,4 @@
-"""The fuzz target of the delta reader: on its seeds and some mutations, and for ten minutes guided by coverage."""
+"""The fuzz targets: on their seeds and some mutations, and for ten minutes each guided by coverage."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import fuzz_delta
+import fuzz_index
+import fuzz_metadata
 import pytest
 from harness import pack, run_plain, unpack
 
@@ -21,11 +23,19 @@ def test_the_seeds_are_read_and_mutations_of_them_refused_or_valid():
     assert run_plain(fuzz_delta.target, seeds, fuzz_delta.PARTS, seconds=20, seed=0, most=300) == 300
 
 
+@pytest.mark.parametrize("module", [fuzz_metadata, fuzz_index])
+def test_a_reader_stands_its_seeds_and_mutations_of_them(module):
+    seeds = module.seeds()
+    assert len(seeds) >= 5
+    assert run_plain(module.target, seeds, module.PARTS, seconds=20, seed=0, most=300) == 300
+
+
 @pytest.mark.slow
-def test_the_delta_reader_stands_ten_minutes_of_fuzzing(tmp_path):
+@pytest.mark.parametrize("module", [fuzz_delta, fuzz_metadata, fuzz_index])
+def test_a_reader_stands_ten_minutes_of_fuzzing(module, tmp_path):
     """``DPP_FUZZ_SECONDS`` gives another time."""
     seconds = int(os.environ.get("DPP_FUZZ_SECONDS", "600"))
-    script = Path(__file__).with_name("fuzz_delta.py")
+    script = Path(module.__file__)
     run = subprocess.run(
         [sys.executable, str(script), f"-max_total_time={seconds}"],
         capture_output=True,
