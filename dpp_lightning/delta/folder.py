@@ -30,7 +30,7 @@ from dpp_lightning.delta.promise import check_promise
 from dpp_lightning.delta.table_blob import TensorTable, read_table
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.storage.checkpoints import load_tensors, total_bytes
-from dpp_lightning.storage.locate import local_folder
+from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS, copy_files, module_weights
 from dpp_lightning.storage.output_folder import DELTA, output_folder
 from dpp_lightning.storage.safe_text import check_name
@@ -188,12 +188,22 @@ class DeltaReader:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> DeltaReader:
-        """A local folder or a hub id.
+        """A local folder or a hub id. A folder that another takes the place of meanwhile is read once more.
 
         Raises:
             FileNotFoundError: no such folder, or a folder without a delta.
             ValueError: as the class, or a model or adapter in place of a delta.
         """
+        before = _identity(source)
+        try:
+            return cls._read(source, revision)
+        except (OSError, ValueError):
+            if _identity(source) == before:
+                raise
+        return cls._read(source, revision)
+
+    @classmethod
+    def _read(cls, source: str | Path, revision: str | None) -> DeltaReader:
         check_delta(source, "delta", revision)
         folder = local_folder(
             source, revision, [MODEL_FILE, CONFIG_FILE, *(f"*{pattern}" for pattern in SIDE_PATTERNS)]
@@ -294,6 +304,15 @@ def _as_saved(
 
     saved_info = replace(info, dtype=name)
     return replace(contents, tensors=cast_tensors, info=lambda: saved_info), coding == "seed"
+
+
+def _identity(source: str | Path) -> tuple[int, int] | None:
+    """Which folder has a name; None where there is none."""
+    try:
+        found = local_path(source).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _file_checksum(path: Path) -> str:
