@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from threading import RLock
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import TensorSource
 
 _serials = count()
-_locks = WeakIdKeyDictionary()  # a tensor or delta to its lock, and the number by which locks are ordered
+_locks = WeakIdKeyDictionary()  # a module or delta to its lock, and the number by which locks are ordered
 
 
 @contextmanager
@@ -35,8 +35,10 @@ def locked(things: Iterable[object]) -> Iterator[None]:
         yield
 
 
-def tensors_of(target: TensorSource) -> list[Tensor]:
-    """Every tensor of a model or state dict: what two threads share if they share the model."""
-    if isinstance(target, nn.Module):
-        return [*target.parameters(), *target.buffers()]
-    return [tensor for tensor in target.values() if isinstance(tensor, Tensor)]
+def modules_of(target: TensorSource) -> list[nn.Module]:
+    """A model and all modules in it, of which two threads have some in common if they share a part; none of a state
+    dict, which cannot be locked.
+
+    Not its tensors: while one has a weak reference, torch cannot swap it, as FSDP and ``Module.to`` do.
+    """
+    return list(target.modules()) if isinstance(target, nn.Module) else []

@@ -17,7 +17,7 @@ from dpp_lightning.delta.applied_state import AppliedState
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
-from dpp_lightning.delta.locks import locked, tensors_of
+from dpp_lightning.delta.locks import locked, modules_of
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.delta.target import DeltaTarget, Values
 from dpp_lightning.methods.rescaling import check_q
@@ -169,7 +169,7 @@ class SparseDelta:
         The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
         The target's values at the kept positions are held until ``revert_``. All or nothing: if a check fails nothing
         is written, and after an interrupt or an error the base is back, bit for bit. A delta that changes nothing is
-        warned of, unless it is forced. Threads that share the model take turns; a forward is guarded by
+        warned of, unless it is forced. Threads that share a module, not a state dict, take turns; a forward is guarded by
         :meth:`applied` alone.
 
         Args:
@@ -183,7 +183,7 @@ class SparseDelta:
         """
         if not force:
             warn_if_empty(self.contents, "this delta")
-        with locked(tensors_of(target)), locked([self]):
+        with locked(modules_of(target)), locked([self]):
             self._apply(self._target(target), target, force=force)
 
     def _apply(self, place: DeltaTarget, target: TensorSource, *, force: bool) -> None:
@@ -217,7 +217,7 @@ class SparseDelta:
             RuntimeError: the delta is not applied to the target and no ``base`` is given.
             ValueError: the base lacks tensors, or the target's tensors cannot be overwritten.
         """
-        with locked(tensors_of(target)), locked([self]):
+        with locked(modules_of(target)), locked([self]):
             self._revert(self._target(target), base)
 
     def _revert(self, place: DeltaTarget, base: TensorSource | None) -> None:
@@ -251,7 +251,7 @@ class SparseDelta:
         The block holds the model's lock: another thread's ``applied``, ``apply_`` or ``revert_`` on the model waits
         for its end. A thread that uses two models at once takes them in the same order as all others.
         """
-        with locked(tensors_of(target)):
+        with locked(modules_of(target)):
             with locked([self]):
                 place = self._target(target)
                 named, before = place.named, self._applied.touches(place.named)

@@ -105,3 +105,33 @@ def test_an_interrupt_at_any_line_leaves_no_lock_held():
         assert not thread.is_alive()
 
     at_every_line(lambda: ([torch.zeros(1), torch.zeros(1)],), hold, check, more_than=8)
+
+
+def test_a_model_that_had_a_delta_can_still_be_moved_by_swapping_its_tensors():
+    """As FSDP2 does; torch refuses tensors with weak references."""
+    base = model(0)
+    prune(base, model(1), "dare", 0.5).apply_(copy.deepcopy(base))
+    delta = prune(base, model(1), "dare", 0.5)
+    with delta.applied(base):
+        pass
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        base.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert base[0].weight.dtype == torch.float64
+
+
+def test_threads_that_share_a_part_of_a_model_take_turns():
+    base = model(0)
+    part = nn.Sequential(base[0], base[1])
+    changed = nn.Sequential(*(nn.Linear(12, 12) for _ in range(2)))
+    on_part, on_whole = prune(part, changed, "dare", 0.5), prune(base, model(1), "dare", 0.5)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (on_part.apply_(part), done.set()))
+    with on_whole.applied(base):
+        thread.start()
+        assert not done.wait(0.2)
+    thread.join(10)
+    assert done.is_set()
