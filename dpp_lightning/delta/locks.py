@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import count
 from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import TensorSource
 
 _serials = count()
-_locks = WeakIdKeyDictionary()  # a module or delta to its lock, and the number by which locks are ordered
+# A module or delta to its lock, and the number by which locks are ordered.
+_locks: WeakKeyDictionary[object, tuple[int, Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -25,13 +27,18 @@ def locked(things: Iterable[object]) -> Iterator[None]:
     each other. A thread that asks for further objects inside the block can.
 
     Args:
-        things: objects that weak references are possible to; told apart by identity.
+        things: modules and deltas, hashed by identity.
     """
-    found = dict(_locks.setdefault(thing, (next(_serials), RLock())) for thing in things)
-    held = ExitStack()
-    with restored_after(held.close):
+    found = dict(_locks.get(thing) or _locks.setdefault(thing, (next(_serials), RLock())) for thing in things)
+    held: list[Any] = []
+
+    def release() -> None:
+        while held:
+            held.pop().release()
+
+    with restored_after(release):
         for serial in sorted(found):
-            held.enter_context(found[serial])
+            held.append(found[serial].acquire() and found[serial])  # in one line, so that no interrupt comes between
         yield
 
 

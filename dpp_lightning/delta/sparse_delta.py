@@ -169,8 +169,8 @@ class SparseDelta:
         The sum is taken in float32 (float64 where the target or the values are that) and cast to the target's dtype.
         The target's values at the kept positions are held until ``revert_``. All or nothing: if a check fails nothing
         is written, and after an interrupt or an error the base is back, bit for bit. A delta that changes nothing is
-        warned of, unless it is forced. Threads that share a module, not a state dict, take turns; a forward is guarded by
-        :meth:`applied` alone.
+        warned of, unless it is forced. Threads that share a module (not a state dict) take turns; a forward is guarded
+        by :meth:`applied` alone.
 
         Args:
             target: module or state dict with the base's weights.
