@@ -352,19 +352,19 @@ class DeltaPruneCallback(pl.Callback):
             return
         self._pruning_began = True
         weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
-        with weights, self._adapter_view(pl_module, keep=keep) as base:
-            scope = self._scope(trainer, pl_module)
-            if not can_be_pruned(base, pl_module, scope, settings.callback):
-                return
-            finish_bar(trainer)
-            writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-            alone = alone_in(self._folder, rank_zero_warn) if writes else nullcontext()
-            with alone, rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
-                trainer.strategy.barrier("dpp: the output folder is this run's")
-                run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
-                self.results = run.run()
-        if trainer.is_global_zero and settings.push_to_hub is not None:
-            push_deltas(self._folder, settings.repositories, private=settings.hub_private)
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        with alone_in(self._folder, rank_zero_warn) if writes else nullcontext():
+            trainer.strategy.barrier("dpp: the output folder is this run's")
+            with weights, self._adapter_view(pl_module, keep=keep) as base:
+                scope = self._scope(trainer, pl_module)
+                if not can_be_pruned(base, pl_module, scope, settings.callback):
+                    return
+                finish_bar(trainer)
+                with rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
+                    run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
+                    self.results = run.run()
+            if trainer.is_global_zero and settings.push_to_hub is not None:
+                push_deltas(self._folder, settings.repositories, private=settings.hub_private)
 
     def _tell_base(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say which base a second fit of the same module has."""

@@ -32,7 +32,7 @@ from dpp_lightning.cli.given_settings import INLINE, read_settings, refuse_repea
 from dpp_lightning.cli.home import expand_home
 from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
-from dpp_lightning.storage.safe_text import printable
+from dpp_lightning.storage.safe_text import printable_lines
 
 _CONFIG = "YAML file with any of these parameters by name, positional ones too; what is typed beside it wins"
 
@@ -226,7 +226,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 def say(text: str) -> None:
     """A message on standard error, whose lines hold nothing that a terminal would act on."""
-    sys.stderr.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
+    sys.stderr.write(f"{printable_lines(text)}\n")
 
 
 class BytesDone:

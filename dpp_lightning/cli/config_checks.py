@@ -20,7 +20,7 @@ from dpp_lightning.callbacks import ApplyDelta, DeltaPruneCallback
 from dpp_lightning.cli.packaged_configs import UsageError, did_you_mean, nearest
 from dpp_lightning.cli.signatures import find_class, subclasses
 from dpp_lightning.storage.locate import hub_id, local_folder, local_path
-from dpp_lightning.storage.mapped_file import load_outline
+from dpp_lightning.storage.mapped_file import load_outline, refused_global
 from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.same_place import same_place
 from dpp_lightning.storage.source_kind import check_checkpoint, check_delta, check_model
@@ -131,16 +131,15 @@ def _check_of_trainer(file: Path, *, trusted: bool) -> None:
 
     Args:
         file: a file of ``torch.save``; of a folder of shards nothing is checked.
-        trusted: the user has said that its pickled objects may be made.
+        trusted: objects of any class in it may be made, ``--weights_only false``.
     """
     if not file.is_file() or trusted:
         return
     try:
         content = load_outline(file)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"--ckpt_path {file} holds more than tensors and plain values ({refused[1] if refused else 'damaged'}), "
+            f"--ckpt_path {file} holds more than tensors and plain values ({refused_global(error) or 'damaged'}), "
             "and reading that could run any code: if you trust the file, give --weights_only false"
         ) from error
     except Exception as error:  # a damaged file ends in almost any type

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from dpp_lightning.storage.quiet_loading import is_verbose
-from dpp_lightning.storage.safe_text import printable
+from dpp_lightning.storage.safe_text import printable_lines
 
 _PACKAGE = Path(__file__).parents[1]
 _LOGGERS = (
@@ -46,7 +46,7 @@ def show_plainly() -> None:
     ) -> str:
         ours = category is UserWarning and _PACKAGE in Path(filename).parents
         shown = f"dpp: warning: {message}\n" if ours else others(message, category, filename, lineno, line)
-        return "\n".join(map(printable, shown.split("\n")))
+        return printable_lines(shown)
 
     warnings.formatwarning = format_warning
     logging.setLogRecordFactory(_PrintableRecord)
@@ -55,7 +55,7 @@ def show_plainly() -> None:
 class _PrintableRecord(logging.LogRecord):
     def getMessage(self) -> str:
         """The message, line by line without characters that a terminal would act on."""
-        return "\n".join(map(printable, super().getMessage().split("\n")))
+        return printable_lines(super().getMessage())
 
 
 def quiet_libraries() -> None:

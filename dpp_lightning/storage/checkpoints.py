@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from torch import Tensor
 
 from dpp_lightning.storage.file_content import read_json
-from dpp_lightning.storage.locate import local_folder, local_path
+from dpp_lightning.storage.locate import few_names, local_folder, local_path
 from dpp_lightning.storage.mapped_file import map_safetensors, map_torch_file
 from dpp_lightning.storage.model_folder import SIDE_PATTERNS
 from dpp_lightning.storage.quantised import check_plain_weights, refuse_gguf
@@ -23,6 +24,7 @@ Weights = TensorSource | str | Path  # a module, a state dict, or what load_tens
 
 _TORCH_INDEX, _TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+_few = partial(few_names, shown=10)
 
 
 def load_tensors(source: str | Path, revision: str | None = None) -> dict[str, Tensor]:
@@ -151,9 +153,3 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} stands there twice")
         found[name] = value
     return found
-
-
-def _few(names: Iterable[str], shown: int = 10) -> str:
-    """The first names, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

@@ -63,6 +63,21 @@ def read_json(path: Path, name: str = "", pairs: Callable[[list[tuple[str, Any]]
         raise ValueError(f"{name or path} is not readable JSON ({fault}): {_CURE}, or save the model again") from error
 
 
+def read_json_object(path: Path, name: str = "") -> dict[str, Any]:
+    """What a file of JSON holds, if that is an object.
+
+    Args:
+        path, name: as for :func:`read_json`.
+
+    Raises:
+        ValueError: as :func:`read_json`, or it holds anything else.
+    """
+    content = read_json(path, name)
+    if not isinstance(content, dict):
+        raise ValueError(f"{name or path} is no JSON object: {_CURE}")
+    return content
+
+
 def _check_kind(path: Path, name: str, head: bytes) -> None:
     """Refuse what is not of the kind that the suffix names."""
     archive = head.startswith((_ZIP, _GZIP)) or head[_TAR_AT:].startswith(_TAR)

@@ -99,9 +99,8 @@ def map_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         content = _load_mapped(path)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} holds more than weights: {refused[1] if refused else error} is not allowed, since unpickling it "
+            f"{path} holds more than weights: {refused_global(error) or error} is not allowed, since unpickling it "
             f"could run any code; {_CURE}, or save model.state_dict() alone"
         ) from error
     except (OSError, MemoryError):
@@ -116,6 +115,12 @@ def map_torch_file(path: Path) -> dict[str, Tensor]:
         got = f"a dict of {keys}" if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{path}: expected a state dict, or a checkpoint with a 'state_dict', got {got}; {_CURE}")
     return {str(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def refused_global(error: pickle.UnpicklingError) -> str | None:
+    """The class or function that a file of ``torch.save`` names and the unpickler refused; None for another fault."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return refused[1] if refused else None
 
 
 def load_outline(file: Path | BinaryIO) -> object:

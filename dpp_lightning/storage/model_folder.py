@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeVar
 
-from dpp_lightning.storage.file_content import check_content, read_json
+from dpp_lightning.storage.file_content import check_content, read_json_object
 from dpp_lightning.storage.locate import local_folder, local_path
 from dpp_lightning.storage.same_content import same_content, weights_as_safetensors
 
@@ -300,8 +300,8 @@ def _check_files(files: Mapping[str, Path | None]) -> None:
         check_side_name(name)
         if path is not None and name.endswith(".json"):
             check_content(path)
-            if PurePosixPath(name).name.endswith(_MODEL) and not isinstance(read_json(path), dict):
-                raise ValueError(f"{path} is no JSON object: copy or download it again")
+            if PurePosixPath(name).name.endswith(_MODEL):
+                read_json_object(path)
 
 
 def _may_hold_side_files(folder: str) -> bool:

@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and not _HIDDEN.match(c) else ascii(c)[1:-1] for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """A text of several lines, each :func:`printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def markdown_text(text: str) -> str:
     """A text in a paragraph or a cell of a table in Markdown, where it is neither markup nor HTML."""
     return _MARKDOWN.sub(lambda found: f"\\{found.group()}", printable(text))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content, read_json
+from dpp_lightning.storage.file_content import TORCH_SUFFIXES, check_content, read_json, read_json_object
 from dpp_lightning.storage.locate import few_names, local_folder, local_path, not_found, subject
 from dpp_lightning.storage.quantised import refuse_gguf
 from dpp_lightning.storage.sharded_checkpoint import is_sharded
@@ -283,8 +283,7 @@ def _check_config(folder: Path, files: frozenset[str], name: str) -> None:
             "copy config.json from its base"
         )
     check_content(folder / _MODEL_CONFIG, f"{name}: config.json")
-    if not isinstance(read_json(folder / _MODEL_CONFIG), dict):
-        raise ValueError(f"{name}: config.json is no JSON object: copy or download it again")
+    read_json_object(folder / _MODEL_CONFIG, f"{name}: config.json")
 
 
 def _no_file(path: Path, name: str) -> OSError:

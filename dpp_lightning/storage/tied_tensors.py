@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpp_lightning.storage.file_content import read_json
+from dpp_lightning.storage.file_content import read_json_object
 from dpp_lightning.tensors.names import embedding_rank
 
 _PROBE = 4096  # entries compared before whole tensors are
@@ -74,9 +74,7 @@ def _tied_names(folder: Path) -> dict[str, str] | None:
     from dpp_lightning.tensors.hf_architecture import skeleton
     from dpp_lightning.tensors.hf_layout import file_layout
 
-    raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} is no JSON object: copy or download it again")
+    raw = read_json_object(folder / "config.json")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = next(iter(filter(None, (skeleton(name, config) for name in config.architectures or ()))), None)

@@ -1,10 +1,8 @@
 """Every command that writes a folder, with a kill, a full disk and a broken disk at each call that changes the disk."""
 
 import pytest
-import torch
+from command_inputs import make_inputs
 from fault_campaign import MODES, Campaign, FaultServer, held, own_disk
-from tiny_glue import make_model
-from transformers import BertForSequenceClassification, BertModel
 
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
@@ -25,21 +23,10 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A base, a classifier fine-tuned from it, as a folder and a checkpoint, and deltas with heads of their own."""
-    place = tmp_path_factory.mktemp("inputs")
-    base = make_model(place / "base", BertModel)
+    place = make_inputs(tmp_path_factory.mktemp("inputs"))
+    low = PruningSpec("lowrank", method_settings={"rank": 2})
     for k, name in enumerate(("tuned", "other")):
-        torch.manual_seed(k)
-        model = BertForSequenceClassification.from_pretrained(base, num_labels=2 + k)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.02 * torch.randn_like(p))
-        model.save_pretrained(place / name)
-        prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5))
-        low = PruningSpec("lowrank", method_settings={"rank": 2})
-        prune_checkpoint(base, place / name, place / f"low{k + 1}", low)
-    tuned = BertForSequenceClassification.from_pretrained(place / "tuned")
-    state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
-    torch.save({"state_dict": state, "hyper_parameters": {"pretrained": "tuned"}}, place / "last.ckpt")
+        prune_checkpoint(place / "base", place / name, place / f"low{k + 1}", low)
     return place
 
 

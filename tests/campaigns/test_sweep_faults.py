@@ -5,16 +5,12 @@ import random
 import re
 import shutil
 import time
-from contextlib import redirect_stderr
 
-import datasets
 import pytest
-import yaml
 from fault_campaign import MODES, FaultServer, call_name
-from tiny_glue import make_data, make_model
+from sweep_job import fitted
 
 from dpp_lightning import SparseDelta
-from dpp_lightning.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -25,23 +21,8 @@ MEASURED = ("seconds", "forwards")
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A config and the checkpoint of a fit of a tiny BERT: the arguments of a sweep but for grid and output."""
-    folder = tmp_path_factory.mktemp("job")
-    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-    checkpoint = {"dirpath": str(folder), "filename": "last", "save_weights_only": True}
-    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
-    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
-    model = {"task": "sst2", "pretrained": make_model(folder / "base")}
-    data = {"path": make_data(folder / "data", "sst2", 40, 16)}
-    config = {
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [saving], **quiet},
-        "model": {"class_path": "GLUEModule", "init_args": model},
-        "data": {"class_path": "GLUEDataModule", "init_args": data},
-    }
-    (folder / "fit.yaml").write_text(yaml.safe_dump(config))
-    with (folder / "stderr.txt").open("w") as file, redirect_stderr(file):
-        assert main(["fit", "--config", str(folder / "fit.yaml"), "--trainer.default_root_dir", str(folder)]) == 0
-    yield ["sweep", "--config", folder / "fit.yaml", "--ckpt_path", folder / "last.ckpt", *WORDS, "--output"]
-    datasets.config.HF_DATASETS_CACHE = cache
+    with fitted(tmp_path_factory.mktemp("job"), 1, (40, 16)) as words:
+        yield ["sweep", *words, *WORDS, "--output"]
 
 
 @pytest.fixture(scope="module")

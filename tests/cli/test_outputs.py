@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_glue import make_model
-from transformers import BertForSequenceClassification, BertModel
+from command_inputs import make_inputs
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.cli import main
@@ -39,20 +37,7 @@ RULE = "what an earlier run wrote into the output folder, at once when the new i
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A base, a classifier fine-tuned from it, as a folder and a checkpoint, and two deltas with heads of their own."""
-    place = tmp_path_factory.mktemp("made")
-    base = make_model(place / "base", BertModel)
-    for k, name in enumerate(("tuned", "other")):
-        torch.manual_seed(k)
-        model = BertForSequenceClassification.from_pretrained(base, num_labels=2 + k)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.02 * torch.randn_like(p))
-        model.save_pretrained(place / name)
-        prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5))
-    tuned = BertForSequenceClassification.from_pretrained(place / "tuned")
-    state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
-    torch.save({"state_dict": state, "hyper_parameters": {"pretrained": "tuned"}}, place / "last.ckpt")
-    return place
+    return make_inputs(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 import json
 import shlex
 import signal
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, stdev
 
-import datasets
 import pytest
 import yaml
-from tiny_glue import make_data, make_model
+from sweep_job import fitted
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
@@ -35,25 +34,9 @@ def options(values):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A config and the checkpoint of a fit of a tiny BERT: the arguments of a sweep but for grid and output."""
-    folder = tmp_path_factory.mktemp("job")
-    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-    checkpoint = {"dirpath": str(folder), "filename": "last", "save_weights_only": True}
-    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}}
-    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
-    config = {
-        "trainer": {"max_epochs": 3, "accelerator": "cpu", "callbacks": [saving], **quiet},
-        "model": {
-            "class_path": "GLUEModule",
-            "init_args": {"task": "sst2", "pretrained": make_model(folder / "base"), "optimizer": optimizer},
-        },
-        "data": {"class_path": "GLUEDataModule", "init_args": {"path": make_data(folder / "data", "sst2", 200, 40)}},
-    }
-    (folder / "fit.yaml").write_text(yaml.safe_dump(config))
-    with (folder / "stderr.txt").open("w") as file, redirect_stderr(file):
-        assert main(["fit", "--config", str(folder / "fit.yaml"), "--trainer.default_root_dir", str(folder)]) == 0
-    yield ["--config", str(folder / "fit.yaml"), "--ckpt_path", str(folder / "last.ckpt")]
-    datasets.config.HF_DATASETS_CACHE = cache
+    with fitted(tmp_path_factory.mktemp("job"), 3, (200, 40), optimizer=optimizer) as words:
+        yield words
 
 
 @pytest.fixture(scope="module")
