@@ -18,6 +18,7 @@ from dpp_lightning.delta.match_tensors import check_base, find_tensors, named_fo
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.delta.target import DeltaTarget
 from dpp_lightning.serving.flat_positions import FlatPositions
+from dpp_lightning.serving.sparse_products import CannotMixError, WeightChange
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.tensors.flat_entries import add_rescaled, gather_entries
 from dpp_lightning.tensors.name_matching import match_names
@@ -25,6 +26,7 @@ from dpp_lightning.tensors.names import NamedTensor, describe_source
 
 Undo = list[Callable[[], object]]  # each puts a part of the base back, and may be called again
 
+_NOTHING = torch.empty(0, dtype=torch.int32), torch.empty(0)  # no positions, no differences
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an entry to a dtype of numpy's
 
 
@@ -138,28 +140,41 @@ class BoundDelta:
         self._on_host = _HostEntries([e for e in entries if _is_flat_on_host(e.view)])
         self._others = [e for e in entries if not _is_flat_on_host(e.view)]
 
-    @cached_property
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all that it holds, without what belongs to the model."""
+        """Bytes of all that it holds, without what belongs to the model; more once it was in a mixed batch."""
+        return self._bytes + (self._bytes_when_mixed if "_sparse_changes" in self.__dict__ else 0)
+
+    @cached_property
+    def _bytes(self) -> int:
         wholes = [*self._computed, *(tensor for tensors in self._carried.values() for tensor in tensors)]
         parts = [part for whole in wholes for part in whole.parts]
         parts += [part for entries in self._others for part in (entries.positions, entries.values)]
         return self._on_host.num_bytes + bytes_of(parts)
 
-    @property
-    def entries(self) -> list[ChangedEntries]:
-        """The entries that it changes, but for those of tensors that it changes as a whole."""
-        return [*self._on_host.unpacked(), *self._others]
+    @cached_property
+    def _bytes_when_mixed(self) -> int:
+        return sum(change.num_bytes for _, _, change in self._sparse_changes.values())
 
-    def wholes(self, task: str | None) -> list[ChangedTensor]:
-        """The tensors that it changes as a whole.
+    def changes(self, task: str | None) -> dict[int, tuple[str, Tensor, WeightChange]]:
+        """What a mixed batch needs of it, while the model holds the base: identity of a tensor of the model to its
+        name, itself, and what changes.
 
         Args:
-            task: of a merged delta with a head for each task; of no importance where the tasks have all in common.
+            task: as for :meth:`write`.
 
         Raises:
-            ValueError: a task is needed, and none is given.
+            CannotMixError: a vocabulary that grew, or a tensor that is a part of one of the model's.
         """
+        wholes = {id(whole.named.owner): _whole_change(whole) for whole in self._wholes(task)}
+        return {**self._sparse_changes, **wholes}
+
+    @cached_property
+    def _sparse_changes(self) -> dict[int, tuple[str, Tensor, WeightChange]]:
+        return {id(e.owner): _sparse_change(e) for e in (*self._on_host.unpacked(), *self._others)}
+
+    def _wholes(self, task: str | None) -> list[ChangedTensor]:
+        """The tensors that it changes as a whole."""
         key = task if task in self._carried else None
         if key not in self._carried:
             tasks = [known for known in self._carried if known]
@@ -173,10 +188,13 @@ class BoundDelta:
         factors or a vocabulary that grew.
 
         Args:
-            task: as for :meth:`wholes`.
+            task: of a merged delta with a head for each task; of no importance where the tasks have all in common.
             undo: gets what puts the base back, each part before it is changed.
+
+        Raises:
+            ValueError: a task is needed, and none is given.
         """
-        wholes = self.wholes(task)
+        wholes = self._wholes(task)
         self._on_host.write(undo)
         for entries in self._others:
             target, index = _target(entries.view, entries.positions.long())
@@ -307,6 +325,43 @@ def _carried(tensors: Mapping[str, Tensor], places: Mapping[str, NamedTensor]) -
         held = tensor.detach().to(owner.device, owner.dtype, copy=True, memory_format=torch.contiguous_format)
         changed.append(ChangedTensor(name, places[name], carried=held))
     return changed
+
+
+def _sparse_change(entries: ChangedEntries) -> tuple[str, Tensor, WeightChange]:
+    owner, positions = entries.owner, entries.positions.cpu()
+    if entries.view.shape != owner.shape:
+        raise CannotMixError(f"{entries.name} is a part of one of the model's tensors, and rows cannot have their own")
+    if owner.dim() == 1:
+        vector = owner.detach().clone()
+        vector[entries.positions] = entries.values
+        return entries.name, owner, _of_vector(owner, vector, positions)
+    differences = entries.values.float() - gather_entries(entries.view, positions).float()
+    narrow = positions.int() if owner.numel() < 1 << 31 else positions
+    return entries.name, owner, WeightChange(owner.shape, narrow, differences.cpu())
+
+
+def _whole_change(whole: ChangedTensor) -> tuple[str, Tensor, WeightChange]:
+    owner = whole.named.owner
+    if not whole.named.whole:
+        raise CannotMixError(f"{whole.name} is a part of one of the model's tensors, and rows cannot have their own")
+    if whole.rows is not None:
+        raise CannotMixError(f"{whole.name} has more rows than the base's, and a batch cannot have both vocabularies")
+    sparse, factors = whole.sparse, whole.sparse.factors if whole.sparse else None
+    if owner.dim() == 1:
+        return whole.name, owner, _of_vector(owner, whole.values(owner))
+    if sparse is None or factors is None or owner.dim() != 2:
+        return whole.name, owner, WeightChange(owner.shape, *_NOTHING, whole=whole.values(owner))
+    differences = sparse.values.float() / whole.q
+    return whole.name, owner, WeightChange(owner.shape, sparse.indices, differences, factors)
+
+
+def _of_vector(base: Tensor, vector: Tensor, positions: Tensor | None = None) -> WeightChange:
+    """The change of a vector; its positions are all where none are given, and none where it has another size."""
+    if vector.shape != base.shape:
+        return WeightChange(base.shape, *_NOTHING, whole=vector)
+    positions = torch.arange(base.numel()) if positions is None else positions
+    differences = (vector.float() - base.detach().float()).cpu()[positions]
+    return WeightChange(base.shape, positions, differences, whole=vector)
 
 
 def _check_finite(name: str, values: Tensor, q: float) -> None:

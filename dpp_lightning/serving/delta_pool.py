@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from dpp_lightning.delta.config_file import CONFIG_FILE, read_config
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.locks import locked, modules_of
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.serving.batch_rows import BatchRows
 from dpp_lightning.serving.bound_delta import BoundDelta, Undo
+from dpp_lightning.serving.mixed_batch import MixedBatch
 from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
 from dpp_lightning.storage.source_kind import check_delta
@@ -99,6 +101,7 @@ class DeltaPool:
         self._sources: dict[str, _Source] = {}
         self._loaded: dict[str, BoundDelta] = {}  # the least recently used first
         self._undo: Undo = []
+        self._batch_first: set[str] = set()
         self._in_use = False
         self._seen = self._state()
         self._hits = self._loads = self._evictions = self._swaps = 0
@@ -194,6 +197,38 @@ class DeltaPool:
                 self._swap_seconds += perf_counter() - begin
                 yield self.model
 
+    @contextmanager
+    def mixed(self, names: Sequence[str | None]) -> Iterator[nn.Module]:
+        """``with pool.mixed(["sst2", "math", "sst2"]) as model: model(**batch)``: one delta a row of the batch.
+
+        The dense products are computed once for all rows, each row's changes beside them. The batch is the first
+        dimension of what the model is called with. Linear maps, embeddings, norms and biases can be mixed; what cannot
+        is refused by name, and nothing is computed with the wrong weights.
+
+        Args:
+            names: of each row, one of :attr:`names`, or None for the base.
+
+        Raises:
+            ValueError: as :meth:`use`, for all deltas of the batch together.
+            CannotMixError: a delta, or inside the block a model or a batch, of which the rows cannot have their own.
+            RuntimeError: the thread is inside a block of this pool already.
+        """
+        keys = [None if name is None else self._split(name) for name in names]
+        rows = BatchRows(keys)
+        wanted = list(dict.fromkeys(key for key, _ in rows.keys))
+        deltas = {key: self._sources[key].read() for key in wanted if key not in self._loaded}
+        with self._turn():
+            bound = dict(zip(wanted, self._bring(wanted, deltas), strict=True))
+            changes = [bound[key].changes(task) for key, task in rows.keys]
+            self._make_room(wanted)
+            tensors = {identity: at[:2] for of_delta in changes for identity, at in of_delta.items()}
+            together = [
+                (name, tensor, [c[identity][2] if identity in c else None for c in changes])
+                for identity, (name, tensor) in tensors.items()
+            ]
+            with MixedBatch(self.model, rows, together, self._batch_first):
+                yield self.model
+
     def stats(self) -> PoolStats:
         """What the pool has done so far, and what is in memory."""
         return PoolStats(
@@ -235,20 +270,27 @@ class DeltaPool:
             bound = self._loaded.pop(name, None)
             self._hits += bound is not None
             self._loaded[name] = bound or self._bind(name, deltas.get(name))
+        self._make_room(names)
+        return [self._loaded[name] for name in names]
+
+    def _make_room(self, needed: list[str]) -> None:
+        """Drop the values of other deltas until the rest has no more bytes than the memory.
+
+        Raises:
+            ValueError: those that are needed have more; they are dropped too.
+        """
         total = sum(bound.num_bytes for bound in self._loaded.values())
-        for name in list(self._loaded):
-            if total > self.memory and name not in names:
+        for name in [name for name in self._loaded if name not in needed]:
+            if total > self.memory:
                 total -= self._loaded.pop(name).num_bytes
                 self._evictions += 1
-        bounds = [self._loaded[name] for name in names]
         if total > self.memory:
-            for name in names:
+            for name in needed:
                 del self._loaded[name]
             raise ValueError(
-                f"{few_names(names)} {'take' if len(names) > 1 else 'takes'} {total:,} bytes in memory, and the pool "
+                f"{few_names(needed)} {'take' if len(needed) > 1 else 'takes'} {total:,} bytes in memory, and the pool "
                 f"may have {self.memory:,}: give it more (memory=...)"
             )
-        return bounds
 
     def _bind(self, name: str, delta: SparseDelta | None) -> BoundDelta:
         begin = perf_counter()
