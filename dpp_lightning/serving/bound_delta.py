@@ -76,6 +76,15 @@ class ChangedTensor:
         held = [self.carried, self.rows, *((self.sparse.values, self.sparse.indices) if self.sparse else ())]
         return [t for t in (*held, *((factors.left, factors.right) if factors else ())) if t is not None]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the fine-tuned model's tensor has."""
+        if self.sparse is None:
+            assert self.carried is not None
+            return tuple(self.carried.shape)
+        rows = 0 if self.rows is None else len(self.rows)
+        return (self.sparse.shape[0] + rows, *self.sparse.shape[1:]) if rows else self.sparse.shape
+
     def values(self, base: Tensor) -> Tensor:
         """The whole tensor as the fine-tuned model has it.
 
@@ -182,6 +191,15 @@ class BoundDelta:
                 f"this delta merges {few_names(tasks)}, with a head for each: choose one (NAME@{tasks[0]})"
             )
         return [*self._computed, *self._carried[key]]
+
+    def shapes(self, task: str | None) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """The tensors to which it gives another shape, by name.
+
+        Args:
+            task: as for :meth:`write`.
+        """
+        resized = (whole for whole in self._wholes(task) if whole.shape != tuple(whole.named.owner.shape))
+        return frozenset((whole.name, whole.shape) for whole in resized)
 
     def write(self, task: str | None, undo: Undo) -> None:
         """Write the fine-tuned values into the model, which holds the base. O(kept), and O(entries) of tensors with

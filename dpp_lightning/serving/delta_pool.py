@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,12 +18,16 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.serving.batch_rows import BatchRows
 from dpp_lightning.serving.bound_delta import BoundDelta, Undo
 from dpp_lightning.serving.mixed_batch import MixedBatch
+from dpp_lightning.serving.request_map import RequestMap
 from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import check_prunable, describe_source
 from dpp_lightning.tensors.shards import is_dtensor
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 _TASK = "@"  # between the name of a merged delta and one of its tasks
 
@@ -69,6 +74,10 @@ class _Source:
         return SparseDelta.from_pretrained(self.delta, revision=self.revision)
 
 
+class PoolMemoryError(ValueError, MemoryError):
+    """Deltas that are needed at once have more bytes than a pool may have."""
+
+
 class DeltaPool:
     """Many deltas of one base, over one model that holds the base.
 
@@ -102,6 +111,7 @@ class DeltaPool:
         self._loaded: dict[str, BoundDelta] = {}  # the least recently used first
         self._undo: Undo = []
         self._batch_first: set[str] = set()
+        self._requests = RequestMap(self)
         self._in_use = False
         self._seen = self._state()
         self._hits = self._loads = self._evictions = self._swaps = 0
@@ -229,6 +239,62 @@ class DeltaPool:
             with MixedBatch(self.model, rows, together, self._batch_first):
                 yield self.model
 
+    def map(
+        self,
+        requests: Iterable[Request],
+        *,
+        key: Callable[[Request], str | None],
+        forward: Callable[[nn.Module, list[Request]], Sequence[Result]],
+        batch_size: int = 32,
+        mix_up_to: int | None = None,
+    ) -> list[Result]:
+        """Answer requests for many deltas, in as few and as fast forwards as can be.
+
+        Requests of one delta are answered together. Deltas with few requests share batches, as in :meth:`mixed`, where
+        that is faster and can be done; the others are used one after the other.
+
+        Args:
+            requests: of any type.
+            key: of a request the delta: one of :attr:`names`, or None for the base.
+            forward: called with the model and up to ``batch_size`` requests, gives one result for each of them in their
+                order, such as ``lambda model, texts: model(**tokenizer(texts, ...)).logits``. The first call with
+                requests for several deltas also times it, so it should do nothing else.
+            batch_size: most requests of a forward.
+            mix_up_to: requests of one delta up to which it shares batches; 0 for never; timed once by default.
+
+        Returns:
+            A result for each request, in their order.
+
+        Raises:
+            ValueError: as :meth:`use`, before anything is computed where a name is unknown, or a forward that gives
+                another number of results.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is the most requests of a forward, at least 1, got {batch_size}")
+        requests = list(requests)
+        names = [key(request) for request in requests]
+        for name in dict.fromkeys(names):
+            if name is not None:
+                self._split(name)
+        return self._requests.run(requests, names, forward, batch_size, mix_up_to)
+
+    def shapes(self, name: str | None) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """The tensors of which a delta has another shape than the base, such as a head of other labels, by name. Deltas
+        that have the same can share a batch.
+
+        Args:
+            name: one of :attr:`names`, or None for the base.
+
+        Raises:
+            ValueError: as :meth:`use`.
+        """
+        if name is None:
+            return frozenset()
+        key, task = self._split(name)
+        with self._turn():
+            (bound,) = self._bring([key], {})
+            return bound.shapes(task)
+
     def stats(self) -> PoolStats:
         """What the pool has done so far, and what is in memory."""
         return PoolStats(
@@ -287,7 +353,7 @@ class DeltaPool:
         if total > self.memory:
             for name in needed:
                 del self._loaded[name]
-            raise ValueError(
+            raise PoolMemoryError(
                 f"{few_names(needed)} {'take' if len(needed) > 1 else 'takes'} {total:,} bytes in memory, and the pool "
                 f"may have {self.memory:,}: give it more (memory=...)"
             )
