@@ -55,24 +55,24 @@ class BatchRows:
             RowGroup(tuple(deltas), _as_slice([row for delta in deltas for row in of_delta[delta]]))
             for deltas in by_count.values()
         ]
-        self._vector_of_row = torch.tensor([0 if key is None else 1 + self.keys.index(key) for key in keys])
+        self._tensor_of_row = torch.tensor([0 if key is None else 1 + self.keys.index(key) for key in keys])
 
     def of(self, delta: int) -> slice | Tensor:
         """The rows of one delta, which index the first dimension of a batch's tensors."""
         return self._rows[delta]
 
     def stacked(self, of_deltas: Sequence[Tensor | None], base: Tensor) -> Tensor:
-        """One vector a row, that of its delta, or the base's where that is None.
+        """One tensor a row, that of its delta, or the base's where that is None.
 
         Args:
-            of_deltas: of each delta, shape (n,).
-            base: shape (n,).
+            of_deltas: of each delta, of the base's shape.
+            base: any shape.
 
         Returns:
-            Shape (rows of the batch, n).
+            Shape (rows of the batch, *the base's).
         """
-        vectors = torch.stack([base.detach(), *(base.detach() if v is None else v for v in of_deltas)])
-        return vectors[self._vector_of_row.to(base.device)]
+        tensors = torch.stack([base.detach(), *(base.detach() if v is None else v for v in of_deltas)])
+        return tensors[self._tensor_of_row.to(base.device)]
 
 
 def _as_slice(rows: list[int]) -> slice | Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 
 from dpp_lightning.delta.config_file import CONFIG_FILE, read_config
 from dpp_lightning.delta.contents import DeltaInfo
@@ -22,6 +23,7 @@ from dpp_lightning.serving.request_map import RequestMap
 from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
 from dpp_lightning.storage.source_kind import check_delta
+from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import check_prunable, describe_source
 from dpp_lightning.tensors.shards import is_dtensor
@@ -106,6 +108,7 @@ class DeltaPool:
             raise ValueError(f"{few_names(made_there)} were made in inference mode: load the model outside of it")
         if sharded := [name for name, tensor in self._tensors.items() if is_dtensor(tensor)]:
             raise ValueError(f"a pool needs whole tensors, and {few_names(sharded)} are in shards: take one device")
+        self._digests = {name: _digest(tensor) for name, tensor in self._tensors.items()}
         self._modules = modules_of(model)
         self._sources: dict[str, _Source] = {}
         self._loaded: dict[str, BoundDelta] = {}  # the least recently used first
@@ -399,14 +402,18 @@ class DeltaPool:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors.values()]
 
     def _check_unchanged(self) -> None:
-        changed = [
-            name for name, now, seen in zip(self._tensors, self._state(), self._seen, strict=True) if now != seen
-        ]
-        if changed:
+        """Check that the model is the base still; what was written to is hashed, as another may have put it back."""
+        states = zip(self._tensors, self._state(), self._seen, strict=True)
+        written = [name for name, now, seen in states if now != seen]
+        if changed := [name for name in written if _digest(self._tensors[name]) != self._digests[name]]:
             raise RuntimeError(
                 f"{few_names(changed)} of the model changed since the pool was made, by training, a cast, or another "
-                "delta: take that back, and make a new pool of the base"
+                "delta: take that back, or make a new pool of the base"
             )
+
+
+def _digest(tensor: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor.detach()))
 
 
 def _full_names(name: str, info: DeltaInfo) -> list[str]:

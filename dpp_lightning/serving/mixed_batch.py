@@ -19,9 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dpp_lightning.serving.batch_rows import BatchRows
-from dpp_lightning.serving.sparse_products import CannotMixError, Inputs, MapChanges, WeightChange, add_embedded
+from dpp_lightning.serving.sparse_products import (
+    CannotMixError,
+    Inputs,
+    MapChanges,
+    WeightChange,
+    add_embedded,
+)
 
-_CURE = "use one delta at a time (pool.use, or pool.map, which groups the requests)"
 _GETTERS = frozenset(  # of a tensor's attributes, those that tell nothing of its values
     {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized",
      "is_sparse", "is_nested", "is_leaf", "grad", "grad_fn", "names", "itemsize", "nbytes", "is_mps", "is_xpu"}
@@ -81,7 +86,7 @@ class MixedBatch(TorchFunctionMode):
 
     def __enter__(self) -> MixedBatch:
         for module in self._model.modules():
-            vectors = [id(p) for p in module.parameters(recurse=False) if p.dim() == 1 and id(p) in self._changed]
+            vectors = [id(p) for p in module.parameters(recurse=False) if id(p) in self._changed and p.dim() == 1]
             if vectors:
                 note = partial(self._note_dimensions, vectors)
                 self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
@@ -103,12 +108,12 @@ class MixedBatch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _ELEMENTWISE:
             return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
-        if func in _CASTS and named.tensor.dim() == 1 and named.tensor is args[0]:
+        if func in _CASTS and named.ndim is not None and named.tensor is args[0]:
             return func(self._as_rows(named, named.ndim), *args[1:], **kwargs)
         handler = _HANDLERS.get(func)
         if handler is None:
             called = getattr(func, "__name__", func)
-            raise CannotMixError(f"{named.name} goes into {called}, which takes one weight for all rows: {_CURE}")
+            raise CannotMixError(f"{named.name} goes into {called}, which takes one weight for all rows")
         return handler(self, *args, **kwargs)
 
     def _first_of(self, args: Iterable[Any]) -> _Changed | None:
@@ -137,31 +142,34 @@ class MixedBatch(TorchFunctionMode):
         if shape[:1] == (1,):
             return inputs.expand(size, *shape[1:])
         if shape[:1] != (size,):
-            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows: {_CURE}")
+            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows")
         if shape == (size,) or (len(shape) > 1 + numbers and shape[1] == size):
             if name not in self._batch_first:
-                raise CannotMixError(
-                    f"{name} got a tensor of shape {shape}, of which either dimension may be the {size} rows: pad the "
-                    f"batch to another length, or {_CURE}"
-                )
+                either = f"{shape}, of which either dimension may be the {size} rows"
+                raise CannotMixError(f"{name} got a tensor of shape {either}, until a batch of another length was seen")
         else:
             self._batch_first.add(name)
         return inputs
 
     def _as_rows(self, changed: _Changed, ndim: int | None) -> Tensor:
-        """A vector as one for each row, shape (rows, 1, ..., n).
+        """A vector as one for each row, shape (rows, 1, ..., n); of a tensor (1, ...), shape (rows, ...).
 
         Args:
-            changed: the vector.
+            changed: the tensor.
             ndim: dimensions of what it is combined with.
         """
+        tensor = changed.tensor
+        if tensor.dim() != 1 and (tensor.shape[:1] != (1,) or ndim != tensor.dim()):
+            raise CannotMixError(f"{changed.name}, of shape {tuple(tensor.shape)}, is used directly")
         if ndim is None or ndim < 2:
-            raise CannotMixError(f"{changed.name} is used outside of its module's forward: {_CURE}")
+            raise CannotMixError(f"{changed.name} is used outside of its module's forward")
         if changed.stack is None:
-            vectors = [None if change is None else change.whole for change in changed.changes]
-            if any(v is not None and v.shape != changed.tensor.shape for v in vectors):
-                raise CannotMixError(f"{changed.name} has other sizes in some deltas of the batch: {_CURE}")
-            changed.stack = self._rows.stacked(vectors, changed.tensor)
+            wholes = [None if change is None else change.whole for change in changed.changes]
+            if any(whole is not None and whole.shape != tensor.shape for whole in wholes):
+                raise CannotMixError(f"{changed.name} has other sizes in some deltas of the batch")
+            changed.stack = self._rows.stacked(wholes, tensor)
+        if tensor.dim() > 1:
+            return changed.stack.flatten(0, 1)
         return changed.stack.view(self._rows.size, *(1,) * (ndim - 2), -1)
 
     def _broadcast(self, arg: Any, args: tuple[Any, ...]) -> Any:
@@ -170,10 +178,40 @@ class MixedBatch(TorchFunctionMode):
         if changed is None:
             return arg
         others = [other for other in args if isinstance(other, Tensor) and other is not arg]
-        if changed.tensor.dim() != 1 or not others:
-            raise CannotMixError(f"{changed.name} is of {changed.tensor.dim()} dimensions and used directly: {_CURE}")
+        if not others:
+            raise CannotMixError(f"{changed.name} is combined with a number")
         self._per_row(others[0], changed.name)
         return self._as_rows(changed, others[0].dim())
+
+    def _expand(self, tensor: Tensor, *sizes: Any) -> Tensor:
+        """``Tensor.expand`` to the rows of the batch, as of a class token."""
+        sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        changed = self._changed[id(tensor)]
+        if sizes[0] != self._rows.size:
+            raise CannotMixError(f"{changed.name} is expanded to {sizes} in a batch of {self._rows.size} rows")
+        return self._as_rows(changed, len(sizes)).expand(*sizes)
+
+    def _convolution(
+        self, function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any
+    ) -> Tensor:
+        """A convolution with each row's weight and bias; a weight's changes are made dense, as kernels are small."""
+        of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
+        name = (of_weight or of_bias or self._changed[id(input)]).name
+        if input.dim() != weight.dim() or len(input) != self._rows.size:
+            raise CannotMixError(
+                f"{name} got a tensor of shape {tuple(input.shape)} in a batch of {self._rows.size} rows"
+            )
+        outputs = function(input, weight, bias, *settings)
+        for delta in range(len(self._rows.keys)):
+            changes = [changed.changes[delta] if changed else None for changed in (of_weight, of_bias)]
+            if any(changes):
+                own = [
+                    base if change is None or base is None else change.dense(base)
+                    for change, base in zip(changes, (weight, bias), strict=True)
+                ]
+                rows = self._rows.of(delta)
+                outputs[rows] = function(input[rows], *own, *settings)
+        return outputs
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear`` with each row's weight and bias."""
@@ -191,11 +229,9 @@ class MixedBatch(TorchFunctionMode):
         changed, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
         name, size = (changed or of_bias or self._changed[id(inputs)]).name, self._rows.size
         if inputs.dim() != 2 or inputs.shape[0] % size or id(inputs) in self._changed:
-            raise CannotMixError(
-                f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows: {_CURE}"
-            )
+            raise CannotMixError(f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows")
         if changed and self._wholes(changed):
-            raise CannotMixError(f"{name} is carried whole by a delta: {_CURE}")
+            raise CannotMixError(f"{name} is carried whole by a delta")
         outputs = torch.addmm(bias, inputs, weight)
         self._add_changes(inputs, outputs, weight, bias, transposed=True)
         return outputs
@@ -237,7 +273,7 @@ class MixedBatch(TorchFunctionMode):
         covered = len(wholes) == len(self._rows.keys) and self._rows.covered
         shapes = {tensor.shape for tensor in wholes.values()} | (set() if covered else {weight.shape})
         if len(shapes) > 1:
-            raise CannotMixError(f"{changed.name} has {len(shapes)} shapes among the deltas of the batch: {_CURE}")
+            raise CannotMixError(f"{changed.name} has {len(shapes)} shapes among the deltas of the batch")
         if covered:
             outputs = inputs.new_empty(*inputs.shape[:-1], some.shape[0])
         else:
@@ -255,7 +291,7 @@ class MixedBatch(TorchFunctionMode):
         """``F.embedding`` with each row's table."""
         changed = self._changed[id(weight)]
         if max_norm is not None:
-            raise CannotMixError(f"{changed.name} is an embedding with max_norm: {_CURE}")
+            raise CannotMixError(f"{changed.name} is an embedding with max_norm")
         rows = self._per_row(ids, changed.name)
         outputs = F.embedding(rows, weight)
         for delta, change in enumerate(changed.changes):
@@ -285,7 +321,7 @@ class MixedBatch(TorchFunctionMode):
         changed = self._first_of(parameters)
         assert changed is not None
         if len(shape) != 1:
-            raise CannotMixError(f"{changed.name} is of a norm over {len(shape)} dimensions: {_CURE}")
+            raise CannotMixError(f"{changed.name} is of a norm over {len(shape)} dimensions")
         return self._per_row(inputs, changed.name)
 
     def _scaled(self, normed: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -303,6 +339,10 @@ def _is_getter(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in _GETTERS  # type: ignore[attr-defined]
 
 
+def _convolved(function: Callable[..., Tensor], batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
+    return batch._convolution(function, *args, **kwargs)
+
+
 _ELEMENTWISE = frozenset(
     {Tensor.mul, Tensor.add, Tensor.sub, Tensor.mul_, Tensor.add_, torch.mul, torch.add, torch.sub}
 )
@@ -313,4 +353,6 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: MixedBatch._layer_norm,
     F.rms_norm: MixedBatch._rms_norm,
     torch.addmm: MixedBatch._addmm,
+    Tensor.expand: MixedBatch._expand,
+    **{function: partial(_convolved, function) for function in (F.conv1d, F.conv2d, F.conv3d)},
 }

@@ -18,7 +18,14 @@ from dpp_lightning.tensors.factors import Factors
 
 
 class CannotMixError(ValueError):
-    """A model, delta or batch of which the rows cannot have deltas of their own."""
+    """A model, delta or batch of which the rows cannot have deltas of their own.
+
+    Args:
+        reason: beginning with the name of a tensor.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: use one delta at a time (pool.use, or pool.map, which groups the requests)")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class WeightChange:
         positions: sorted distinct flat positions, int32 or int64, shape (changed,), in the CPU's memory.
         differences: fine-tuned minus base there, float32, shape (changed,), in the CPU's memory.
         factors: a product that is added besides.
-        whole: all of the fine-tuned tensor, of any shape, in place of the rest; of a vector beside it.
+        whole: all of the fine-tuned tensor, of any shape, in place of the rest; of a vector, or of a tensor (1, ...),
+            beside it.
     """
 
     shape: torch.Size
@@ -43,7 +51,19 @@ class WeightChange:
     def num_bytes(self) -> int:
         """Bytes of it: positions twice, by tensor and by output, where each output's begin, and differences."""
         whole = 0 if self.whole is None else self.whole.nbytes
-        return 2 * self.positions.nbytes + self.differences.nbytes + 8 * max(self.shape[-2:]) + whole
+        return 2 * self.positions.nbytes + self.differences.nbytes + 8 * max(self.shape[-2:], default=0) + whole
+
+    def dense(self, base: Tensor) -> Tensor:
+        """The whole fine-tuned tensor, of the base's dtype and on its device.
+
+        Args:
+            base: the model's.
+        """
+        if self.whole is not None:
+            return self.whole
+        added = torch.zeros(base.numel()) if self.factors is None else self.factors.product()
+        added.index_add_(0, self.positions.long(), self.differences)
+        return (base.detach().float() + added.view(base.shape).to(base.device)).to(base.dtype)
 
     @cached_property
     def by_output(self) -> _Bags:

@@ -283,6 +283,17 @@ def test_a_model_that_was_changed_behind_its_back_is_refused(change):
         pass
 
 
+def test_a_model_that_was_put_back_is_the_base_still():
+    base, delta, other = base_model(), delta_of(1), delta_of(2)
+    pool = DeltaPool(base)
+    pool.add("a", delta)
+    expected = applied(delta, base)
+    with other.applied(base):
+        pass
+    with pool.use("a"):
+        assert same(state(base), expected)
+
+
 def test_a_model_of_inference_mode_and_a_quantised_one_are_refused():
     with torch.inference_mode():
         made_there = base_model()
