@@ -47,7 +47,8 @@ def output(model, inputs):
         outputs = model(**{name: tensor.clone() for name, tensor in inputs.items()})
     if "image_embeds" in outputs:
         return outputs["image_embeds"]
-    return next(v for v in outputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and len(v) == 2)
+    floats = (v for v in outputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return next(v for v in floats if v.shape[:1] == (2,))
 
 
 def mixes(architecture):
