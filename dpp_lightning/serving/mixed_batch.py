@@ -22,9 +22,9 @@ from dpp_lightning.serving.batch_rows import BatchRows
 from dpp_lightning.serving.sparse_products import (
     CannotMixError,
     Inputs,
-    MapChanges,
     WeightChange,
     add_embedded,
+    add_products,
 )
 
 _GETTERS = frozenset(  # of a tensor's attributes, those that tell nothing of its values
@@ -81,7 +81,6 @@ class MixedBatch(TorchFunctionMode):
         self._rows, self._model, self._batch_first = rows, model, batch_first
         self._handles: list[RemovableHandle] = []
         self._changed = {id(tensor): _Changed(name, tensor, of_deltas) for name, tensor, of_deltas in changes}
-        self._maps: dict[tuple[int, int], MapChanges] = {}
         self._last: tuple[Tensor, int | None, Inputs] | None = None
 
     def __enter__(self) -> MixedBatch:
@@ -240,18 +239,16 @@ class MixedBatch(TorchFunctionMode):
         self, inputs: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False
     ) -> None:
         """Add what the rows' deltas change of a linear map to its outputs, in place."""
-        size, (rows, columns) = self._rows.size, weight.shape
-        if (id(weight), id(bias)) not in self._maps:
-            none: list[WeightChange | None] = [None] * len(self._rows.keys)
-            of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-            self._maps[id(weight), id(bias)] = MapChanges(
-                self._rows,
-                of_weight.changes if of_weight else none,
-                of_bias.changes if of_bias else none,
-                (columns, rows) if transposed else (rows, columns),
-                transposed=transposed,
-            )
-        self._maps[id(weight), id(bias)].add(self._inputs(inputs), outputs.view(size, -1, outputs.shape[-1]))
+        none: list[WeightChange | None] = [None] * len(self._rows.keys)
+        weights, biases = (self._changed.get(id(tensor)) for tensor in (weight, bias))
+        add_products(
+            self._inputs(inputs),
+            outputs.view(self._rows.size, -1, outputs.shape[-1]),
+            self._rows,
+            weights.changes if weights else none,
+            biases.changes if biases else none,
+            transposed=transposed,
+        )
 
     def _inputs(self, inputs: Tensor) -> Inputs:
         """The last inputs again where they are the same, as those of query, key and value are."""
