@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -171,9 +171,15 @@ class DeltaPool:
             ValueError: an unknown name, a delta of another base, or deltas that do not fit into the memory together.
         """
         wanted = list(dict.fromkeys(self._split(name)[0] for name in (self.names if names is None else names)))
-        deltas = {name: self._sources[name].read() for name in wanted if name not in self._loaded}
-        with self._turn():
-            self._bring(wanted, deltas)
+        for name in wanted:
+            deltas = {} if name in self._loaded else {name: self._sources[name].read()}
+            with self._turn():
+                self._bring([name], deltas)
+        if lacking := [name for name in wanted if name not in self._loaded]:
+            raise PoolMemoryError(
+                f"{few_names(lacking)} had to leave again for others, since all together have more than the "
+                f"{self.memory:,} bytes that the pool may have: give it more (memory=...)"
+            )
 
     def evict(self, name: str) -> None:
         """Drop a delta's values from memory; it stays known.
@@ -215,8 +221,8 @@ class DeltaPool:
         """``with pool.mixed(["sst2", "math", "sst2"]) as model: model(**batch)``: one delta a row of the batch.
 
         The dense products are computed once for all rows, each row's changes beside them. The batch is the first
-        dimension of what the model is called with. Linear maps, embeddings, norms and biases can be mixed; what cannot
-        is refused by name, and nothing is computed with the wrong weights.
+        dimension of what the model is called with. Linear maps, embeddings, convolutions, norms and biases can be
+        mixed; what cannot is refused by name, and nothing is computed with the wrong weights.
 
         Args:
             names: of each row, one of :attr:`names`, or None for the base.
@@ -298,6 +304,10 @@ class DeltaPool:
             (bound,) = self._bring([key], {})
             return bound.shapes(task)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Other threads wait until the block ends; this one goes on using the pool."""
+        return locked([*self._modules, self])
+
     def stats(self) -> PoolStats:
         """What the pool has done so far, and what is in memory."""
         return PoolStats(
@@ -315,7 +325,7 @@ class DeltaPool:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """The lock of the model and the pool; what an interrupt left in the model is taken off first."""
-        with locked([*self._modules, self]):
+        with self.alone():
             if self._in_use:
                 raise RuntimeError("this thread is inside a block of this pool: end that before the next begins")
             self._restore()

@@ -33,7 +33,7 @@ _GETTERS = frozenset(  # of a tensor's attributes, those that tell nothing of it
 )  # fmt: skip
 _METADATA = frozenset(
     {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex,
-     Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.is_inference, Tensor.data_ptr}
+     Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.is_inference}
 )  # fmt: skip
 
 
@@ -66,8 +66,8 @@ class MixedBatch(TorchFunctionMode):
         batch_first: names of the tensors that are known to meet the batch as first dimension; others are added.
 
     Raises:
-        CannotMixError: inside the block, a function that takes a changed tensor and is not known here, or a batch that
-            is not the first dimension.
+        CannotMixError: a compiled model; inside the block, a function that takes a changed tensor and is not known
+            here, or a batch that is not the first dimension.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class MixedBatch(TorchFunctionMode):
 
     def __enter__(self) -> MixedBatch:
         for module in self._model.modules():
+            if _bypasses_python(module):
+                raise CannotMixError(f"the model is compiled ({type(module).__name__})")
             vectors = [id(p) for p in module.parameters(recurse=False) if id(p) in self._changed and p.dim() == 1]
             if vectors:
                 note = partial(self._note_dimensions, vectors)
@@ -105,10 +107,11 @@ class MixedBatch(TorchFunctionMode):
         named = self._first_of((*args, *kwargs.values()))
         if named is None or func in _METADATA or _is_getter(func):
             return func(*args, **kwargs)
-        if func in _ELEMENTWISE:
-            return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
-        if func in _CASTS and named.ndim is not None and named.tensor is args[0]:
-            return func(self._as_rows(named, named.ndim), *args[1:], **kwargs)
+        if self._first_of(kwargs.values()) is None:
+            if func in _ELEMENTWISE:
+                return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
+            if func in _CASTS and named.ndim is not None and self._first_of(args[1:]) is None:
+                return func(self._as_rows(named, named.ndim), *args[1:], **kwargs)
         handler = _HANDLERS.get(func)
         if handler is None:
             called = getattr(func, "__name__", func)
@@ -130,12 +133,17 @@ class MixedBatch(TorchFunctionMode):
         for identity in vectors:
             self._changed[identity].ndim = None if inputs is None else inputs.dim()
 
-    def _per_row(self, inputs: Tensor, name: str) -> Tensor:
+    def _per_row(self, inputs: Tensor, *parameters: Tensor | None) -> Tensor:
         """A batch's tensor with its rows first, those that all rows share repeated.
+
+        Args:
+            inputs: what a function takes beside parameters.
+            parameters: one of them at least is changed by a delta, for messages.
 
         Raises:
             CannotMixError: its first dimension is not the batch, or may be another.
         """
+        name = self._name_of(inputs, *parameters)
         size, shape = self._rows.size, tuple(inputs.shape)
         numbers = inputs.is_floating_point()  # else ids, which have no features
         if shape[:1] == (1,):
@@ -149,6 +157,18 @@ class MixedBatch(TorchFunctionMode):
         else:
             self._batch_first.add(name)
         return inputs
+
+    def _name_of(self, inputs: Tensor, *parameters: Tensor | None) -> str:
+        """Of the first parameter that is changed.
+
+        Raises:
+            CannotMixError: the inputs are such a tensor themselves.
+        """
+        if found := self._first_of([inputs]):
+            raise CannotMixError(f"{found.name} is used as the inputs of a function")
+        changed = self._first_of(parameters)
+        assert changed is not None  # why the function is here
+        return changed.name
 
     def _as_rows(self, changed: _Changed, ndim: int | None) -> Tensor:
         """A vector as one for each row, shape (rows, 1, ..., n); of a tensor (1, ...), shape (rows, ...).
@@ -179,7 +199,7 @@ class MixedBatch(TorchFunctionMode):
         others = [other for other in args if isinstance(other, Tensor) and other is not arg]
         if not others:
             raise CannotMixError(f"{changed.name} is combined with a number")
-        self._per_row(others[0], changed.name)
+        self._per_row(others[0], arg)
         return self._as_rows(changed, others[0].dim())
 
     def _expand(self, tensor: Tensor, *sizes: Any) -> Tensor:
@@ -195,7 +215,7 @@ class MixedBatch(TorchFunctionMode):
     ) -> Tensor:
         """A convolution with each row's weight and bias; a weight's changes are made dense, as kernels are small."""
         of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-        name = (of_weight or of_bias or self._changed[id(input)]).name
+        name = self._name_of(input, weight, bias)
         if input.dim() != weight.dim() or len(input) != self._rows.size:
             raise CannotMixError(
                 f"{name} got a tensor of shape {tuple(input.shape)} in a batch of {self._rows.size} rows"
@@ -214,8 +234,7 @@ class MixedBatch(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear`` with each row's weight and bias."""
-        changed, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-        rows = self._per_row(input, (changed or of_bias).name)  # type: ignore[union-attr]
+        rows, changed = self._per_row(input, weight, bias), self._changed.get(id(weight))
         wholes = self._wholes(changed) if changed else {}
         if wholes:
             return self._with_whole_weights(rows, weight, bias, wholes)
@@ -225,9 +244,8 @@ class MixedBatch(TorchFunctionMode):
 
     def _addmm(self, bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
         """``torch.addmm`` as Conv1D of transformers calls it: the rows' places in one dimension."""
-        changed, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-        name, size = (changed or of_bias or self._changed[id(inputs)]).name, self._rows.size
-        if inputs.dim() != 2 or inputs.shape[0] % size or id(inputs) in self._changed:
+        changed, name, size = self._changed.get(id(weight)), self._name_of(inputs, weight, bias), self._rows.size
+        if inputs.dim() != 2 or inputs.shape[0] % size:
             raise CannotMixError(f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows")
         if changed and self._wholes(changed):
             raise CannotMixError(f"{name} is carried whole by a delta")
@@ -286,10 +304,9 @@ class MixedBatch(TorchFunctionMode):
         self, ids: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
     ) -> Tensor:
         """``F.embedding`` with each row's table."""
-        changed = self._changed[id(weight)]
+        rows, changed = self._per_row(ids, weight), self._changed[id(weight)]
         if max_norm is not None:
             raise CannotMixError(f"{changed.name} is an embedding with max_norm")
-        rows = self._per_row(ids, changed.name)
         outputs = F.embedding(rows, weight)
         for delta, change in enumerate(changed.changes):
             if change is not None:
@@ -315,11 +332,9 @@ class MixedBatch(TorchFunctionMode):
         return self._scaled(F.rms_norm(self._normed(inputs, shape, weight), shape, eps=eps), weight)
 
     def _normed(self, inputs: Tensor, shape: Any, *parameters: Any) -> Tensor:
-        changed = self._first_of(parameters)
-        assert changed is not None
         if len(shape) != 1:
-            raise CannotMixError(f"{changed.name} is of a norm over {len(shape)} dimensions")
-        return self._per_row(inputs, changed.name)
+            raise CannotMixError(f"{self._name_of(inputs, *parameters)} is of a norm over {len(shape)} dimensions")
+        return self._per_row(inputs, *parameters)
 
     def _scaled(self, normed: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         weight, bias = (self._for_rows(parameter, normed.dim()) for parameter in (weight, bias))
@@ -330,6 +345,12 @@ class MixedBatch(TorchFunctionMode):
     def _for_rows(self, parameter: Tensor | None, ndim: int) -> Tensor | None:
         changed = self._changed.get(id(parameter))
         return parameter if changed is None else self._as_rows(changed, ndim)
+
+
+def _bypasses_python(module: nn.Module) -> bool:
+    """Whether functions of torch are called where they cannot be seen."""
+    compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
 
 
 def _is_getter(func: Callable[..., Any]) -> bool:

@@ -212,6 +212,31 @@ def test_a_function_that_takes_one_weight_for_all_rows_is_refused(kind):
         model(torch.randn(2, 3, 6))
 
 
+@pytest.mark.parametrize("how", ["as inputs", "by keyword", "compiled", "its pointer"])
+def test_what_could_go_past_the_pool_is_refused(how):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(6, 6)
+
+        def forward(self, x):
+            if how == "as inputs":
+                return F.linear(self.map.weight, x[0])
+            if how == "by keyword":
+                return torch.add(x, other=self.map.bias)
+            return self.map.bias.data_ptr() if how == "its pointer" else self.map(x)
+
+    torch.manual_seed(0)
+    base, finetuned = Other(), Other()
+    if how == "compiled":
+        base.map.compile()
+    pool = DeltaPool(base)
+    pool.add("a", prune(base, finetuned, "magnitude", 0.2))
+    said = "is compiled" if how == "compiled" else "map"
+    with pytest.raises(CannotMixError, match=said), pool.mixed(["a", None]) as model:
+        model(torch.randn(2, 3, 6))
+
+
 def test_other_threads_see_the_base_while_a_thread_mixes():
     base, pool = net_pool()
     tokens, seen = ids(3), []
