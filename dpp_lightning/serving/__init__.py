@@ -1,0 +1,1 @@
+"""Serving: many deltas of one base."""
