@@ -151,7 +151,7 @@ class BaseCheckpoint:
 
 
 def _change(name: str, base: Tensor, held: Tensor, sparse: SparseTensor, info: DeltaInfo) -> TensorChange:
-    """The change of one pruned tensor; that beneath a product is computed again when it is asked for, as it is dense."""
+    """The change of one pruned tensor; that by a product is dense, so it is computed again when it is asked for."""
     values = add_rescaled(held, *sparse.change(info.q))
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype} at q={info.q:g}; use a larger q")

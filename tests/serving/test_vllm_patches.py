@@ -211,5 +211,5 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path):
     delta = prune(base, {"weight": base["weight"] + 1}, "dare", 0.5).rescaled(1e-6)
     delta.save_pretrained(tmp_path / "delta")
     save_file(base, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="weight: .* not finite"):
+    with pytest.raises(ValueError, match="weight: theta_0"):
         BaseCheckpoint(tmp_path / "model.safetensors").changes(tmp_path / "delta")
