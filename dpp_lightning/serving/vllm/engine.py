@@ -25,8 +25,8 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 
 from dpp_lightning.serving.base_checkpoint import BaseCheckpoint, Changes
 from dpp_lightning.serving.vllm.loader_check import check_engine, check_loader
+from dpp_lightning.serving.vllm.switch import RESTART
 
-RESTART = "restart the server"  # in the message of every failure after which its weights are not known
 _BYTES = 1 << 29  # of whole tensors that are patched by one call
 
 Result = TypeVar("Result")
