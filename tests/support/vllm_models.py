@@ -33,11 +33,13 @@ def finetuned_of(base, seed):
 
 
 def make_folders(folder, kind="qwen2", tied=True):
-    """``base``; the deltas ``A``, ``B``, one that carries tensors, and a merge; the dense model of each; another base."""
+    """``base``; the deltas ``A``, ``B``, one that carries tensors, and a merge; the dense model of each; a delta of another
+    base."""
     base = make_base(kind, tied)
     base.save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    make_base(kind, tied, seed=9).save_pretrained(folder / "other")
+    other = make_base(kind, tied, seed=9)
+    prune(other, finetuned_of(other, 4), "dare", 0.9).save_pretrained(folder / "of_other")
     deltas = {
         "A": prune(base, finetuned_of(base, 1), "magnitude", 0.7),
         "B": prune(base, finetuned_of(base, 2), "dare", 0.9, dtype="bfloat16"),

@@ -8,11 +8,11 @@ values are overwritten in place. So what can fail for the delta's sake fails bef
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from vllm.distributed.parallel_state import get_inner_dp_world_group
+from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 
 from dpp_lightning.serving.base_checkpoint import BaseCheckpoint, Changes
+from dpp_lightning.serving.vllm.held_weights import HeldWeights
 from dpp_lightning.serving.vllm.loader_check import check_engine, check_loader
-from dpp_lightning.serving.vllm.switch import RESTART
 
 _BYTES = 1 << 29  # of whole tensors that are patched by one call
 
@@ -34,7 +34,13 @@ Result = TypeVar("Result")
 
 @dataclass
 class DppInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed upon beforehand: ``{"init_info": {}}`` only checks that deltas can be used."""
+    """``{"init_info": {}}``: nothing has to be agreed upon, so that this step may be left out.
+
+    Attributes:
+        unknown: what was given although there is nothing to give.
+    """
+
+    unknown: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,25 +68,36 @@ class DppUpdateInfo(WeightTransferUpdateInfo):
 
 
 class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
-    """Holds which delta one worker's weights have, and switches them; made by vLLM, arguments as there."""
+    """Holds which delta one worker's weights have, and switches them; made by vLLM once the base is loaded.
+
+    The base's files are mapped then, so that they may be replaced, though not rewritten, while the server runs.
+
+    Raises:
+        ValueError: this server's weights cannot be overwritten in place, for the reason that is named.
+        FileNotFoundError: the base's files are not where the server was told.
+    """
 
     init_info_cls, update_info_cls = DppInitInfo, DppUpdateInfo
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._base: BaseCheckpoint | None = None
-        self._present: Changes = {}
+        check_engine(self.vllm_config, self.model)
+        self._base = BaseCheckpoint(self.model_config.model, self.model_config.revision)
+        self._held = HeldWeights(lambda present, wanted: self._together(lambda: self._write(present, wanted)))
         self._loadable: set[str] = set()  # names that the model's loader was seen to copy in place
-        self._lost = ""  # why the weights are neither the base nor a known delta
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> DppInitInfo:
+        """What was given, which :meth:`init_transfer_engine` checks."""
+        return DppInitInfo(init_dict)
 
     def init_transfer_engine(self, init_info: DppInitInfo) -> None:
-        """Map the base's files and check that this server's weights can be overwritten in place.
+        """Nothing to prepare, so that it need not be called.
 
         Raises:
-            ValueError: they cannot, for the reason that is named.
+            ValueError: something was given, which would change nothing.
         """
-        self._together(self._open)
+        _report(lambda: self._refuse(init_info.unknown))
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: values are overwritten in place."""
@@ -89,56 +106,39 @@ class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
         """Nothing is left to do."""
 
     def shutdown(self) -> None:
-        """Let go of the base's files; they are mapped again when needed. The weights stay as they are."""
-        self._base = None
+        """Nothing to end; the weights stay as they are."""
 
-    def receive_weights(self, update_info: DppUpdateInfo) -> None:
-        """Switch to a delta or the base.
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Switch to a delta or the base; after an error vLLM wants ``finish_weight_update`` before the next start.
 
         Raises:
             ValueError: nothing was written, or the weights are again as before.
             RuntimeError: neither, so that the server must be restarted.
         """
-        if self._lost:
-            raise RuntimeError(f"the weights are in no known state since {self._lost}; {RESTART}")
-        base = self._together(self._open)
-        wanted = self._together(lambda: self._read(base, update_info))
-        present, self._lost = self._present, "an update was interrupted"
-        try:
-            self._together(lambda: self._write(base, present, wanted))
-            self._present = wanted
-        except ValueError as error:
-            self._restore(base, present, wanted, error)
-        self._lost = ""
+        _report(lambda: super(DppEngine, self).update_weights(update_info))
 
-    def _restore(self, base: BaseCheckpoint, present: Changes, wanted: Changes, error: ValueError) -> None:
-        """Take a write that failed back, and say so."""
-        try:
-            self._together(lambda: self._write(base, wanted, present))
-        except ValueError as second:
-            self._lost = f"an update failed ({error}) and could not be taken back"
-            raise RuntimeError(f"{error}; the weights before could not be restored ({second}): {RESTART}") from error
-        self._lost = ""
-        raise ValueError(f"{error}; the weights are as before") from error
+    def receive_weights(self, update_info: DppUpdateInfo) -> None:
+        """The part of :meth:`update_weights` on this worker that vLLM asks an engine for; raises as that."""
+        self._held.check()
+        self._held.switch(self._together(lambda: self._read(update_info)))
 
-    def _open(self) -> BaseCheckpoint:
-        if self._base is None:
-            check_engine(self.vllm_config, self.model)
-            self._base = BaseCheckpoint(self.model_config.model, self.model_config.revision)
-        return self._base
+    @staticmethod
+    def _refuse(unknown: dict[str, Any]) -> None:
+        if unknown:
+            raise ValueError(f"init_info: there is nothing to give, got {', '.join(unknown)}")
 
-    def _read(self, base: BaseCheckpoint, info: DppUpdateInfo) -> Changes:
+    def _read(self, info: DppUpdateInfo) -> Changes:
         if info.delta is None:
             return {}
-        changes = base.changes(info.delta, revision=info.revision, task=info.task, force=info.force)
-        new = {name: base.tensors[name] for name in changes if name not in self._loadable}
+        changes = self._base.changes(info.delta, revision=info.revision, task=info.task, force=info.force)
+        new = {name: self._base.tensors[name] for name in changes if name not in self._loadable}
         check_loader(self.model, new, all_layers=self.parallel_config.pipeline_parallel_size == 1)
         self._loadable.update(new)
         return changes
 
-    def _write(self, base: BaseCheckpoint, present: Changes, wanted: Changes) -> None:
+    def _write(self, present: Changes, wanted: Changes) -> None:
         patches, size = [], 0
-        for name, shape, dtype, values, indices in base.entries(present, wanted):
+        for name, shape, dtype, values, indices in self._base.entries(present, wanted):
             values, indices = values.to(self.device), indices.to(self.device)
             patches.append(CheckpointWeightPatch(name, shape, dtype, values, indices))
             size += torch.Size(shape).numel() * dtype.itemsize
@@ -150,27 +150,46 @@ class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
     def _load(self, patches: list[CheckpointWeightPatch]) -> None:
         load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
 
-    def _together(self, work: Callable[[], Result]) -> Result:
-        """The work's result, once all workers of this server's replica have done it; a ValueError with the first
-        failure's message on all of them if one has failed."""
+    @staticmethod
+    def _together(work: Callable[[], Result]) -> Result:
+        """The work's result, once all workers have done it; a ValueError with one message on all of them if one has
+        failed."""
         cause: Exception | None = None
         try:
             result = work()
         except Exception as error:
             cause = error
-        failure = next(filter(None, self._exchange(_line(cause))), "")
-        if failure:
+        if failure := _first_failure(_line(cause)):
             raise ValueError(failure) from cause
         return result
 
-    def _exchange(self, text: str) -> list[str]:
-        """A text of every worker, in their order."""
-        if self.parallel_config.world_size == 1:
-            return [text]
-        group = get_inner_dp_world_group()
-        texts: list[str] = [""] * group.world_size
-        torch.distributed.all_gather_object(texts, text, group=group.cpu_group)
-        return texts
+
+def _report(work: Callable[[], None]) -> None:
+    """Raise what the work raises, which is the same on all workers, on the last of them alone.
+
+    vLLM reads the workers' answers in their order and stops at the first error; those left unread would be taken for
+    answers to its next call.
+    """
+    try:
+        work()
+    except (ValueError, RuntimeError):
+        if all(group.rank_in_group == group.world_size - 1 for group in _groups()):
+            raise
+
+
+def _groups() -> tuple[Any, ...]:
+    """The groups that together hold all workers of this replica of the model."""
+    return get_tp_group(), get_pcp_group(), get_pp_group()
+
+
+def _first_failure(own: str) -> str:
+    """The first message that is not empty of all workers of this replica of the model, the same on each of them."""
+    for group in _groups():
+        if group.world_size > 1:
+            messages: list[str] = [""] * group.world_size
+            torch.distributed.all_gather_object(messages, own, group=group.cpu_group)
+            own = next(filter(None, messages), "")
+    return own
 
 
 def _line(error: Exception | None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -31,7 +32,12 @@ def switch_engine(
         RuntimeError: the engine is still at work on requests, so that what it remembers of prompts stays.
     """
     engine.start_weight_update()
-    engine.update_weights({"update_info": _update_info(delta, task, revision, force)})
+    try:
+        engine.update_weights({"update_info": _update_info(delta, task, revision, force)})
+    except BaseException:
+        with suppress(Exception):  # of workers for which the update has ended; the others are told
+            engine.finish_weight_update()
+        raise
     engine.finish_weight_update()
     if not engine.reset_prefix_cache():
         raise RuntimeError(
@@ -72,6 +78,8 @@ def switch_server(
         _call(url, "update_weights", timeout, {"update_info": _update_info(delta, task, revision, force)})
         _call(url, "finish_weight_update", timeout, {})
     except RuntimeError as error:
+        with suppress(RuntimeError):  # of workers for which the update has ended; the others are told
+            _call(url, "finish_weight_update", timeout, {})
         if RESTART not in str(error):
             _call(url, "resume", timeout, {})
         raise
