@@ -1,4 +1,4 @@
-"""``vllm serve`` on the loopback: clients switch it over HTTP, and what is refused leaves it serving."""
+"""vLLM's server on the loopback: clients switch it over HTTP, and what is refused leaves it serving."""
 
 import json
 import shutil

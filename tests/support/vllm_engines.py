@@ -76,12 +76,13 @@ def engine(model, **settings):
 
 @contextmanager
 def server(model, folder, dtype="float32"):
-    """A ``vllm serve`` on the loopback; its address."""
+    """vLLM's server on the loopback; its address. The wheel for the CPU has no metadata that ``vllm serve`` asks for, so
+    it is started by its module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "base", "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "base", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4", "--block-size", "32", "--enable-prefix-caching",
         "--weight-transfer-config", '{"backend": "dpp"}',
     ]  # fmt: skip
