@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
@@ -26,6 +27,18 @@ from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather
 from dpp_lightning.tensors.names import named_tensors
 
 
+class NewValues(NamedTuple):
+    """Values of one tensor of the checkpoint that an engine is to overwrite.
+
+    Attributes:
+        indices: distinct flat positions in C order, int64, shape (changed,), in no order; None for all of the tensor.
+        values: shape (changed,), in the base's dtype or, of a carried tensor, in its own.
+    """
+
+    indices: Tensor | None
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class TensorChange:
     """What a delta makes of one tensor of the base.
@@ -33,10 +46,12 @@ class TensorChange:
     Attributes:
         indices: sorted distinct flat positions that change, int64, shape (changed,); None for all.
         values: gives the new values at these positions, shape (changed,).
+        originals: the base's values there, shape (changed,).
     """
 
     indices: Tensor | None
     values: Callable[[], Tensor]
+    originals: Tensor
 
 
 Changes = Mapping[str, TensorChange]  # the base's files' name of each tensor that changes; empty for the base itself
@@ -89,18 +104,16 @@ class BaseCheckpoint:
         names = self._names(contents)
         return {**self._pruned(contents, names, force=force), **self._carried(contents.carried, names)}
 
-    def entries(self, present: Changes, wanted: Changes) -> Iterator[AbsoluteEntries]:
+    def new_values(self, present: Changes, wanted: Changes) -> Iterator[tuple[str, NewValues]]:
         """What to overwrite in an engine that holds the base with ``present`` so that it holds it with ``wanted``.
 
         Yields:
-            One :class:`AbsoluteEntries` for each tensor that either of them changes, in the order of the files: the new
-            values, and the base's where only ``present`` had others. The values have the base's dtype, or that of a
-            tensor which the delta carries.
+            Name in the files, in their order, and the new values of each tensor that either of them changes: the base's
+            where only ``present`` has others.
         """
-        for name, base in self.tensors.items():
+        for name in self.tensors:
             if name in present or name in wanted:
-                indices, values = _overwritten(base, present.get(name), wanted.get(name))
-                yield AbsoluteEntries(name, tuple(base.shape), values.dtype, values, indices)
+                yield name, _new_values(present.get(name), wanted.get(name))
 
     def dense(self, wanted: Changes) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base plus delta, one after the other, for engines that take whole tensors alone."""
@@ -146,7 +159,7 @@ class BaseCheckpoint:
             if not tensor.is_floating_point() or bool(tensor.isnan().any()):
                 kind = "NaN" if tensor.is_floating_point() else str(tensor.dtype)
                 raise ValueError(f"{name}: a server cannot be switched to a tensor of {kind}; serve the dense model")
-            changes[names[name]] = TensorChange(None, partial(tensor.reshape, -1))
+            changes[names[name]] = TensorChange(None, partial(tensor.reshape, -1), base.reshape(-1))
         return changes
 
 
@@ -156,24 +169,26 @@ def _change(name: str, base: Tensor, held: Tensor, sparse: SparseTensor, info: D
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype} at q={info.q:g}; use a larger q")
     if sparse.factors is None:
-        return TensorChange(sparse.indices.long(), lambda: values)
-    return TensorChange(None, lambda: add_rescaled(base.reshape(-1), *sparse.change(info.q)))
+        return TensorChange(sparse.indices.long(), lambda: values, held)
+    flat = base.reshape(-1)
+    return TensorChange(None, lambda: add_rescaled(flat, *sparse.change(info.q)), flat)
 
 
-def _overwritten(base: Tensor, present: TensorChange | None, wanted: TensorChange | None) -> tuple[Tensor, Tensor]:
-    """Flat positions and new values of one tensor, wherever it may change."""
-    if wanted is not None and wanted.indices is None:
-        return torch.arange(base.numel()), wanted.values()
-    if present is not None and present.indices is None:
-        indices = torch.arange(base.numel())
-    else:
-        indices = _union([change.indices for change in (present, wanted) if change and change.indices is not None])
-    values = gather_entries(base, indices)
-    if wanted is not None and wanted.indices is not None:
-        values[torch.searchsorted(indices, wanted.indices)] = wanted.values()
-    return indices, values
+def _new_values(present: TensorChange | None, wanted: TensorChange | None) -> NewValues:
+    """The new values of one tensor, wherever it may change."""
+    if wanted is None:
+        assert present is not None
+        return NewValues(present.indices, present.originals)
+    if present is None or wanted.indices is None:
+        return NewValues(wanted.indices, wanted.values())
+    if present.indices is None:
+        return NewValues(None, present.originals.index_copy(0, wanted.indices, wanted.values()))
+    rest = ~_among(present.indices, wanted.indices)
+    indices = torch.cat([present.indices[rest], wanted.indices])
+    return NewValues(indices, torch.cat([present.originals[rest], wanted.values()]))
 
 
-def _union(indices: list[Tensor]) -> Tensor:
-    """Sorted distinct positions of one or two sets of such."""
-    return indices[0] if len(indices) == 1 else torch.unique(torch.cat(indices))
+def _among(indices: Tensor, others: Tensor) -> Tensor:
+    """Which of sorted distinct positions are among others of such, shape (indices,), bool."""
+    place = torch.searchsorted(others, indices).clamp_(max=max(len(others) - 1, 0))
+    return others[place] == indices if len(others) else torch.zeros_like(indices, dtype=torch.bool)

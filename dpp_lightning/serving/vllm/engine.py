@@ -18,16 +18,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-    CheckpointWeightPatch,
-    load_checkpoint_weight_patches,
-)
 
 from dpp_lightning.serving.base_checkpoint import BaseCheckpoint, Changes
+from dpp_lightning.serving.vllm.engine_check import check_engine
 from dpp_lightning.serving.vllm.held_weights import HeldWeights
-from dpp_lightning.serving.vllm.loader_check import check_engine, check_loader
-
-_BYTES = 1 << 29  # of whole tensors that are patched by one call
+from dpp_lightning.serving.vllm.in_place import check_loader, overwrite
 
 Result = TypeVar("Result")
 
@@ -137,18 +132,7 @@ class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
         return changes
 
     def _write(self, present: Changes, wanted: Changes) -> None:
-        patches, size = [], 0
-        for name, shape, dtype, values, indices in self._base.entries(present, wanted):
-            values, indices = values.to(self.device), indices.to(self.device)
-            patches.append(CheckpointWeightPatch(name, shape, dtype, values, indices))
-            size += torch.Size(shape).numel() * dtype.itemsize
-            if size >= _BYTES:
-                self._load(patches)
-                patches, size = [], 0
-        self._load(patches)
-
-    def _load(self, patches: list[CheckpointWeightPatch]) -> None:
-        load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
+        overwrite(self.model, self._base.tensors, self._base.new_values(present, wanted))
 
     @staticmethod
     def _together(work: Callable[[], Result]) -> Result:

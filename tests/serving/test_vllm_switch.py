@@ -1,7 +1,7 @@
-"""Values that switch an engine between deltas of one base: equal to dense models, bit for bit, whatever is loaded.
+"""Switches of an engine between deltas of one base: equal to dense models, bit for bit, whatever is loaded in between.
 
-The engine is a twin of vLLM's: query, key and value lie in one tensor, in a dtype of its own, and a loader takes tensors
-of the checkpoint, of which NaN leaves an entry as it is.
+The engine is a twin of vLLM's: query, key and value lie in one tensor, and so do gate and up; each of two workers has
+some rows of them, some columns of the other products and all of the rest, in a dtype of the engine's own.
 """
 
 import shutil
@@ -11,48 +11,74 @@ import torch
 from factored import factored_pair
 from safetensors.torch import load_file, save_file
 from tiny_causal import make_decoder
+from torch import nn
 
 from dpp_lightning import SparseDelta, merge, prune
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.serving.base_checkpoint import BaseCheckpoint
+from dpp_lightning.serving.vllm.in_place import check_loader, overwrite
 
 PACKED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)}
 PACKED |= {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
-class Engine:
-    """Packed tensors of a checkpoint, and a loader that overwrites them."""
+class Worker(nn.Module):
+    """One worker's part of a model, and a loader that takes tensors of the checkpoint."""
 
-    def __init__(self, checkpoint, dtype):
-        self.places, pieces = {}, {}
+    def __init__(self, checkpoint, dtype, rank, workers):
+        super().__init__()
+        self.rank, self.workers, self.packed, self.places = rank, workers, {}, {}
+        pieces = {}
         for name, tensor in checkpoint.items():
             word = next((word for word in PACKED if f".{word}." in name), None)
             packed, order = (name.replace(word, PACKED[word][0]), PACKED[word][1]) if word else (name, 0)
-            pieces.setdefault(packed, {})[order] = (name, tensor)
-        self.packed = {}
+            pieces.setdefault(packed, {})[order] = (name, self.part(name, tensor.detach()))
         for packed, parts in pieces.items():
             parts = [parts[order] for order in sorted(parts)]
-            flat = torch.cat([tensor.detach().reshape(-1) for _, tensor in parts]).to(dtype, copy=True)
-            self.packed[packed], start = flat, 0
-            for name, tensor in parts:
-                self.places[name] = flat[start : start + tensor.numel()].view(tensor.shape)
-                start += tensor.numel()
+            whole = torch.cat([part for _, part in parts]) if len(parts) > 1 else parts[0][1].clone()
+            self.packed[packed], start = whole.to(dtype), 0
+            for name, part in parts:
+                rows = len(part) if len(parts) > 1 else None
+                self.places[name] = packed, start, rows
+                start += rows or 0
 
-    def load_weights(self, name, tensor):
-        place = self.places[name]
-        tensor = tensor.to(place.dtype)
-        place.copy_(torch.where(tensor.isnan(), place, tensor))
+    def part(self, name, tensor):
+        if name.endswith(BY_COLUMNS):
+            size = tensor.shape[1] // self.workers
+            return tensor.narrow(1, self.rank * size, size)
+        if any(f".{word}." in name for word in PACKED):
+            size = tensor.shape[0] // self.workers
+            return tensor.narrow(0, self.rank * size, size)
+        return tensor
 
-    def patch(self, entries):
-        for name, shape, dtype, values, indices in entries:
-            assert values.dtype == dtype
-            whole = torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype)
-            self.load_weights(name, whole.index_copy(0, indices, values).view(shape))
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            packed, start, rows = self.places[name]
+            place = self.packed[packed]
+            (place if rows is None else place[start : start + rows]).copy_(self.part(name, tensor))
+
+
+class Engine:
+    """All workers."""
+
+    def __init__(self, checkpoint, dtype, workers=2):
+        self.workers = [Worker(checkpoint, dtype, rank, workers) for rank in range(workers)]
+
+    def switch(self, checkpoint, present, wanted):
+        for worker in self.workers:
+            check_loader(worker, {name: checkpoint.tensors[name] for name in wanted})
+            overwrite(worker, checkpoint.tensors, checkpoint.new_values(present, wanted))
 
     def equals(self, checkpoint, dtype):
-        other = Engine(checkpoint, dtype)
-        assert other.packed.keys() == self.packed.keys()
-        return all(torch.equal(self.packed[name], other.packed[name]) for name in self.packed)
+        others = Engine(checkpoint, dtype, len(self.workers)).workers
+        for worker, other in zip(self.workers, others, strict=True):
+            assert worker.packed.keys() == other.packed.keys()
+        return all(
+            torch.equal(worker.packed[name], other.packed[name])
+            for worker, other in zip(self.workers, others, strict=True)
+            for name in worker.packed
+        )
 
 
 def finetuned_of(base, seed, scale=0.02):
@@ -95,20 +121,19 @@ def test_an_engine_holds_the_dense_model_of_every_delta_bit_for_bit_in_any_order
     changes = {name: checkpoint.changes(folder / name) for name in "ABC"} | {"base": {}}
     present = "base"
     for wanted in ("A", "B", "base", "C", "A", "C", "base", "B", "B", "base"):
-        engine.patch(checkpoint.entries(changes[present], changes[wanted]))
+        engine.switch(checkpoint, changes[present], changes[wanted])
         assert engine.equals(dense(folder, wanted), dtype), f"{present} to {wanted}"
         present = wanted
 
 
-def test_only_changed_entries_are_sent(folder):
+def test_only_entries_that_change_are_written(folder):
     checkpoint = BaseCheckpoint(folder / "base")
     a, b = (checkpoint.changes(folder / name) for name in "AB")
-    kept = {name: len(change.indices) for name, change in a.items()}
-    assert {e.name: len(e.values) for e in checkpoint.entries({}, a)} == kept
-    assert {e.name: len(e.values) for e in checkpoint.entries(a, {})} == kept
-    for entries in checkpoint.entries(a, b):
-        either = [change.indices for change in (a.get(entries.name), b.get(entries.name)) if change]
-        assert entries.indices.tolist() == sorted(set(torch.cat(either).tolist()))
+    for present, wanted in ((a, {}), ({}, a), (a, b), (b, b)):
+        for name, new in checkpoint.new_values(present, wanted):
+            either = [changes[name].indices for changes in (present, wanted) if name in changes]
+            assert sorted(new.indices.tolist()) == sorted(set(torch.cat(either).tolist()))
+            assert len(new.values) == len(new.indices)
 
 
 def test_whole_tensors_are_those_of_the_dense_model(folder):
@@ -127,10 +152,10 @@ def test_a_low_rank_delta_gives_the_dense_model(tmp_path):
     checkpoint = BaseCheckpoint(tmp_path / "model.safetensors")
     changes = checkpoint.changes(tmp_path / "delta")
     engine = Engine(base.state_dict(), torch.bfloat16)
-    engine.patch(checkpoint.entries({}, changes))
+    engine.switch(checkpoint, {}, changes)
     with delta.applied(base):
         assert engine.equals(base.state_dict(), torch.bfloat16)
-    engine.patch(checkpoint.entries(changes, {}))
+    engine.switch(checkpoint, changes, {})
     assert engine.equals(base.state_dict(), torch.bfloat16)
 
 
@@ -146,7 +171,7 @@ def test_a_merged_delta_is_used_as_one_of_its_tasks(tmp_path):
     with pytest.raises(ValueError, match="no task 'third'"):
         checkpoint.changes(tmp_path / "merged", task="third")
     engine = Engine(base.state_dict(), torch.float32)
-    engine.patch(checkpoint.entries({}, checkpoint.changes(tmp_path / "merged", task="other")))
+    engine.switch(checkpoint, {}, checkpoint.changes(tmp_path / "merged", task="other"))
     merged.for_task("other").apply_(base)
     assert engine.equals(base.state_dict(), torch.float32)
 

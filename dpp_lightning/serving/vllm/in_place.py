@@ -1,0 +1,166 @@
+"""Overwriting entries of vLLM's weights in place, by way of the model's own loader.
+
+The loader knows where the tensors of a checkpoint go: into which rows of packed query, key and value, which columns on
+which worker. It is run on the base's tensors, and each copy that it would make is replaced: the source is a view of a
+tensor of the checkpoint, so it tells which entries would go where, and only those that change are written. This is
+right where the loader ends in one plain copy of each value, which is checked before anything is written. vLLM's own
+``load_checkpoint_weight_patches`` goes by the same, but over all entries of a tensor to change some of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpp_lightning.serving.base_checkpoint import NewValues
+from dpp_lightning.storage.locate import few_names
+
+_BYTES = 1 << 30  # of new values at once
+
+
+def check_loader(model: nn.Module, tensors: Mapping[str, Tensor], *, all_layers: bool = True) -> None:
+    """Ask the model's loader where it would copy tensors of the checkpoint, without letting it.
+
+    A tensor that the loader leaves out, as it would of a dense model, is warned of.
+
+    Args:
+        model: the worker's model, with the values of ``tensors`` in it.
+        tensors: name in the checkpoint to tensor of the base.
+        all_layers: this worker has all of the model's layers, so that each tensor should find a place.
+
+    Raises:
+        ValueError: a tensor that the model lacks, or that its loader does more with than copying it.
+    """
+    left_out = []
+    for name, tensor in tensors.items():
+        places: list[int] = []
+
+        def note(destination: Tensor, source: Tensor, name: str = name, places: list[int] = places) -> None:
+            _check_copy(tensors[name], destination, source)
+            places.append(destination.data_ptr())
+
+        try:
+            with _copies_replaced(note):
+                _load(model, {name: tensor})
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{type(model).__name__} of vLLM cannot be given {name} in place ({reason})") from error
+        if len(set(places)) < len(places):
+            raise ValueError(f"{name}: vLLM computes with other values than it loads, so it cannot be switched")
+        if not places:
+            left_out.append(name)
+    if left_out and all_layers:
+        warnings.warn(f"vLLM loads no {few_names(left_out)}, so the delta's values are left out", stacklevel=2)
+
+
+def overwrite(model: nn.Module, tensors: Mapping[str, Tensor], new: Iterable[tuple[str, NewValues]]) -> None:
+    """Write new values into the model, rounded to its dtype.
+
+    Args:
+        model: the worker's model; its loader was checked for all tensors.
+        tensors: name in the checkpoint to tensor of the base, of those that change and others.
+        new: name in the checkpoint and new values of each tensor; taken as they are written, about a gigabyte at once.
+
+    Raises:
+        ValueError: the loader copies something else than it did when it was checked; part of it may be written.
+    """
+    batch: dict[str, NewValues] = {}
+    for name, values in new:
+        batch[name] = values
+        if sum(part.values.nbytes for part in batch.values()) >= _BYTES:
+            _overwrite(model, {name: tensors[name] for name in batch}, batch)
+            batch = {}
+    _overwrite(model, {name: tensors[name] for name in batch}, batch)
+
+
+def _overwrite(model: nn.Module, tensors: Mapping[str, Tensor], new: Mapping[str, NewValues]) -> None:
+    by_storage: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+
+    def write(destination: Tensor, source: Tensor) -> None:
+        near = by_storage.get(source.untyped_storage().data_ptr(), [])
+        name = next((name for name in near if _within(tensors[name], source)), None)
+        if name is None:
+            raise ValueError("the loader copies a tensor that it was not given")
+        _check_copy(tensors[name], destination, source)
+        offset = int(source.storage_offset() - tensors[name].storage_offset())
+        _write(destination, source.stride(), offset, new[name], copy)
+
+    with _copies_replaced(write) as copy:
+        _load(model, tensors)
+
+
+@torch.no_grad()
+def _load(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    model.load_weights(list(tensors.items()))
+
+
+@contextmanager
+def _copies_replaced(work: Callable[[Tensor, Tensor], None]) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """While it lasts, work is done in place of every ``destination.copy_(source)``; gives the true one."""
+    copy = Tensor.copy_
+
+    def replaced(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        work(destination, source)
+        return destination
+
+    Tensor.copy_ = replaced  # type: ignore[assignment, method-assign]
+    try:
+        yield copy
+    finally:
+        Tensor.copy_ = copy  # type: ignore[method-assign]
+
+
+def _check_copy(tensor: Tensor, destination: Tensor, source: Tensor) -> None:
+    """That a source is a part of a tensor, every entry once, and its place has the same form."""
+    if destination.shape != source.shape:
+        raise ValueError(f"its place has shape {tuple(destination.shape)}, not {tuple(source.shape)}")
+    if not _within(tensor, source):
+        raise ValueError("the loader computes other values first")
+    spans = sorted((stride, size) for stride, size in zip(source.stride(), source.shape, strict=True) if size > 1)
+    if any(stride < inner * size for (stride, _), (inner, size) in zip(spans[1:], spans, strict=False)) or (
+        spans and spans[0][0] == 0
+    ):
+        raise ValueError("the loader repeats its entries")
+
+
+def _within(tensor: Tensor, source: Tensor) -> bool:
+    """Whether a source is a view of (a part of) a contiguous tensor."""
+    same = source.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and source.dtype == tensor.dtype
+    offset = int(source.storage_offset() - tensor.storage_offset())
+    return same and tensor.is_contiguous() and 0 <= offset < max(tensor.numel(), 1)
+
+
+def _write(
+    destination: Tensor,
+    strides: tuple[int, ...],
+    offset: int,
+    new: NewValues,
+    copy: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Write the new values of the part of a tensor that begins at an offset and has these strides.
+
+    A position is divided by the strides, the largest first: where the part has the entry, the quotients are its place.
+    """
+    if new.indices is None:
+        copy(destination, new.values.as_strided(destination.shape, strides, new.values.storage_offset() + offset))
+        return
+    if destination.dim() == 0:
+        destination, strides = destination.view(1), (1,)
+    rest = new.indices.to(destination.device) - offset
+    inside = rest >= 0
+    place = [torch.zeros_like(rest)] * destination.dim()
+    for axis in sorted(range(destination.dim()), key=lambda axis: -strides[axis]):
+        if destination.shape[axis] > 1:
+            place[axis] = rest.div(strides[axis], rounding_mode="floor")
+            inside &= place[axis] < destination.shape[axis]
+            rest = rest - place[axis] * strides[axis]
+    inside &= rest == 0
+    values = new.values.to(destination.device, destination.dtype)[inside]
+    destination[tuple(axis[inside] for axis in place)] = values
