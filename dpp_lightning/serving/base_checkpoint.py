@@ -111,9 +111,9 @@ class BaseCheckpoint:
             Name in the files, in their order, and the new values of each tensor that either of them changes: the base's
             where only ``present`` has others.
         """
-        for name in self.tensors:
+        for name, base in self.tensors.items():
             if name in present or name in wanted:
-                yield name, _new_values(present.get(name), wanted.get(name))
+                yield name, _new_values(base, present.get(name), wanted.get(name))
 
     def dense(self, wanted: Changes) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base plus delta, one after the other, for engines that take whole tensors alone."""
@@ -174,7 +174,7 @@ def _change(name: str, base: Tensor, held: Tensor, sparse: SparseTensor, info: D
     return TensorChange(None, lambda: add_rescaled(flat, *sparse.change(info.q)), flat)
 
 
-def _new_values(present: TensorChange | None, wanted: TensorChange | None) -> NewValues:
+def _new_values(base: Tensor, present: TensorChange | None, wanted: TensorChange | None) -> NewValues:
     """The new values of one tensor, wherever it may change."""
     if wanted is None:
         assert present is not None
@@ -183,12 +183,7 @@ def _new_values(present: TensorChange | None, wanted: TensorChange | None) -> Ne
         return NewValues(wanted.indices, wanted.values())
     if present.indices is None:
         return NewValues(None, present.originals.index_copy(0, wanted.indices, wanted.values()))
-    rest = ~_among(present.indices, wanted.indices)
-    indices = torch.cat([present.indices[rest], wanted.indices])
-    return NewValues(indices, torch.cat([present.originals[rest], wanted.values()]))
-
-
-def _among(indices: Tensor, others: Tensor) -> Tensor:
-    """Which of sorted distinct positions are among others of such, shape (indices,), bool."""
-    place = torch.searchsorted(others, indices).clamp_(max=max(len(others) - 1, 0))
-    return others[place] == indices if len(others) else torch.zeros_like(indices, dtype=torch.bool)
+    replaced = torch.zeros(base.numel(), dtype=torch.bool).index_fill_(0, wanted.indices, True)
+    rest = replaced.index_select(0, present.indices).logical_not_().nonzero().view(-1)  # changed by present alone
+    indices = torch.cat([present.indices.index_select(0, rest), wanted.indices])
+    return NewValues(indices, torch.cat([present.originals.index_select(0, rest), wanted.values()]))

@@ -23,7 +23,7 @@ class Weights:
 
 
 def change(value):
-    return {name: TensorChange(torch.tensor([0]), lambda: value) for name in ("first", "second")}
+    return {name: TensorChange(torch.tensor([0]), lambda: value, torch.zeros(1)) for name in ("first", "second")}
 
 
 def test_switches_follow_one_another():

@@ -144,23 +144,36 @@ def _write(
     new: NewValues,
     copy: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Write the new values of the part of a tensor that begins at an offset and has these strides.
-
-    A position is divided by the strides, the largest first: where the part has the entry, the quotients are its place.
-    """
+    """Write the new values of the part of a tensor that begins at an offset and has these strides."""
     if new.indices is None:
         copy(destination, new.values.as_strided(destination.shape, strides, new.values.storage_offset() + offset))
         return
-    if destination.dim() == 0:
-        destination, strides = destination.view(1), (1,)
-    rest = new.indices.to(destination.device) - offset
-    inside = rest >= 0
-    place = [torch.zeros_like(rest)] * destination.dim()
-    for axis in sorted(range(destination.dim()), key=lambda axis: -strides[axis]):
-        if destination.shape[axis] > 1:
+    indices = new.indices.to(destination.device) - offset
+    values = new.values.to(destination.device, destination.dtype)
+    if destination.is_contiguous() and strides == destination.stride():  # the part is a run of entries
+        inside = (indices >= 0) & (indices < destination.numel())
+        if not bool(inside.all()):
+            indices, values = indices[inside], values[inside]
+        destination.view(-1).index_copy_(0, indices, values)
+        return
+    place, inside = _places(indices, destination.shape, strides)
+    destination[tuple(axis[inside] for axis in place)] = values[inside]
+
+
+def _places(indices: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """Where entries lie in a part of a tensor, one index for each of its axes, and whether they are in it.
+
+    A position is divided by the strides, the largest first: where the part has the entry, the quotients are its place.
+
+    Args:
+        indices: positions relative to the part's first entry, shape (entries,).
+        shape, strides: of the part, every entry once.
+    """
+    rest, inside = indices, indices >= 0
+    place = [torch.zeros_like(indices)] * len(shape)
+    for axis in sorted(range(len(shape)), key=lambda axis: -strides[axis]):
+        if shape[axis] > 1:
             place[axis] = rest.div(strides[axis], rounding_mode="floor")
-            inside &= place[axis] < destination.shape[axis]
+            inside &= place[axis] < shape[axis]
             rest = rest - place[axis] * strides[axis]
-    inside &= rest == 0
-    values = new.values.to(destination.device, destination.dtype)[inside]
-    destination[tuple(axis[inside] for axis in place)] = values
+    return place, inside & (rest == 0)
