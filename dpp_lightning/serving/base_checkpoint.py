@@ -183,7 +183,14 @@ def _new_values(base: Tensor, present: TensorChange | None, wanted: TensorChange
         return NewValues(wanted.indices, wanted.values())
     if present.indices is None:
         return NewValues(None, present.originals.index_copy(0, wanted.indices, wanted.values()))
-    replaced = torch.zeros(base.numel(), dtype=torch.bool).index_fill_(0, wanted.indices, True)
-    rest = replaced.index_select(0, present.indices).logical_not_().nonzero().view(-1)  # changed by present alone
+    rest = _among(present.indices, wanted.indices, base.numel()).logical_not_().nonzero().view(-1)
     indices = torch.cat([present.indices.index_select(0, rest), wanted.indices])
     return NewValues(indices, torch.cat([present.originals.index_select(0, rest), wanted.values()]))
+
+
+def _among(indices: Tensor, others: Tensor, entries: int) -> Tensor:
+    """Which of a tensor's positions are among others, shape (indices,); both sorted and distinct, others not empty."""
+    if len(others) < entries // 128:  # few, so that looking them up is cheaper than a mark for every entry
+        place = torch.searchsorted(others, indices).clamp_(max=len(others) - 1)
+        return others.index_select(0, place) == indices
+    return torch.zeros(entries, dtype=torch.bool).index_fill_(0, others, True).index_select(0, indices)

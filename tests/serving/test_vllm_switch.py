@@ -126,9 +126,14 @@ def test_an_engine_holds_the_dense_model_of_every_delta_bit_for_bit_in_any_order
         present = wanted
 
 
-def test_only_entries_that_change_are_written(folder):
-    checkpoint = BaseCheckpoint(folder / "base")
-    a, b = (checkpoint.changes(folder / name) for name in "AB")
+@pytest.mark.parametrize("rate", [0.9, 0.999])
+def test_only_entries_that_change_are_written(folder, tmp_path, rate):
+    """The two rates are found to overlap in different ways."""
+    checkpoint, base = BaseCheckpoint(folder / "base"), make_decoder("qwen2", tied=True)
+    base.load_state_dict({**base.state_dict(), **load_file(folder / "base" / "model.safetensors")})
+    for seed, name in enumerate("ab"):
+        prune(base, finetuned_of(base, seed), "dare", rate, seed=seed).save_pretrained(tmp_path / name)
+    a, b = (checkpoint.changes(tmp_path / name) for name in "ab")
     for present, wanted in ((a, {}), ({}, a), (a, b), (b, b)):
         for name, new in checkpoint.new_values(present, wanted):
             either = [changes[name].indices for changes in (present, wanted) if name in changes]

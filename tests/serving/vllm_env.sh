@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment of the tests marked vllm: vLLM for the CPU with its own torch, and this repository in it.
 # usage: tests/serving/vllm_env.sh FOLDER    then: FOLDER/bin/python -m pytest -m vllm tests/serving
-# PYTHON names the interpreter (default python3.11). Needs 2 GB below FOLDER, 133 MB of them vLLM itself.
+# PYTHON names the interpreter (default python3.11). Needs 4 GB below FOLDER, 133 MB of them vLLM itself.
 set -euo pipefail
 folder=${1:?usage: tests/serving/vllm_env.sh FOLDER}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
