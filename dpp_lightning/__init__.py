@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from dpp_lightning.merging.merge_deltas import merge
     from dpp_lightning.methods import METHODS, Method, register_method
     from dpp_lightning.pruning.in_memory import prune
+    from dpp_lightning.serving.delta_pool import DeltaPool
 
-__all__ = ["METHODS", "Method", "SparseDelta", "__version__", "merge", "prune", "register_method"]
+__all__ = ["METHODS", "DeltaPool", "Method", "SparseDelta", "__version__", "merge", "prune", "register_method"]
 
 _MODULES = {
+    "DeltaPool": "dpp_lightning.serving.delta_pool",
     "METHODS": "dpp_lightning.methods",
     "Method": "dpp_lightning.methods",
     "SparseDelta": "dpp_lightning.delta.sparse_delta",

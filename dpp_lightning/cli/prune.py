@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,13 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.model_folder import module_weights
 from dpp_lightning.storage.output_folder import DELTA, check_output
 from dpp_lightning.storage.source_kind import check_data_file, check_model
 
 _ORDER = "dpp prune BASE FINETUNED"
-_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<prefix>[kKMG])(?P<binary>i)?)?[bB]?")
 
 
 def prune_to_folder(
@@ -85,7 +84,7 @@ def prune_to_folder(
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
             trainer's checkpoint with several
     """
-    limits = {"max_bytes": number_of_bytes(max_bytes) if max_bytes else None, "max_loss": max_loss}
+    limits = {"max_bytes": number_of_bytes(max_bytes, "--max_bytes") if max_bytes else None, "max_loss": max_loss}
     all_settings = {**(method_settings or {}), **_named(settings), **{k: v for k, v in limits.items() if v is not None}}
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, all_settings)
     inputs = ("BASE", base), ("FINETUNED", finetuned)
@@ -123,19 +122,6 @@ COMMAND = FunctionCommand(
         "hub": "base_revision",
     },
 )
-
-
-def number_of_bytes(text: str) -> int:
-    """A number of bytes, as 50000, 50kB, 0.24MB or 48KiB.
-
-    Raises:
-        ValueError: any other text.
-    """
-    match = _BYTES.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"--max_bytes is a number of bytes such as 50000, 50kB, 0.24MB or 48KiB, got {text!r}")
-    prefix, binary = (match["prefix"] or "").upper(), bool(match["binary"])
-    return int(float(match["number"]) * (1024 if binary else 1000) ** ("KMG".index(prefix) + 1 if prefix else 0))
 
 
 def _named(settings: Sequence[str]) -> dict[str, float | str]:

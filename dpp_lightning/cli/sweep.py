@@ -26,10 +26,10 @@ from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.cli.config_checks import check_sources, class_config, is_callback, listed
 from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
-from dpp_lightning.cli.prune import number_of_bytes
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
 from dpp_lightning.storage.atomic_write import check_writable
+from dpp_lightning.storage.byte_count import number_of_bytes
 
 _LOCK = ".sweep.lock"
 
@@ -69,7 +69,7 @@ class SweepOptions:
 
     def limits(self) -> dict[str, Any]:
         """The settings of method auto that the options give."""
-        return {} if self.max_bytes is None else {"max_bytes": number_of_bytes(self.max_bytes)}
+        return {} if self.max_bytes is None else {"max_bytes": number_of_bytes(self.max_bytes, "--max_bytes")}
 
     def check(self) -> None:
         """Refuse what is wrong whatever the config says.

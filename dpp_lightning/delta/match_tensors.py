@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpp_lightning.delta.contents import DeltaInfo
+from dpp_lightning.tensors.flat_entries import EntriesHash
 from dpp_lightning.tensors.name_matching import match_names
+from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, named_tensors
 
 _SHOWN = 4
 
@@ -46,6 +48,38 @@ def find_tensors(
             f"architecture of its base {info.base_name or '(unnamed)'}, with the fine-tuned head and vocabulary?"
         )
     return {name: tensors[model_name] for name, model_name in names.items()}
+
+
+def named_for(target: TensorSource, names: Set[str]) -> list[NamedTensor]:
+    """A target's tensors by their names in its files, or in memory where a delta's names are those of state dicts.
+
+    Args:
+        target: module or state dict.
+        names: the delta's names.
+    """
+    named = named_tensors(target)
+    if isinstance(target, nn.Module) and not names <= {n.name for n in named}:
+        in_memory = named_tensors(target, in_memory=True)
+        return in_memory if names <= {n.name for n in in_memory} else named
+    return named
+
+
+def check_base(entries: Mapping[str, Tensor], info: DeltaInfo, target: TensorSource) -> None:
+    """Check that what a target holds at the entries that change are the values of the delta's base.
+
+    Args:
+        entries: of every pruned tensor in the delta's order, shapes (changed,).
+        info: the delta's description.
+        target: for the message.
+
+    Raises:
+        ValueError: they are not.
+    """
+    check = EntriesHash()
+    for values in entries.values():
+        check.update(values)
+    if check.hexdigest() != info.base_check:
+        raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), info))
 
 
 def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -11,20 +11,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpp_lightning.delta.applied_state import AppliedState
 from dpp_lightning.delta.contents import AbsoluteEntries, DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warn_if_empty
 from dpp_lightning.delta.folder import DeltaReader, encode, save_folder
 from dpp_lightning.delta.locks import locked, modules_of
-from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.match_tensors import check_base, find_tensors, named_for
 from dpp_lightning.delta.target import DeltaTarget, Values
 from dpp_lightning.methods.rescaling import check_q
-from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, group_by_device_and_dtype
+from dpp_lightning.tensors.flat_entries import add_rescaled, group_by_device_and_dtype
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import match_names
-from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, named_tensors, source_names
+from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, source_names
 
 
 class SparseDelta:
@@ -192,7 +192,7 @@ class SparseDelta:
         place.check_writable()
         entries = place.entries()
         if not force:
-            self._check_base(entries, target)
+            check_base(entries, self.info, target)
         applied, originals = place.fitted(self._applied_values(place, entries)), place.held(entries)
         before, after = self._applied, self._applied.including(place.named, originals)
         try:
@@ -287,7 +287,7 @@ class SparseDelta:
         place, base_names = self._target(base), source_names(base)
         entries = place.entries()
         if not force:
-            self._check_base(entries, base)
+            check_base(entries, self.info, base)
         sums = self._sums(place, entries)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
@@ -418,29 +418,14 @@ class SparseDelta:
                     "use a wider dtype or a larger q"
                 )
 
-    def _check_base(self, kept: Mapping[str, Tensor], target: TensorSource) -> None:
-        check = EntriesHash()
-        for values in kept.values():
-            check.update(values)
-        if check.hexdigest() != self.info.base_check:
-            raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), self.info))
-
     def find_in(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, NamedTensor]]:
         """The target's tensors under this delta's names, shapes checked, and where they lie in the target."""
         self.contents.for_task(None)  # a merged delta needs its task chosen
         shapes = {name: self._finetuned_shape(name) for name in (*self.tensors, *self.carried)}
-        named = [(n, n.tensor) for n in self._named(target, shapes.keys())]
+        named = [(n, n.tensor) for n in named_for(target, shapes.keys())]
         found = find_tensors(shapes, {n.name: t for n, t in named}, describe_source(target), self.info)
         by_tensor = {id(tensor): n for n, tensor in named}
         return found, {name: by_tensor[id(tensor)] for name, tensor in found.items()}
-
-    def _named(self, target: TensorSource, names: Set[str]) -> list[NamedTensor]:
-        """The target's tensors by their names in its files, or in memory where this delta is one of state dicts."""
-        named = named_tensors(target)
-        if isinstance(target, nn.Module) and not names <= {n.name for n in named}:
-            in_memory = named_tensors(target, in_memory=True)
-            return in_memory if names <= {n.name for n in in_memory} else named
-        return named
 
     def _finetuned_shape(self, name: str) -> tuple[int, ...]:
         if name in self.carried:

@@ -1,1 +1,1 @@
-"""Serving: many deltas of one base."""
+"""Serving: many deltas of one base in one process, swapped in milliseconds or mixed within one batch."""

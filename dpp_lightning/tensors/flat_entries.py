@@ -85,7 +85,7 @@ def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
     """
     wide = torch.float64 if torch.float64 in (base.dtype, values.dtype) else torch.float32
     device = torch.device("cpu") if wide == torch.float64 and base.device.type == "mps" else base.device
-    sums = base.to(device, wide) + values.to(device, wide) / q  # the mps device has no float64
+    sums = (values.to(device, wide) / q).add_(base.to(device, wide))  # the mps device has no float64
     return sums.to(base.dtype).to(base.device)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpp_lightning.cli.prune import _named, number_of_bytes
+from dpp_lightning.cli.prune import _named
+from dpp_lightning.storage.byte_count import number_of_bytes
 
 
 @pytest.mark.parametrize(
@@ -17,13 +18,13 @@ from dpp_lightning.cli.prune import _named, number_of_bytes
     ],
 )
 def test_bytes_with_their_unit(text, number):
-    assert number_of_bytes(text) == number
+    assert number_of_bytes(text, "--max_bytes") == number
 
 
 @pytest.mark.parametrize("text", ["", "kB", "-5", "50 apples", "1e3"])
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(ValueError, match="number of bytes such as"):
-        number_of_bytes(text)
+        number_of_bytes(text, "--max_bytes")
 
 
 def test_settings_are_numbers_where_they_read_as_numbers():
