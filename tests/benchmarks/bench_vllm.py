@@ -3,7 +3,8 @@
     FOLDER/bin/python tests/benchmarks/bench_vllm.py [--billions 0.05] [--rates 0.9 0.99 0.999] [--repeats 3] [--folder DIR]
 
 FOLDER is the environment of ``tests/serving/vllm_env.sh``. Llama-shaped bfloat16 models, deltas of all tensors by
-``dare``; one engine on the CPU, whose core is a process of its own. Medians.
+``dare``; one engine on the CPU, whose core is
+a process of its own, then a server. Medians.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from bench_merge_speed import build
-from vllm_engines import engine, environment, install_plugin, tokens_of
+from vllm_engines import engine, environment, install_plugin, server, tokens_of
 
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
-from dpp_lightning.serving.vllm.switch import switch_engine
+from dpp_lightning.serving.vllm.switch import switch_engine, switch_server
 from dpp_lightning.storage.checkpoints import load_tensors
 
 
@@ -40,6 +41,15 @@ def seconds(work, *arguments, **settings) -> float:
     start = time.perf_counter()
     work(*arguments, **settings)
     return time.perf_counter() - start
+
+
+def measure_server(url: str, rate: float, places: list[Path], repeats: int) -> None:
+    """The same switches over HTTP, requests paused and caches emptied."""
+    a, b, _ = map(str, places)
+    switch_server(url, a)
+    switch_server(url, None)
+    found = [[seconds(switch_server, url, delta) for delta in (a, b, None)] for _ in range(repeats)]
+    print("| {:g} | {:.2f} | {:.2f} | {:.2f} |".format(rate, *map(statistics.median, zip(*found, strict=True))))
 
 
 def measure(llm, rate: float, places: list[Path], repeats: int) -> None:
@@ -84,6 +94,11 @@ def main() -> None:
             print(f"16 tokens after a prompt of 40: {seconds(tokens_of, llm):.2f} s")
             for rate in options.rates:
                 measure(llm, rate, places[rate], options.repeats)
+        print("| p | base to delta | delta to delta | delta to base |, over HTTP")
+        (folder / "http").mkdir()
+        with server(folder / "base", folder / "http", "bfloat16", "--skip-tokenizer-init") as url:
+            for rate in options.rates:
+                measure_server(url, rate, places[rate], options.repeats)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def engine(model, **settings):
 
 
 @contextmanager
-def server(model, folder, dtype="float32"):
-    """vLLM's server on the loopback; its address. The wheel for the CPU has no metadata that ``vllm serve`` asks for, so
+def server(model, folder, dtype="float32", *more):
+    """vLLM's server on the loopback; its address. ``more``: further arguments of the command. The wheel for the CPU has no metadata that ``vllm serve`` asks for, so
     it is started by its module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,7 +84,7 @@ def server(model, folder, dtype="float32"):
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "base", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4", "--block-size", "32", "--enable-prefix-caching",
-        "--weight-transfer-config", '{"backend": "dpp"}',
+        "--weight-transfer-config", '{"backend": "dpp"}', *more,
     ]  # fmt: skip
     with (folder / "server.log").open("w") as log:
         path = os.pathsep.join(install_plugin(folder / "packages"))
