@@ -3,8 +3,7 @@
     FOLDER/bin/python tests/benchmarks/bench_vllm.py [--billions 0.05] [--rates 0.9 0.99 0.999] [--repeats 3] [--folder DIR]
 
 FOLDER is the environment of ``tests/serving/vllm_env.sh``. Llama-shaped bfloat16 models, deltas of all tensors by
-``dare``; one engine on the CPU, whose core is
-a process of its own, then a server. Medians.
+``dare``; one engine on the CPU, whose core is a process of its own, then a server. Medians.
 """
 
 import argparse
