@@ -1,4 +1,4 @@
-"""Overwriting entries by way of a loader: into any part of a packed tensor; what loads in other ways is refused."""
+"""Overwriting entries by way of a loader, into any part of a packed tensor; whole tensors where it does more than copy."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_the_model_is_the_one_that_is_loaded_with_the_new_tensor(name, kept):
     expected, model = (Model(LOADERS[name], PLACES.get(name, (6, 6))) for _ in range(2))
     expected.load_weights([("weight", finetuned)])
     model.load_weights([("weight", tensor)])
-    check_loader(model, {"weight": tensor})
+    assert not check_loader(model, {"weight": tensor})
     changed = NewValues(None, new.reshape(-1)) if kept is None else NewValues(indices, new.reshape(-1)[indices])
     overwrite(model, {"weight": tensor, "unused": tensor.clone()}, [("weight", changed)])
     assert torch.equal(model.place, expected.place)
@@ -68,22 +68,45 @@ def test_tensors_that_share_a_storage_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("loader", "message"),
+    "loader",
     [
-        (lambda place, tensor: place[:2].copy_(tensor), r"shape \(2, 6\), not \(6, 6\)"),
-        (lambda place, tensor: place.copy_(tensor + 1), "computes other values"),
-        (lambda place, tensor: place.copy_(tensor.to(place.dtype)), "computes other values"),
-        (lambda place, tensor: place.copy_(tensor[:1].expand(6, 6)), "repeats its entries"),
-        (lambda place, tensor: [place.copy_(tensor), place.copy_(tensor * 2)], "computes other values"),
-        (lambda place, tensor: [place.copy_(tensor), place.copy_(tensor)], "weight: vLLM computes with other values"),
+        lambda place, tensor: place.copy_(tensor + 1),
+        lambda place, tensor: place.copy_(tensor.double()),
+        lambda place, tensor: place.copy_(tensor.view(2, 3, 6).transpose(0, 1).reshape(6, 6)),
+        lambda place, tensor: place.copy_(tensor[:1].expand(6, 6)),
+        lambda place, tensor: [place.copy_(tensor), place.copy_(-place.exp())],
     ],
 )
-def test_loaders_that_do_more_than_copying_are_refused_before_anything_is_written(loader, message):
-    model = Model(loader)
-    with pytest.raises(ValueError, match=message):
+def test_loaders_that_do_more_than_copying_are_given_whole_tensors(loader):
+    torch.manual_seed(3)
+    tensor, indices, values = torch.randn(6, 6), torch.tensor([30, 1, 4]), torch.randn(3)
+    model, expected = Model(loader), Model(loader)
+    model.load_weights([("weight", tensor)])
+    before = model.place.clone()
+    whole = check_loader(model, {"weight": tensor})
+    assert whole == {"weight"}
+    assert torch.equal(model.place, before)
+    overwrite(model, {"weight": tensor}, [("weight", NewValues(indices, values))], whole)
+    expected.load_weights([("weight", tensor.view(-1).index_copy(0, indices, values).view(6, 6))])
+    assert torch.equal(model.place, expected.place)
+    overwrite(model, {"weight": tensor}, [("weight", NewValues(None, tensor.view(-1)))], whole)
+    assert torch.equal(model.place, before)
+
+
+def test_a_place_of_another_form_is_refused_before_anything_is_written():
+    model = Model(lambda place, tensor: place[:2].copy_(tensor))
+    with pytest.raises(ValueError, match=r"cannot be given weight in place .*shape \(2, 6\), not \(6, 6\)"):
         check_loader(model, {"weight": torch.ones(6, 6)})
     assert not model.place.any()
     assert torch.zeros(2).copy_(torch.ones(2)).all()
+
+
+def test_a_loader_that_changes_its_mind_is_an_error():
+    model = Model(LOADERS["whole"])
+    assert not check_loader(model, {"weight": torch.ones(6, 6)})
+    model.loader = lambda place, tensor: place.copy_(tensor + 1)
+    with pytest.raises(ValueError, match="something else than it did before"):
+        overwrite(model, {"weight": torch.ones(6, 6)}, [("weight", NewValues(torch.tensor([0]), torch.ones(1)))])
 
 
 def test_a_tensor_that_the_model_lacks_is_named():

@@ -11,11 +11,11 @@ KINDS = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaF
 
 
 def make_base(kind="qwen2", tied=True, seed=0):
-    """Two layers of width 64 with two heads; weights large enough for varied tokens."""
+    """Two layers of width 64, two heads that share one key; weights large enough for varied tokens."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": tied,
+        "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": tied,
         "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1,
     }  # fmt: skip
     config, model = KINDS[kind]

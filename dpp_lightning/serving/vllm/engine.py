@@ -80,7 +80,8 @@ class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
         check_engine(self.vllm_config, self.model)
         self._base = BaseCheckpoint(self.model_config.model, self.model_config.revision)
         self._held = HeldWeights(lambda present, wanted: self._together(lambda: self._write(present, wanted)))
-        self._loadable: set[str] = set()  # names that the model's loader was seen to copy in place
+        self._checked: set[str] = set()  # names that the model's loader was asked about
+        self._whole: set[str] = set()  # those of them that it has to be given whole
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> DppInitInfo:
         """What was given, which :meth:`init_transfer_engine` checks."""
@@ -126,13 +127,13 @@ class DppEngine(WeightTransferEngine[DppInitInfo, DppUpdateInfo]):
         if info.delta is None:
             return {}
         changes = self._base.changes(info.delta, revision=info.revision, task=info.task, force=info.force)
-        new = {name: self._base.tensors[name] for name in changes if name not in self._loadable}
-        check_loader(self.model, new, all_layers=self.parallel_config.pipeline_parallel_size == 1)
-        self._loadable.update(new)
+        new = {name: self._base.tensors[name] for name in changes if name not in self._checked}
+        self._whole |= check_loader(self.model, new, all_layers=self.parallel_config.pipeline_parallel_size == 1)
+        self._checked.update(new)
         return changes
 
     def _write(self, present: Changes, wanted: Changes) -> None:
-        overwrite(self.model, self._base.tensors, self._base.new_values(present, wanted))
+        overwrite(self.model, self._base.tensors, self._base.new_values(present, wanted), self._whole)
 
     @staticmethod
     def _together(work: Callable[[], Result]) -> Result:
