@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 
-from dpp_lightning.experiments.run_lock import LOCK_FILE, alone_in
+from dpp_lightning.experiments.run_lock import CLAIMS_FOLDER, alone_in
 
 COUNT = """
 import sys, time
@@ -47,12 +47,13 @@ def test_a_killed_run_keeps_nobody_out_and_one_that_lives_is_waited_for(tmp_path
     def note(text):
         told.append(text)
         owner.send_signal(signal.SIGKILL)
+        owner.wait()
 
     with alone_in(tmp_path, note):
-        assert (tmp_path / LOCK_FILE).exists()
+        assert (tmp_path / CLAIMS_FOLDER).exists()
     assert len(told) == 1
     assert "another run writes into" in told[0]
-    owner.wait()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
