@@ -40,7 +40,7 @@ class Shared:
     def begin(self) -> tuple[list[Result], str]:
         """As for one process; waits as long as another worker scores base and fine-tuned model."""
         while (begun := self._ranks.from_first(self._begin)) is None:
-            self._wait("base and fine-tuned model")
+            self._wait("waiting for the scores of base and fine-tuned model by another worker")
         self._waiting = False
         return begun
 
@@ -57,7 +57,7 @@ class Shared:
             done = rows_of(step.results)
             labels = [group.label for group in groups if not group.is_in(done)]
             more = f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else ""
-            self._wait(", ".join(labels[:_NAMED]) + more)
+            self._wait(f"waiting for the rows of another worker: {', '.join(labels[:_NAMED])}{more}")
         return step
 
     def record(self, result: Result, monitor: str) -> None:
@@ -78,7 +78,7 @@ class Shared:
     def reports(self) -> bool:
         """For one of the workers; the others wait until it has done, and take its place if it is killed."""
         while (reports := self._ranks.from_first(self._reports)) is None:
-            self._wait("the table")
+            self._wait("waiting for the table of another worker")
         return reports
 
     def _begin(self) -> tuple[list[Result], str] | None:
@@ -108,9 +108,9 @@ class Shared:
         settled = self._worker.take_report(len(self._log.resume()))
         return self._worker.reports if settled else None
 
-    def _wait(self, what: str) -> None:
+    def _wait(self, message: str) -> None:
         if not self._waiting:
-            self._note(f"waiting for the rows of another worker: {what}")
+            self._note(message)
             self._waiting = True
         self._ranks.pause(_POLL)
 
