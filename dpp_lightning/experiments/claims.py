@@ -1,10 +1,11 @@
 """Names in a folder, each of which one process at a time holds, on one machine or on several that see the folder.
 
-A claim is a small file that is made exclusively and touched every half minute by a thread of its holder. That of a
-process that is gone is taken over at once on the same machine, and by another machine when it was not touched for five
-minutes of that machine's own clock. So nothing is asked of the file system but that a file can be made exclusively and
-renamed, and that others see it and its time of change: local disks, NFS from version 3 on, Lustre, GPFS and BeeGFS do
-that. Locks of the system, which on some of these do not reach other machines, are not used.
+A claim is a small file that is made exclusively and touched every 15 seconds by a thread of its holder. That of a
+process that is gone is taken over at once on the same machine. On another machine, or where the process was killed and
+its parent has not collected it, it is taken over when it was not touched for two minutes, by the clock of the one that
+waits. So nothing is asked of the file system but that a file can be made exclusively and renamed, and that others see
+it and its time of change: local disks, NFS from version 3 on, Lustre, GPFS and BeeGFS do that. Locks of the system,
+which on some of these do not reach other machines, are not used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-EXPIRES, RENEWED = 300.0, 30.0  # seconds; the first must be the same for all processes
+EXPIRES, RENEWED = 120.0, 15.0  # seconds; the first must be the same for all processes
 
 
 class Claims:
