@@ -10,12 +10,15 @@ which on some of these do not reach other machines, are not used.
 
 from __future__ import annotations
 
+import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
 EXPIRES, RENEWED = 120.0, 15.0  # seconds; the first must be the same for all processes
+_TORN = 5.0  # seconds after which a claim that says nothing is certainly taken over
 
 
 class Claims:
@@ -42,7 +45,10 @@ class Claims:
             self._leases[name] = SoftFileLease(path, lease_duration=EXPIRES, heartbeat_interval=RENEWED)
         try:
             self._leases[name].acquire(timeout=0)
-        except (Timeout, FileNotFoundError):  # held, or the folder was removed at this moment
+        except Timeout:
+            self._mark_if_empty(self.folder / name)
+            return False
+        except FileNotFoundError:  # the folder was removed at this moment
             return False
         return True
 
@@ -62,9 +68,14 @@ class Claims:
         """Names that begin so and that others hold; those of holders that are gone are removed."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         names = [name for name in names if name.startswith(prefix) and not self.holds(name)]
-        living = [name for name in names if not self.take(name)]
-        for name in set(names) - set(living):
-            self.let_go(name)
+        living, end = [], time.monotonic() + _TORN
+        for name in names:
+            while not (taken := self.take(name)) and self._leases[name].owner is None and time.monotonic() < end:
+                time.sleep(0.1)  # it was torn by a kill, or is written at this moment
+            if taken:
+                self.let_go(name)
+            else:
+                living.append(name)
         return living
 
     def remove(self, *, but: str) -> None:
@@ -73,6 +84,14 @@ class Claims:
             for path in self.folder.iterdir():
                 if path.name != but:
                     path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _mark_if_empty(path: Path) -> None:
+        """Have a claim whose maker was killed before it wrote into it taken for a torn one; an empty one never is."""
+        with suppress(OSError), path.open("r+b") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0 and time.time() - status.st_mtime > 1:
+                file.write(b"?\n")
 
     def let_all_go(self, *, but: str | None = None) -> None:
         """Give all claims back but possibly one, and remove the folder if nobody has any."""

@@ -1,6 +1,7 @@
 """Several dpp sweep on one output folder share its rows, and what they make is what one makes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -128,12 +129,18 @@ def test_more_methods_are_made_beside_a_worker_that_does_not_know_them(job, held
 def test_four_commands_one_of_them_killed(job, whole, tmp_path):
     words = [sys.executable, "-m", "dpp_lightning", *job, str(tmp_path / "out")]
     workers = [subprocess.Popen(words, cwd=tmp_path, **QUIET) for _ in range(4)]
-    while not (claims := list(tmp_path.glob("out/.claims/darex-q-*"))):
+    while not (owners := [owner_of(path) for path in tmp_path.glob("out/.claims/darex-q-*")]):
         assert any(worker.poll() is None for worker in workers)
         time.sleep(0.01)
-    owner = next(int(line[4:]) for line in claims[0].read_text().splitlines() if line.startswith("pid="))
-    (killed,) = (worker for worker in workers if worker.pid == owner)
+    (killed,) = (worker for worker in workers if worker.pid == owners[0])
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert [worker.wait(300) for worker in workers if worker is not killed] == [0, 0, 0]
     assert in_order(tmp_path / "out") == whole
+
+
+def owner_of(claim):
+    """The process that has a claim, which may be written at this moment."""
+    while not (pids := re.findall(r"pid=(\d+)\n", claim.read_text())):
+        time.sleep(0.001)
+    return int(pids[0])

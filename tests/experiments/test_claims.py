@@ -28,6 +28,7 @@ claims = [Claims(folder / str(number)) for number in range(20)]
 for number in range(20):
     if claims[number].take("a"):
         (folder / f"taken{number}").open("a").write("x")
+print("tried", flush=True)
 sys.stdin.readline()
 """
 
@@ -72,11 +73,9 @@ def test_a_claim_has_one_holder_until_it_is_given_back(tmp_path):
 
 
 def test_of_several_processes_one_takes_each_claim(tmp_path):
-    takers = [subprocess.Popen([sys.executable, "-c", TAKE, str(tmp_path)], stdin=subprocess.PIPE) for _ in range(3)]
-    end = time.monotonic() + 60
-    while len(list(tmp_path.glob("taken*"))) < 20:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    takers = [subprocess.Popen([sys.executable, "-c", TAKE, str(tmp_path)], **pipes) for _ in range(3)]
+    assert [taker.stdout.readline() for taker in takers] == [b"tried\n"] * 3
     for taker in takers:
         taker.communicate(b"\n")
     assert [(tmp_path / f"taken{number}").read_text() for number in range(20)] == ["x"] * 20
@@ -90,6 +89,15 @@ def test_the_claim_of_a_killed_process_is_taken_at_once(tmp_path):
     owner.kill()
     owner.wait()
     assert claims.take("a")
+
+
+@pytest.mark.parametrize("written", ["", "filelock/2\npid="], ids=["empty", "half"])
+def test_a_claim_whose_maker_was_killed_while_it_wrote_is_no_ones(tmp_path, written):
+    (tmp_path / "a").write_text(written)
+    claims = Claims(tmp_path)
+    assert not claims.take("a")  # it may be written at this moment
+    assert claims.of_others("a") == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_machine_takes_a_claim_over_only_when_its_holder_touches_it_no_more(tmp_path, short):
