@@ -41,6 +41,9 @@ class SweepOptions:
     command is repeated; further methods, rates and seeds may be added to it. What these options leave out is taken from
     the config's DeltaPruneCallback, or from its defaults.
 
+    The same command given several times, on one machine or as a job array (sbatch --array 0-7), shares the rows of one
+    output folder, which all must see. One of them writes the table.
+
     Args:
         output: folder of the rows, deltas, table and plots
         methods: names of methods; without them those of the config

@@ -26,9 +26,14 @@ class Claims:
 
     Args:
         folder: of the files, and of nothing else; made with the first claim.
+
+    Raises:
+        ValueError: the folder is a link to another place, where nothing may be removed.
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_symlink():
+            raise ValueError(f"{folder} is a link, and files are made and removed in it: remove the link")
         self.folder = folder
         self._leases: dict[str, SoftFileLease] = {}  # also of claims of others, to know how old they are
 
@@ -80,10 +85,10 @@ class Claims:
 
     def remove(self, *, but: str) -> None:
         """Remove all files but that of one claim, which this object holds; nobody else is at work, as it knows."""
-        with suppress(OSError):
-            for path in self.folder.iterdir():
-                if path.name != but:
-                    path.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != but:
+                with suppress(OSError):
+                    path.unlink()
 
     @staticmethod
     def _mark_if_empty(path: Path) -> None:

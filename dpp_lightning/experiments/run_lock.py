@@ -24,6 +24,7 @@ def alone_in(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: its claims are a link to another place.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,9 @@ class Worker:
     Attributes:
         made: labels of the rows that this process has made.
         reports: this process writes the table and the plots.
+
+    Raises:
+        ValueError: the folder's claims are a link to another place.
     """
 
     def __init__(self, folder: Path, begins: Callable[[], None] | None = None) -> None:
@@ -109,7 +112,7 @@ class Worker:
         if not self._claims.take(_REPORT):
             return False
         self._rows, file = rows, self._claims.folder / _REPORTED
-        self.reports = not (file.is_file() and file.read_text() == str(rows))
+        self.reports = not (file.is_file() and file.read_bytes() == str(rows).encode())
         if not self.reports:
             self._claims.let_go(_REPORT)
         return True
@@ -121,7 +124,7 @@ class Worker:
             OSError: that cannot be written.
         """
         if self.reports:
-            (self._claims.folder / _REPORTED).write_text(str(self._rows))
+            (self._claims.folder / _REPORTED).write_bytes(str(self._rows).encode())
 
     def _leave(self) -> None:
         """The last worker of the folder removes what is left of all."""

@@ -91,6 +91,13 @@ def test_the_claim_of_a_killed_process_is_taken_at_once(tmp_path):
     assert claims.take("a")
 
 
+def test_a_link_to_another_place_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "claims").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link"):
+        Claims(tmp_path / "claims")
+
+
 @pytest.mark.parametrize("written", ["", "filelock/2\npid="], ids=["empty", "half"])
 def test_a_claim_whose_maker_was_killed_while_it_wrote_is_no_ones(tmp_path, written):
     (tmp_path / "a").write_text(written)
