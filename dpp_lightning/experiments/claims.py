@@ -93,7 +93,8 @@ class Claims:
     @staticmethod
     def _mark_if_empty(path: Path) -> None:
         """Have a claim whose maker was killed before it wrote into it taken for a torn one; an empty one never is."""
-        with suppress(OSError), path.open("r+b") as file:
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        with suppress(OSError), open(os.open(path, flags), "r+b") as file:
             status = os.fstat(file.fileno())
             if status.st_size == 0 and time.time() - status.st_mtime > 1:
                 file.write(b"?\n")

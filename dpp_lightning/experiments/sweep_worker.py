@@ -51,7 +51,7 @@ class Worker:
     ) -> None:
         try:
             if self.entered:
-                with suppress(OSError):
+                with suppress(OSError):  # the next run removes what is left
                     self._leave()
         finally:
             self._claims.let_all_go()
@@ -129,9 +129,16 @@ class Worker:
     def _leave(self) -> None:
         """The last worker of the folder removes what is left of all."""
         for _ in range(_LEAVING):
-            if self._claims.take(RUN):
+            if self._nobody_enters():
                 self._claims.let_all_go(but=RUN)
                 if not self._claims.of_others(WORKER):
                     self._claims.remove(but=RUN)
                 return
             time.sleep(_MOMENT)
+
+    def _nobody_enters(self) -> bool:
+        """Take the claim of a run; on a full disk, which takes none, see that nobody has it."""
+        try:
+            return self._claims.take(RUN)
+        except OSError:
+            return not self._claims.of_others(RUN)
