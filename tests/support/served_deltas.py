@@ -5,7 +5,7 @@ import shutil
 
 import torch
 from tiny_glue import bert_config, make_model
-from transformers import BertForSequenceClassification, BertModel, pipeline
+from transformers import BertForSequenceClassification, pipeline
 
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.methods.pruning_spec import PruningSpec
@@ -36,7 +36,7 @@ def make_deltas(folder, labels=None, model_class=BertForSequenceClassification):
     base = make_model(folder / "base", model_class, bert_config(id2label={0: "old", 1: "new"}))
     for seed, (task, names) in enumerate((labels or LABELS).items(), 1):
         fine_tune(base, folder / "tuned" / task, names, seed, model_class)
-        add_delta(folder, task, carry=() if model_class is BertModel else ("classifier.*",))
+        add_delta(folder, task, carry=("classifier.*",) if hasattr(model_class(bert_config()), "classifier") else ())
     return folder
 
 
