@@ -68,6 +68,7 @@ COMMANDS = {
     "eval": _of_function(
         "eval", "score a causal LM, or base plus delta in memory, with lm-evaluation-harness", threads_sleep=True
     ),
+    "serve": _of_function("serve", "serve one base and many deltas over HTTP", threads_sleep=True),
     "push": _of_function("push", "upload a delta folder to the hub"),
     "plan": _of_function("plan", "show what training a model takes on each of N devices"),
     "configs": _of_function("configs", "list the packaged recipes, print one, or copy one to change it"),
@@ -101,6 +102,7 @@ examples:
   dpp export CKPT --output DENSE
   dpp merge BASE DELTA DELTA --tasks sst2 cola --method ties --output MERGED
   dpp eval BASE --delta DELTA --tasks gsm8k --output gsm8k.json
+  dpp serve BASE sst2=DELTA cola=DELTA --port 8000
 
 --config takes a file with any of a command's options; --print_config prints one with all of them. For fit, validate,
 test, predict and sweep it also takes the name of a packaged recipe; several compose, and what is typed beside wins.

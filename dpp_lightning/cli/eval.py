@@ -16,6 +16,7 @@ import torch
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli.command import FunctionCommand, say
+from dpp_lightning.cli.device import usable_device
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.experiments.terminal_tables import Column, show_table
@@ -77,7 +78,7 @@ def evaluate_model(
     _check_paths(delta, task, include_path)
     check_output_file(output, "results of dpp eval", _is_result, overwrite=overwrite)
     check_writable(Path(output).parent)
-    device = _usable_device(device)
+    device = usable_device(device)
     _check_harness()
     check_model(model, "MODEL", order=_ORDER, config=True)
     if delta:
@@ -143,17 +144,6 @@ def _is_result(file: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"results", "dpp"} <= set(content)
-
-
-def _usable_device(device: str | None) -> str:
-    """The device asked for, or the best one here; refused where it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
-    return device
 
 
 def _check_harness() -> None:

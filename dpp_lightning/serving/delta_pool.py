@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 from torch import Tensor, nn
@@ -22,11 +22,15 @@ from dpp_lightning.serving.mixed_batch import MixedBatch
 from dpp_lightning.serving.request_map import RequestMap
 from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
+from dpp_lightning.storage.model_folder import delta_side_files
 from dpp_lightning.storage.source_kind import check_delta
 from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import check_prunable, describe_source
 from dpp_lightning.tensors.shards import is_dtensor
+
+if TYPE_CHECKING:
+    from dpp_lightning.serving.delta_pipeline import DeltaPipeline
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -307,6 +311,33 @@ class DeltaPool:
     def alone(self) -> AbstractContextManager[None]:
         """Other threads wait until the block ends; this one goes on using the pool."""
         return locked([*self._modules, self])
+
+    def pipeline(self, task: str, tokenizer: Any = None, **pipeline_settings: Any) -> DeltaPipeline:
+        """``pipe = pool.pipeline("text-classification"); pipe("text", delta="sst2")``: a pipeline of transformers over
+        the pool's model.
+
+        Args and errors: as :class:`dpp_lightning.serving.delta_pipeline.DeltaPipeline`.
+        """
+        from dpp_lightning.serving.delta_pipeline import DeltaPipeline  # transformers takes long to import
+
+        return DeltaPipeline(self, task, tokenizer, **pipeline_settings)
+
+    def side_files(self, name: str) -> dict[str, Path | None]:
+        """What a delta's folder says of the files beside its weights, as
+        :func:`dpp_lightning.storage.model_folder.delta_side_files`; nothing for a delta in memory.
+
+        Args:
+            name: one of :attr:`names`.
+
+        Raises:
+            ValueError: an unknown name, or a link that leads out of the folder.
+        """
+        key, task = self._split(name)
+        source = self._sources[key]
+        if isinstance(source.delta, SparseDelta):
+            return {}
+        info = source.info
+        return delta_side_files(source.delta, source.revision, tasks=info.tasks, task=task, absent=info.absent_files)
 
     def stats(self) -> PoolStats:
         """What the pool has done so far, and what is in memory."""

@@ -176,12 +176,35 @@ def dense_side_files(
     Raises:
         ValueError: a link that leads out of its folder, or a file of JSON that cannot be read.
     """
-    of_delta = names_of_task(_files(delta, delta_revision, tasks), tasks, task)
-    gone = names_of_task(dict.fromkeys(absent), tasks, task)
-    of_base = {name: path for name, path in side_files(base, base_revision).items() if name not in gone}
-    files = {**of_base, **of_delta}
-    _check_files(files)
-    return files
+    of_delta = delta_side_files(delta, delta_revision, tasks=tasks, task=task, absent=absent)
+    files = {**side_files(base, base_revision), **of_delta}
+    dense = {name: path for name, path in files.items() if path is not None}
+    _check_files(dense)
+    return dense
+
+
+def delta_side_files(
+    delta: str | Path,
+    revision: str | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    task: str | None = None,
+    absent: Sequence[str] = (),
+) -> dict[str, Path | None]:
+    """What a delta says of side files, as one task uses them: name to path, or to None for what is absent.
+
+    Args:
+        delta, revision: as for :func:`side_files`.
+        tasks, task, absent: as for :func:`dense_side_files`.
+
+    Raises:
+        ValueError: a link that leads out of the folder.
+    """
+    gone: dict[str, Path | None] = dict.fromkeys(absent)
+    return {
+        **names_of_task(gone, tasks, task),
+        **names_of_task(_files(delta, revision, tasks), tasks, task),
+    }
 
 
 def names_of_task(files: Mapping[str, _T], tasks: Sequence[str], task: str | None) -> dict[str, _T]:
@@ -217,6 +240,11 @@ def is_side_file(name: str) -> bool:
 def is_module_weights(name: str) -> bool:
     """Whether a side file, possibly of a task, holds weights: those of a further module."""
     return PurePosixPath(name).name == _MODULE_WEIGHTS and "/" in name
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file is a tokenizer's: words, settings, chat templates."""
+    return _matches(name, (*_TOKENIZER, *_TEMPLATES))
 
 
 def check_side_name(name: str) -> str:
