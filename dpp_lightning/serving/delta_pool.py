@@ -9,13 +9,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from dpp_lightning.delta.config_file import CONFIG_FILE, read_config
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.locks import locked, modules_of
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.serving.base_guard import BaseGuard
 from dpp_lightning.serving.batch_rows import BatchRows
 from dpp_lightning.serving.bound_delta import BoundDelta, Undo
 from dpp_lightning.serving.mixed_batch import MixedBatch
@@ -24,10 +24,8 @@ from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
 from dpp_lightning.storage.model_folder import delta_side_files
 from dpp_lightning.storage.source_kind import check_delta
-from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.interrupts import restored_after
-from dpp_lightning.tensors.names import check_prunable, describe_source
-from dpp_lightning.tensors.shards import is_dtensor
+from dpp_lightning.tensors.names import describe_source
 
 if TYPE_CHECKING:
     from dpp_lightning.serving.delta_pipeline import DeltaPipeline
@@ -106,13 +104,7 @@ class DeltaPool:
     def __init__(self, model: nn.Module, memory: str | int = "2 GB") -> None:
         self.model = model
         self.memory = memory if isinstance(memory, int) else number_of_bytes(memory, "memory")
-        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        check_prunable(dict(model.named_parameters()))
-        if made_there := [name for name, tensor in self._tensors.items() if tensor.is_inference()]:
-            raise ValueError(f"{few_names(made_there)} were made in inference mode: load the model outside of it")
-        if sharded := [name for name, tensor in self._tensors.items() if is_dtensor(tensor)]:
-            raise ValueError(f"a pool needs whole tensors, and {few_names(sharded)} are in shards: take one device")
-        self._digests = {name: _digest(tensor) for name, tensor in self._tensors.items()}
+        self._guard = BaseGuard(model)
         self._modules = modules_of(model)
         self._sources: dict[str, _Source] = {}
         self._loaded: dict[str, BoundDelta] = {}  # the least recently used first
@@ -120,7 +112,6 @@ class DeltaPool:
         self._batch_first: set[str] = set()
         self._requests = RequestMap(self)
         self._in_use = False
-        self._seen = self._state()
         self._hits = self._loads = self._evictions = self._swaps = 0
         self._swap_seconds = self._load_seconds = 0.0
 
@@ -360,13 +351,13 @@ class DeltaPool:
             if self._in_use:
                 raise RuntimeError("this thread is inside a block of this pool: end that before the next begins")
             self._restore()
-            self._check_unchanged()
+            self._guard.check()
             with restored_after(self._leave):
                 self._in_use = True
                 yield
 
     def _leave(self) -> None:
-        self._seen = self._state()
+        self._guard.look()
         self._in_use = False
 
     def _bring(self, names: list[str], deltas: dict[str, SparseDelta]) -> list[BoundDelta]:
@@ -437,24 +428,6 @@ class DeltaPool:
             self._undo.clear()
             self._swaps += 1
             self._swap_seconds += perf_counter() - begin
-
-    def _state(self) -> list[tuple[int, int]]:
-        """What differs after another's change of the model: where its tensors lie, and how often they were written."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors.values()]
-
-    def _check_unchanged(self) -> None:
-        """Check that the model is the base still; what was written to is hashed, as another may have put it back."""
-        states = zip(self._tensors, self._state(), self._seen, strict=True)
-        written = [name for name, now, seen in states if now != seen]
-        if changed := [name for name in written if _digest(self._tensors[name]) != self._digests[name]]:
-            raise RuntimeError(
-                f"{few_names(changed)} of the model changed since the pool was made, by training, a cast, or another "
-                "delta: take that back, or make a new pool of the base"
-            )
-
-
-def _digest(tensor: Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor.detach()))
 
 
 def _full_names(name: str, info: DeltaInfo) -> list[str]:
