@@ -128,7 +128,7 @@ def test_an_engine_holds_the_dense_model_of_every_delta_bit_for_bit_in_any_order
 
 @pytest.mark.parametrize("rate", [0.9, 0.999])
 def test_only_entries_that_change_are_written(folder, tmp_path, rate):
-    """The two rates are found to overlap in different ways."""
+    """Positions that two deltas share are found in one way where many are kept, in another where few are."""
     checkpoint, base = BaseCheckpoint(folder / "base"), make_decoder("qwen2", tied=True)
     base.load_state_dict({**base.state_dict(), **load_file(folder / "base" / "model.safetensors")})
     for seed, name in enumerate("ab"):

@@ -68,7 +68,7 @@ def switch_server(
     Raises:
         RuntimeError: the server refuses. It goes on with the weights before, unless the message says to restart it,
             when it stays paused.
-        OSError: it cannot be reached.
+        OSError: it cannot be reached, or a step takes longer than the timeout; the server may then be paused.
     """
     if _call(url, "is_paused", timeout).get("is_paused"):
         raise RuntimeError(f"{url} is paused, as during a switch of another client; wait, or POST /resume to it first")
