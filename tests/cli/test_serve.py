@@ -38,7 +38,7 @@ def here(place, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "BASE and DELTAS are missing"),
+        ([], "BASE is missing: dpp serve needs it; DELTAS is missing"),
         (["base"], "DELTAS is missing: dpp serve needs it"),
         (["absent", f"a={DELTA}"], "BASE absent: no such file or folder"),
         (["delta/mnli", f"a={DELTA}"], "BASE delta/mnli is a delta, not a model; expected dpp serve BASE NAME=DELTA"),
