@@ -41,6 +41,7 @@ from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, shows_bars
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.run_lock import alone_in
+from dpp_lightning.experiments.sweep_worker import Worker
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.scope import Scope
@@ -133,6 +134,8 @@ class DeltaPruneCallback(pl.Callback):
             (``ddp_fork``, ``ddp_spawn``) they stay there: read ``results.jsonl``, or ``trainer.callback_metrics``.
         reporter: is called with every row as it is made; may be set before a run. Default: a bar over the rows on a
             terminal where the trainer shows bars, else a line for each.
+        worker: of this process, if the runs of several processes into the folder are to share the rows, as those of
+            ``dpp sweep`` do; may be set before a run. ``results`` are those of all then.
 
     Raises:
         ValueError: at construction or before training starts, if a rate is outside [0, 1), a method unknown, settings
@@ -184,6 +187,7 @@ class DeltaPruneCallback(pl.Callback):
             save_deltas=save_deltas, lora=lora, push_to_hub=push_to_hub, hub_private=hub_private,
         )  # fmt: skip
         self.reporter: Reporter | None = None
+        self.worker: Worker | None = None
         self.results: list[Result] = []
         self._asked = self.settings
         self._fitted: weakref.ref[pl.LightningModule] | None = None  # the module of the last fit
@@ -352,8 +356,8 @@ class DeltaPruneCallback(pl.Callback):
             return
         self._pruning_began = True
         weights = best_weights(trainer, pl_module, keep=keep) if best else nullcontext()
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        with alone_in(self._folder, rank_zero_warn) if writes else nullcontext():
+        worker = None if trainer.fast_dev_run else self.worker  # type: ignore[attr-defined]
+        with self._own_folder(trainer, worker):
             trainer.strategy.barrier("dpp: the output folder is this run's")
             with weights, self._adapter_view(pl_module, keep=keep) as base:
                 scope = self._scope(trainer, pl_module)
@@ -361,10 +365,20 @@ class DeltaPruneCallback(pl.Callback):
                     return
                 finish_bar(trainer)
                 with rows_reporter(self.reporter, shown=shows_bars(trainer)) as reporter:
-                    run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter)
+                    run = PruneRun(settings, trainer, base, scope, self._calibration, self._folder, reporter, worker)
                     self.results = run.run()
             if trainer.is_global_zero and settings.push_to_hub is not None:
                 push_deltas(self._folder, settings.repositories, private=settings.hub_private)
+
+    def _own_folder(self, trainer: pl.Trainer, worker: Worker | None) -> AbstractContextManager[None]:
+        """The output folder is this run's in the block, or that of the workers that share one, from here on."""
+        assert self._folder is not None
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return nullcontext()
+        if worker is None:
+            return alone_in(self._folder, rank_zero_warn)
+        worker.enter(rank_zero_warn)
+        return nullcontext()
 
     def _tell_base(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Say which base a second fit of the same module has."""

@@ -130,7 +130,7 @@ def imported_distributions():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(node.module.partition(".")[0])
     known = packages_distributions()
-    third_party = modules - sys.stdlib_module_names - {"dpp_lightning"}
+    third_party = modules - sys.stdlib_module_names - {"dpp_lightning", "vllm"}  # vLLM is what loads its plugin
     return requirements(known.get(module, [module])[0] for module in third_party)
 
 

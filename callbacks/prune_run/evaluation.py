@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -18,12 +20,14 @@ from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
+from dpp_lightning.callbacks.prune_run.first_rank import computed_on_first
 from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.tensors.shards import reshard
 
 LOADER_SUFFIX = "/dataloader_idx_"  # follows a metric's name where there are several loaders
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
+T = TypeVar("T")
 
 _NO_LOGITS = (
     "methods that train need logits with gradients: give {} a forward(batch) that returns them (got {}), or pass "
@@ -69,6 +73,25 @@ class EvaluationPasses:
         self.monitor = full_name(metrics, self.monitor)
         # rank 0's value on all ranks, so that all of them come to the same decisions
         return float(self.trainer.strategy.broadcast(float(metrics[self.monitor])))
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first rank computes, on all of them, or the error that it raises; all ranks must call."""
+        trainer = self.trainer
+        return computed_on_first(compute, trainer.strategy.broadcast, is_first=trainer.is_global_zero)
+
+    def pause(self, seconds: float) -> None:
+        """Wait on all ranks, which must call, unless the first one got SIGTERM.
+
+        Raises:
+            SIGTERMException: it did.
+        """
+
+        def stopped() -> bool:
+            time.sleep(seconds)
+            return bool(self.trainer.received_sigterm)
+
+        if self.from_first(stopped):
+            raise SIGTERMException
 
     def layer_inputs(
         self, batches: Sequence[Any], forward_fn: ForwardFn | None = None, *, products: bool = False
@@ -142,10 +165,7 @@ class EvaluationPasses:
                 output = forward_fn(module, piece) if forward_fn else _logits(module, piece)
             return without_padding(output, piece.get("attention_mask") if isinstance(piece, Mapping) else None)
 
-        def from_first(compute: Callable[[], Any]) -> Any:
-            return trainer.strategy.broadcast(compute() if trainer.is_global_zero else None)
-
-        return SharedDistillation(module, trainer.strategy.batch_to_device(batch), forward, from_first)
+        return SharedDistillation(module, trainer.strategy.batch_to_device(batch), forward, self.from_first)
 
     def _evaluation_steps(self, batch: Any) -> Iterator[Tensor | None]:
         """Put one batch through the module's ``calibration_steps`` if it has them, else through its evaluation step.

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.callbacks.prune_run.first_rank import computed_on_first
 from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
 from dpp_lightning.methods.input_statistics import InputStatistics
 
@@ -27,6 +29,7 @@ PREFIX = "eval_"  # of every metric of Trainer.evaluate
 _IGNORED = -100  # label of a token that the loss leaves out, as padding is
 _OF_SPEED = ("_runtime", "_per_second", "_time")  # ends of the names of those that are no score
 HFForwardFn = Callable[[nn.Module, Any], Tensor]
+T = TypeVar("T")
 
 
 class HFPasses:
@@ -59,6 +62,10 @@ class HFPasses:
     def is_first(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self.trainer.is_world_process_zero())
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, on all of them, or the error that it raises; all must call."""
+        return computed_on_first(compute, partial(from_first, self.trainer), is_first=self.is_first)
 
     def score(self, dataset: Any = None) -> float:
         """The monitored metric of ``Trainer.evaluate``; of several evaluation sets only the monitored one is gone over.
@@ -167,10 +174,7 @@ class HFPasses:
             mask = self._token_mask(piece)
             return [without_padding(logits, mask) for logits in self._logits(piece)]
 
-        def of_first(compute: Callable[[], Any]) -> Any:
-            return from_first(self.trainer, compute() if self.is_first else None)
-
-        return SharedDistillation(self.module, self.trainer._prepare_inputs(batch), forward, of_first)
+        return SharedDistillation(self.module, self.trainer._prepare_inputs(batch), forward, self.from_first)
 
     def _scored(self) -> tuple[Any, str | None]:
         """The evaluation data that the monitor is of, and its name where there are several sets."""

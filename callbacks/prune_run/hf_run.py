@@ -28,6 +28,7 @@ from dpp_lightning.callbacks.prune_run.progress import (
 from dpp_lightning.callbacks.prune_run.run_identity import run_identity
 from dpp_lightning.callbacks.prune_run.run_rows import RunRows
 from dpp_lightning.callbacks.prune_run.settings import SAMPLES, PruneSettings
+from dpp_lightning.callbacks.prune_run.turns import Alone
 from dpp_lightning.experiments.grid import Experiment, QCurve, Result
 from dpp_lightning.experiments.results import ResultsLog
 from dpp_lightning.experiments.tables import console_table
@@ -51,9 +52,6 @@ class HFPruneRun:
         source: name of the data that q is found on.
         folder: for the deltas, ``results.jsonl`` and the plot.
         reporter: is called with every row as it is made.
-
-    Raises:
-        ValueError: if ``resume`` finds another run's rows.
     """
 
     def __init__(
@@ -75,8 +73,8 @@ class HFPruneRun:
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
         identity = run_identity(settings, base, self.module, new, passes.monitor, passes.split)
         log = ResultsLog(folder / RESULTS_FILE, passes.monitor, identity, method_settings)
-        earlier = from_first(passes.trainer, log.resume() if settings.resume else [])
-        self.rows = RunRows(settings, self.module, passes, log, earlier, reporter, writes=passes.is_first)
+        turns = Alone(log, passes, resume=settings.resume, writes=passes.is_first)
+        self.rows = RunRows(settings, self.module, passes, turns, reporter)
 
     def run(self) -> list[Result]:
         """Make the rows that are missing and report all of them.
@@ -85,9 +83,13 @@ class HFPruneRun:
 
         Returns:
             The rows of base and fine-tuned model, then of the pruned ones, those of an earlier run included.
+
+        Raises:
+            ValueError: if another run's rows are there, which are to be kept.
         """
         settings = self.settings
-        pending = [row for row in settings.rows if row not in self.rows.done]
+        self.rows.begin()
+        pending = self.rows.pending()
         self.reporter.begin(pending, len(self.rows.done))
         curves: list[QCurve] = []
         if pending or settings.plot or len(self.rows.results) < 2:
@@ -148,7 +150,6 @@ class HFPruneRun:
             q_split=self.source,
             side_files=self._side_files(),
             monitor=passes.monitor,
-            done=self.rows.done,
         )
 
     def _side_files(self) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpp_lightning.experiments.grid import delta_name
-from dpp_lightning.experiments.results import Row
+from dpp_lightning.experiments.row_groups import Row
 from dpp_lightning.storage.hub import upload_folder
 
 

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpp_lightning.callbacks.prune_run.fit_notices import metric_prefix
 from dpp_lightning.callbacks.prune_run.logger_report import RunReport, boards_of_lightning, show_run
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
-from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation, rate_text
+from dpp_lightning.experiments.grid import QCurve, Result, mean_and_deviation
 from dpp_lightning.experiments.plots import plot_over_q
-from dpp_lightning.experiments.results import PLOT_FILE, Row
+from dpp_lightning.experiments.results import PLOT_FILE
+from dpp_lightning.experiments.row_groups import Row, rate_text
 from dpp_lightning.experiments.tables import console_table, seconds_text
 
 RESULTS_FILE = "results.jsonl"
@@ -32,8 +33,16 @@ class Reporter(Protocol):
             kept: how many rows an earlier run has made.
         """
 
+    def next(self, row: Row | None, done: int) -> None:
+        """A row is made next.
+
+        Args:
+            row: one of the pending ones; None where other processes make all that are left, and this one waits.
+            done: how many rows there are by now, those of an earlier run and of other processes included.
+        """
+
     def row(self, result: Result, monitor: str) -> None:
-        """A row was made: the base, the fine-tuned model, or the next of the pending ones.
+        """A row was made: the base, the fine-tuned model, or the one that was said to be next.
 
         Args:
             result: the row.
@@ -62,6 +71,9 @@ class LogReporter:
         """Report how many rows an earlier run has made."""
         if kept:
             rank_zero_info(f"{kept} rows were made before, {len(pending)} are left")
+
+    def next(self, row: Row | None, done: int) -> None:
+        """Nothing: its line comes when it is made."""
 
     def row(self, result: Result, monitor: str) -> None:
         """Report the row's score."""

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dpp_lightning.callbacks.prune_run.progress import LogReporter, Reporter, describe_result
 from dpp_lightning.experiments.grid import Result
-from dpp_lightning.experiments.results import Row
+from dpp_lightning.experiments.row_groups import Row
 from dpp_lightning.storage.safe_text import printable
 
 
@@ -34,8 +34,8 @@ def seconds_left(made: int, pending: int, spent: float, current: float) -> float
     """The time until the last row is made, if the rows to come take as long as those made took on average.
 
     Args:
-        made: rows that this run has made.
-        pending: rows that it makes in all.
+        made: rows that this run, or other processes beside it, have made.
+        pending: rows that they make in all.
         spent: seconds that the rows made took together.
         current: seconds since the last of them; a row that takes longer than the others adds nothing to the rest.
 
@@ -97,7 +97,7 @@ class RowsBar:
             transient=True,
         )
         self._task = self._bar.add_task("", total=None)
-        self._visible, self._pending, self._kept, self._made, self._row = visible, list[Row](), 0, 0, ""
+        self._visible, self._pending, self._kept, self._made, self._row = visible, 0, 0, 0, ""
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> RowsBar:
@@ -108,7 +108,7 @@ class RowsBar:
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
         """Show the bar if the console is a terminal; the rows of an earlier run count as done."""
-        self._pending, self._kept, self._made = list(pending), kept, 0
+        self._pending, self._kept, self._made = len(pending), kept, 0
         self._start = self._last = time.monotonic()
         if kept:
             self._print(f"{kept} rows were made before and are kept; {len(pending)} are left")
@@ -117,23 +117,30 @@ class RowsBar:
             self._bar.update(self._task, total=len(pending) + kept, completed=kept)
             self._bar.start()
 
+    def next(self, row: Row | None, done: int) -> None:
+        """Show the row beside the bar, and the rows that other processes have made in it."""
+        if self._kept + self._made < done:
+            self._made, self._last = done - self._kept, time.monotonic()
+            self._bar.update(self._task, completed=done)
+        if row is not None:
+            method, rate, seed = row
+            self._describe(f"{method} p={rate:g} seed={seed}")
+        elif self._made < self._pending:
+            self._describe("waiting")
+        else:
+            self._stop()
+
     def row(self, result: Result, monitor: str) -> None:
-        """Print a line for the row that was made, and show the next one beside the bar."""
+        """Print a line for the row that was made."""
         self._last = time.monotonic()
         if result.pruning_rate is None:
             self._start = self._last  # the rows' time begins when base and fine-tuned model are scored
             self._print(describe_result(result, monitor))
-        else:
-            self._made += 1
-            self._bar.advance(self._task)
-            self._print(
-                f"[{self._kept + self._made}/{self._kept + len(self._pending)}] {describe_result(result, monitor)}"
-            )
-        if self._made < len(self._pending):
-            method, rate, seed = self._pending[self._made]
-            if self._made or result.method == "fine-tuned":
-                self._describe(f"{method} p={rate:g} seed={seed}")
-        else:
+            return
+        self._made += 1
+        self._bar.advance(self._task)
+        self._print(f"[{self._kept + self._made}/{self._kept + self._pending}] {describe_result(result, monitor)}")
+        if self._made >= self._pending:
             self._stop()
 
     def stage(self, text: str) -> None:
@@ -150,7 +157,7 @@ class RowsBar:
 
     def _seconds_left(self) -> float | None:
         current = time.monotonic() - self._last
-        return seconds_left(self._made, len(self._pending), self._last - self._start, current)
+        return seconds_left(self._made, self._pending, self._last - self._start, current)
 
     def _describe(self, row: str) -> None:
         self._row = row

@@ -20,8 +20,11 @@ from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, r
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
 from dpp_lightning.callbacks.prune_run.run_rows import RunRows
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.callbacks.prune_run.shared_turns import Shared
+from dpp_lightning.callbacks.prune_run.turns import Alone, Turns
 from dpp_lightning.experiments.grid import Experiment, QCurve, Result
 from dpp_lightning.experiments.results import ResultsLog
+from dpp_lightning.experiments.sweep_worker import Worker
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.tensors.names import canonical_tensors
@@ -38,9 +41,7 @@ class PruneRun:
         calibration: what the settings need of it.
         folder: for the deltas, ``results.jsonl`` and the plot.
         reporter: is called with every row as it is made.
-
-    Raises:
-        ValueError: if ``resume`` finds another run's rows.
+        worker: of this process, where several share the rows; the first rank has entered.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class PruneRun:
         calibration: CalibrationData,
         folder: Path,
         reporter: Reporter,
+        worker: Worker | None = None,
     ) -> None:
         self.settings, self.trainer, self.base, self.scope = settings, trainer, base, scope
-        self.folder, self.reporter = folder, reporter
+        self.folder, self.reporter, self.worker = folder, reporter, worker
         self.module = trainer.lightning_module
         self.passes = EvaluationPasses(trainer, settings.monitor)
         self.calibration = CalibrationPasses(settings, self.passes, calibration)
@@ -62,27 +64,38 @@ class PruneRun:
         new = new_names(self.module, trainer.optimizers)
         identity = run_identity(settings, base, self.module, new, self.passes.monitor, self.passes.split)
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
-        earlier = self.log.resume() if settings.resume else []
-        self.passes.monitor = self.log.monitor  # a resumed run has its full name
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self.rows = RunRows(settings, self.module, self.passes, self.log, earlier, reporter, writes=writes)
+        turns: Turns
+        if worker is not None:
+            turns = Shared(self.log, worker, self.passes, reporter.note)
+        else:
+            writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            turns = Alone(self.log, self.passes, resume=settings.resume, writes=writes)
+        self.rows = RunRows(settings, self.module, self.passes, turns, reporter)
 
     def run(self) -> list[Result]:
-        """Make the rows that are missing and report all of them.
+        """Make the rows that are missing, or those of them that no other worker makes, and report all of them.
 
         Afterwards the module holds the fine-tuned weights again, bit for bit, unless ``apply`` is set.
 
         Returns:
-            The rows of base and fine-tuned model, then of the pruned ones, those of an earlier run included.
+            The rows of base and fine-tuned model, then of the pruned ones, those of an earlier run and of other workers
+            included.
+
+        Raises:
+            ValueError: if another run's rows are there, which are to be kept.
         """
         settings = self.settings
-        pending = [row for row in settings.rows if row not in self.rows.done]
+        self.rows.begin()
         self._check_resumed_score()
+        if self.worker is not None and self.worker.entered:
+            self.worker.begin()
+        pending = self.rows.pending()
         self.reporter.begin(pending, len(self.rows.done))
         curves: list[QCurve] = []
         if pending or settings.plot or len(self.rows.results) < 2:
             curves = self._make_rows()
-        report_results(self.rows.results, curves, self.folder, settings, self.trainer, self.passes.monitor)
+        if self.rows.reports:
+            report_results(self.rows.results, curves, self.folder, settings, self.trainer, self.passes.monitor)
         return self.rows.results
 
     def _make_rows(self) -> list[QCurve]:
@@ -136,7 +149,6 @@ class PruneRun:
             q_split=self.calibration.source,
             side_files=transformers_config(self.module),
             monitor=self.passes.monitor,
-            done=self.rows.done,
         )
 
     def _check_resumed_score(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 from torch import nn
@@ -11,21 +12,26 @@ from torch import nn
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
 from dpp_lightning.callbacks.prune_run.progress import Reporter
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.callbacks.prune_run.turns import Ranks, Turns
 from dpp_lightning.experiments.grid import Experiment, QCurve, Result
-from dpp_lightning.experiments.results import ResultsLog, rows_of
+from dpp_lightning.experiments.results import rows_of
+from dpp_lightning.experiments.row_groups import Row, row_groups
 from dpp_lightning.methods.registry import get_method
 from dpp_lightning.storage.checkpoints import total_bytes
 
 PLOT_POINTS = 12  # of a curve over q
 
 
-class ScoringPasses(Protocol):
+class ScoringPasses(Ranks, Protocol):
     """Passes of a trainer over the scored data, with the weights as they stand."""
 
     @property
     def monitor(self) -> str:
         """Name of the metric that is the score."""
         ...
+
+    @monitor.setter
+    def monitor(self, name: str) -> None: ...
 
     @property
     def split(self) -> str:
@@ -38,36 +44,49 @@ class ScoringPasses(Protocol):
 
 
 class RunRows:
-    """The rows of one run, those of an earlier run included.
+    """The rows of one run, those of an earlier run and of other workers included.
 
     Args:
         settings: of the callback.
         module: holds the weights.
         passes: score them.
-        log: the file of the rows.
-        results: the rows that an earlier run made.
+        turns: say which rows this process makes, and write them.
         reporter: is called with every row as it is made.
-        writes: this process appends rows to the file.
 
     Attributes:
-        results: the rows so far, those of base and fine-tuned model first.
-        done: (method, rate, seed) of the rows of pruned models that an earlier run made.
+        results: the rows so far: of base and fine-tuned model, of pruned models outside the run's grid, of those in it.
     """
 
     def __init__(
-        self,
-        settings: PruneSettings,
-        module: nn.Module,
-        passes: ScoringPasses,
-        log: ResultsLog,
-        results: list[Result],
-        reporter: Reporter,
-        *,
-        writes: bool,
+        self, settings: PruneSettings, module: nn.Module, passes: ScoringPasses, turns: Turns, reporter: Reporter
     ) -> None:
-        self.settings, self.module, self.passes, self.log = settings, module, passes, log
-        self.results, self.reporter, self.writes = results, reporter, writes
-        self.done = rows_of(results)
+        self.settings, self.module, self.passes, self.turns = settings, module, passes, turns
+        self.results: list[Result] = []
+        self.reporter = reporter
+
+    @property
+    def done(self) -> frozenset[Row]:
+        """(method, rate, seed) of the pruned models whose rows there are."""
+        return rows_of(self.results)
+
+    def begin(self) -> None:
+        """Take what an earlier run, or other workers, have made so far.
+
+        Raises:
+            ValueError: that is of another run.
+        """
+        self.results, self.passes.monitor = self.turns.begin()
+        self._sort()
+
+    @cached_property
+    def reports(self) -> bool:
+        """Whether this process reports the rows. To be asked when all are made; all ranks must ask."""
+        return self.turns.reports()
+
+    def pending(self) -> list[Row]:
+        """The rows of the grid that are not made."""
+        done = self.done
+        return [row for row in self.settings.rows if row not in done]
 
     def resumed(self, method: str) -> Result | None:
         """The row of the base or of the fine-tuned model, if an earlier run made it."""
@@ -93,11 +112,21 @@ class RunRows:
         """
         settings = self.settings
         self._record_references(experiment, finetuned)
-        experiment.stage = self.reporter.stage
-        for result in experiment.run(settings.methods, settings.rates, settings.seeds):
-            self._save_adapter(experiment, result)
-            self._record(result)
-        return self._curves(experiment) if settings.plot else []
+        self.turns.references_made()
+        experiment.stage, experiment.begins = self.reporter.stage, self._begins
+        groups = row_groups(settings.methods, settings.rates, settings.seeds)
+        while not (step := self.turns.next(groups, self.results)).over:
+            self.results = step.results
+            if step.group is None:
+                self.reporter.next(None, len(self.done))
+                continue
+            for result in experiment.run(step.group, self.done):
+                self._save_adapter(experiment, result)
+                self._record(result)
+            self.turns.made(step.group)
+        self.results = step.results
+        self._sort()
+        return self._curves(experiment) if settings.plot and self.reports else []
 
     def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
         """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
@@ -123,10 +152,17 @@ class RunRows:
         if not self.settings.save_deltas:
             result = replace(result, folder=None)
         self.results.append(result)
-        self.log.monitor = self.passes.monitor  # the first pass may have found its full name
-        if self.writes:
-            self.log.append(result)
+        self.turns.record(result, self.passes.monitor)
         self.reporter.row(result, self.passes.monitor)
+
+    def _begins(self, row: Row) -> None:
+        self.reporter.next(row, len(self.done))
+
+    def _sort(self) -> None:
+        """Have the rows in the order of the grid, whatever the order in which they were made."""
+        order: dict[tuple[str, float | None, int | None], int]
+        order = {row: number for number, row in enumerate(self.settings.rows)}
+        self.results.sort(key=lambda r: (r.pruning_rate is not None, order.get((r.method, r.pruning_rate, r.seed), -1)))
 
     def _curves(self, experiment: Experiment) -> list[QCurve]:
         """Score and output change over q for each rate on the first seed's mask, with the q that a method found."""

@@ -13,7 +13,7 @@ from dpp_lightning.calibration.output_change import MEASURES, Measure
 from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn
 from dpp_lightning.callbacks.prune_run.hub_upload import repository_ids
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView
-from dpp_lightning.experiments.results import Row, grid
+from dpp_lightning.experiments.row_groups import Row, grid
 from dpp_lightning.methods.registry import METHODS, get_method
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import exact_rate, stream_key

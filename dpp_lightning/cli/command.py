@@ -230,7 +230,7 @@ def say(text: str) -> None:
 
 
 class BytesDone:
-    """Moves a bar on.
+    """Moves a bar on, and shows it as soon as there is something to show.
 
     Args:
         bar, task: of rich.
@@ -242,16 +242,22 @@ class BytesDone:
 
     def __call__(self, done: int, total: int) -> None:
         """So many bytes are done, of so many."""
+        self._show()
         self._bar.update(self._task, completed=done, total=total)
 
     def stage(self, text: str) -> None:
         """Show what is being tried beside the bar."""
+        self._show()
         self._bar.update(self._task, description=f"{self._action}: {text}")
+
+    def _show(self) -> None:
+        if not self._bar.live.is_started:
+            self._bar.start()
 
 
 @contextmanager
 def progress_bar(action: str) -> Iterator[BytesDone]:
-    """A bar on the terminal with bytes a second.
+    """A bar on the terminal with bytes a second, from the first of them on: what is refused before shows none.
 
     Args:
         action: what is being done, such as ``"pruning"``.
@@ -266,6 +272,9 @@ def progress_bar(action: str) -> Iterator[BytesDone]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(action, total=None)
-        yield BytesDone(bar, task, action)
+    bar = Progress(*columns, console=Console(stderr=True))
+    try:
+        yield BytesDone(bar, bar.add_task(action, total=None), action)
+    finally:
+        if bar.live.is_started:  # rich would print an empty line where it was not
+            bar.stop()

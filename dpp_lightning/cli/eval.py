@@ -25,7 +25,7 @@ from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.source_kind import check_delta, check_model
-from dpp_lightning.storage.tokenizer_files import check_vocabulary
+from dpp_lightning.storage.tokenizer_files import check_vocabulary, read_tokenizer
 from dpp_lightning.tensors.names import canonical_names
 
 _SHOWN = 5
@@ -275,14 +275,11 @@ def side_folder(model: str, delta: str | None, task: str | None) -> Iterator[str
 
 def load_tokenizer(model: str, folder: str, chat: bool) -> Any:
     """The tokenizer that lies in a folder beside the other files of a model."""
-    from transformers import AutoTokenizer
-
     cure = "save the tokenizer beside the model, tokenizer.save_pretrained(folder)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"MODEL {model}: its tokenizer cannot be loaded ({reason}): {cure}") from error
+        tokenizer = read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"MODEL {model}: its tokenizer cannot be loaded ({error}): {cure}") from error
     check_vocabulary(tokenizer, folder, "MODEL", given=model)
     if chat and not tokenizer.chat_template:
         raise ValueError("--apply_chat_template: the tokenizer has no chat template; leave the option out")

@@ -12,12 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_only
 
 from dpp_lightning.callbacks import DeltaPruneCallback
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses, full_name
@@ -28,10 +26,11 @@ from dpp_lightning.cli.lightning import DPPCLI
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.cli.user_errors import guarded, signal_code
 from dpp_lightning.experiments.report import Subject, write_report
-from dpp_lightning.storage.atomic_write import check_writable
+from dpp_lightning.experiments.sweep_worker import Worker
+from dpp_lightning.storage.atomic_write import atomic_file, check_writable
 from dpp_lightning.storage.byte_count import number_of_bytes
 
-_LOCK = ".sweep.lock"
+_CONFIG_FILE = "config_sweep.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,9 @@ class SweepOptions:
     Rows (results.jsonl), a table (table.md) and plots are written. Killed, a sweep goes on where it was when the
     command is repeated; further methods, rates and seeds may be added to it. What these options leave out is taken from
     the config's DeltaPruneCallback, or from its defaults.
+
+    The same command given several times, on one machine or as a job array (sbatch --array 0-7), shares the rows of one
+    output folder, which all must see. One of them writes the table.
 
     Args:
         output: folder of the rows, deltas, table and plots
@@ -97,7 +99,7 @@ class SweepCLI(DPPCLI):
 
     Args:
         args: the command line behind the command's name.
-        stack: holds the lock of the output folder for as long as it is open.
+        stack: holds what this process has claimed of the output folder for as long as it is open.
     """
 
     usage = "dpp sweep --config NAME --ckpt_path FILE --output DIR [options]"
@@ -128,12 +130,10 @@ class SweepCLI(DPPCLI):
         self.options.check()
 
     def before_instantiate_classes(self) -> None:
-        """Put the sweep's callback into the config, and keep other sweeps out of its folder."""
-        self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config_sweep.yaml"}
+        """Put the sweep's callback into the config, which is saved when it is known that the rows are of this run."""
+        self.save_config_callback = None
         place_callback(self.config[self.subcommand].trainer, self.options)
         check_sources(self.config[self.subcommand])
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            lock_folder(Path(self.options.output), self._stack)
 
     def test(self, **arguments: Any) -> None:
         """Score every pruned model on the split, and write the report."""
@@ -145,6 +145,7 @@ class SweepCLI(DPPCLI):
                 "one, or score the validation split with --split validation"
             )
         is_first = self.trainer.is_global_zero
+        worker = callback.worker = self._stack.enter_context(Worker(Path(self.options.output), self._save_config))
         try:
             with RowsBar(visible=is_first) as callback.reporter:
                 evaluate(**{**arguments, "verbose": False})
@@ -160,8 +161,18 @@ class SweepCLI(DPPCLI):
                 "nothing was pruned, since nothing tells which weights are the base: give the DeltaPruneCallback of "
                 "the config pretrained=<folder or hub id of the base>"
             )
-        if is_first:
+        if is_first and worker.entered and not worker.reports:
+            made = ", ".join(worker.made) or "no rows"
+            say(f"dpp sweep: made {made}; the table is written by another worker")
+        elif is_first:
             self._report(callback, str(arguments["ckpt_path"]))
+            worker.reported()
+
+    def _save_config(self) -> None:
+        """Write the config into the output folder, whole."""
+        with atomic_file(Path(self.options.output) / _CONFIG_FILE) as temporary:
+            config = self.config[self.subcommand]
+            self._parser(self.subcommand).save(config, str(temporary), skip_none=False, overwrite=True, multifile=False)
 
     def _report(self, callback: DeltaPruneCallback, checkpoint: str) -> None:
         task = getattr(self.model, "task", None) or type(self.model).__name__
@@ -184,23 +195,6 @@ def run(arguments: list[str]) -> int:
     """
     with ExitStack() as stack:
         return guarded("sweep", lambda: SweepCLI(arguments[1:], stack))
-
-
-def lock_folder(folder: Path, stack: ExitStack) -> None:
-    """Hold a folder's lock until the stack is closed; a file system without locks goes without.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / _LOCK).acquire(timeout=0))
-    except Timeout:
-        raise ValueError(
-            f"another dpp sweep writes into {folder} at this moment: wait until it ends, or choose another --output"
-        ) from None
-    except NotImplementedError:
-        pass
 
 
 def place_callback(trainer: Namespace, options: SweepOptions) -> None:

@@ -18,8 +18,8 @@ from dpp_lightning.calibration.fit_rescaling import FoundRescaling, Report, cast
 from dpp_lightning.calibration.q_search import q_grid
 from dpp_lightning.delta.folder import delta_bytes
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.experiments.row_groups import Row, RowGroup, rate_text
 from dpp_lightning.methods.pruning_spec import PruningSpec
-from dpp_lightning.methods.registry import get_method
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.tensors.names import TensorSource
 
@@ -84,6 +84,7 @@ class Experiment:
         metric: scores the target on the calibration split; only for the objective ``metric``.
         gradients: of the output's error on the calibration batch; only for ``darex-learned``.
         distillation: trains toward the fine-tuned model's outputs; only for methods that train.
+        begins: called with every row before it is made.
         stage: called with what is tried for the row in progress.
         objective: what q is searched by.
         higher_is_better: direction of the score.
@@ -94,7 +95,6 @@ class Experiment:
         side_files: further files for the deltas' folders, name to bytes.
         monitor: name of the score, for the deltas' cards.
         reference_scores: further figures for the cards, such as the scores of base and fine-tuned model.
-        done: (method, rate, seed) of the rows that an earlier, unfinished run made; they are left out.
         last: the last delta that was scored.
     """
 
@@ -115,32 +115,31 @@ class Experiment:
     reference_scores: dict[str, float] = field(default_factory=dict)
     gradients: OutputGradients | None = None
     distillation: Distillation | None = None
+    begins: Callable[[Row], None] | None = None
     stage: Report | None = None
-    done: Collection[tuple[str, float, int]] = ()
     last: SparseDelta | None = None
 
-    def run(self, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> Iterator[Result]:
-        """Every method, rate and seed (one for a method that draws nothing); what a method fits is found once per
-        method and rate, on the first seed's mask, or for each seed where it belongs to one mask."""
-        for method in methods:
-            for rate in rates:
-                rescaling: FoundRescaling | None = None
-                drawn_seeds = seeds if get_method(method).random else seeds[:1]
-                for seed in drawn_seeds:
-                    if (method, float(rate), seed) in self.done:
-                        continue
-                    start, known, spec = time.perf_counter(), rescaling, self._spec(method, rate, seed)
-                    if spec.fit is not None and spec.fit.one_mask:
-                        known = rescaling = None
-                    elif rescaling is None and spec.fit is not None and seed != drawn_seeds[0]:
-                        first = self._spec(method, rate, drawn_seeds[0])
-                        rescaling = self.plan.draw_and_fit(first, self.calibration, report=self.stage)[1]
-                    delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling, report=self.stage)
-                    with delta.applied(self.target, force=True):
-                        score = self.score()
-                    self.last = delta
-                    forwards = len(rescaling.tried) if rescaling is not None and known is None else 0
-                    yield self._result(spec, delta, score, start, forwards)
+    def run(self, group: RowGroup, done: Collection[Row] = ()) -> Iterator[Result]:
+        """The rows of a group, but for those that are made already.
+
+        What their method fits is found once, on the mask of the group's first row, made already or not.
+        """
+        rescaling: FoundRescaling | None = None
+        for row in group.rows:
+            if row in done:
+                continue
+            if self.begins is not None:
+                self.begins(row)
+            start, known, spec = time.perf_counter(), rescaling, self._spec(*row)
+            if rescaling is None and spec.fit is not None and row != group.rows[0]:
+                first = self._spec(*group.rows[0])
+                rescaling = self.plan.draw_and_fit(first, self.calibration, report=self.stage)[1]
+            delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling, report=self.stage)
+            with delta.applied(self.target, force=True):
+                score = self.score()
+            self.last = delta
+            forwards = len(rescaling.tried) if rescaling is not None and known is None else 0
+            yield self._result(spec, delta, score, start, forwards)
 
     @property
     def calibration(self) -> Calibration:
@@ -215,12 +214,6 @@ class Experiment:
 def delta_name(method: str, pruning_rate: float, seed: int) -> str:
     """Name of the folder that a delta of an experiment is saved in, such as ``dare-p0.9-seed0``."""
     return f"{method}-p{rate_text(pruning_rate)}-seed{seed}"
-
-
-def rate_text(rate: float) -> str:
-    """A rate in a name: six digits where they are the rate, else all of them, so that no two rates share a name."""
-    short = f"{rate:g}"
-    return short if float(short) == rate else repr(float(rate))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

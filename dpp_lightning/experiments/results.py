@@ -15,15 +15,13 @@ from typing import Any, get_args, get_type_hints
 
 from dpp_lightning.experiments.earlier_run import move_aside
 from dpp_lightning.experiments.grid import Result
-from dpp_lightning.methods.registry import get_method
+from dpp_lightning.experiments.row_groups import Row
 from dpp_lightning.storage.atomic_write import atomic_file
 from dpp_lightning.storage.safe_text import has_controls
 
 PLOT_FILE = "q_curve.png"
 
 _CURE = "Choose another output folder, or leave resume out: the earlier run is then kept in a folder earlier-1"
-
-Row = tuple[str, float, int]
 
 _TYPES = {**get_type_hints(Result), "monitor": str, "settings": dict}
 _LONGEST = 200  # characters of a value in a message
@@ -111,16 +109,6 @@ class ResultsLog:
                 differences.append(_difference(f"settings of {method}", before, dict(now)))
         if differences:
             raise ValueError(f"{self.path} holds the rows of another run: {'; '.join(differences)}. {_CURE}")
-
-
-def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Row]:
-    """Every (method, rate, seed) of a run, in its order; the first seed alone for a method that draws nothing."""
-    return [
-        (method, float(rate), seed)
-        for method in methods
-        for rate in rates
-        for seed in (seeds if get_method(method).random else seeds[:1])
-    ]
 
 
 def rows_of(results: Sequence[Result]) -> frozenset[Row]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpp_lightning.pruning.timm_model import TimmConfig, TimmModel, is_timm
 from dpp_lightning.storage.locate import local_folder
+from dpp_lightning.storage.tokenizer_files import read_tokenizer
 
 _TEXT, _PAIRS = (".txt", ".text", ".md"), ".tsv"
 _ONE_ROW_EACH = (  # of those that go with the model's main input one by one
@@ -201,11 +202,9 @@ def _tokens(model: ModelClass, data: Path, columns: list[list[str]], max_length:
     cure = f"give a .safetensors batch with the model's inputs by name ({model.inputs})"
     if "input_ids" not in model.takes:
         raise ValueError(f"{data} is text, which {model.kind.__name__} does not take: {cure}")
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.source, revision=model.revision)
-    except Exception as error:  # of the many ways in which tokenizers cannot be loaded each has its own
+        tokenizer = read_tokenizer(model.source, model.revision)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{data} is text, and {model.source} has no tokenizer that transformers can load: {cure}; "
             f"transformers says: {one_line(error)}"

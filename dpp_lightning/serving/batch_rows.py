@@ -1,28 +1,13 @@
-"""Which rows of a batch use which delta, so that those of many deltas are worked on together."""
+"""Which rows of a batch use which delta."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Key = tuple[str, str | None]  # a delta's name, and the task of a merged one
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Deltas that have equally many rows of a batch.
-
-    Attributes:
-        deltas: their places among those of the batch.
-        rows: their rows, those of one delta next to each other: a slice where they follow each other, else int64 of
-            shape (rows,).
-    """
-
-    deltas: tuple[int, ...]
-    rows: slice | Tensor
 
 
 class BatchRows:
@@ -35,7 +20,6 @@ class BatchRows:
         size: number of rows.
         keys: the distinct keys, None left out, in the order of their first rows.
         covered: every row has a key.
-        groups: the deltas, those with equally many rows together, so that they are worked on at once.
     """
 
     def __init__(self, keys: Sequence[Key | None]) -> None:
@@ -47,32 +31,24 @@ class BatchRows:
         self.keys = list(by_key)
         self.covered = None not in keys
         self._rows = [_as_slice(rows) for rows in by_key.values()]
-        by_count: dict[int, list[int]] = {}
-        for delta, rows in enumerate(by_key.values()):
-            by_count.setdefault(len(rows), []).append(delta)
-        of_delta = list(by_key.values())
-        self.groups = [
-            RowGroup(tuple(deltas), _as_slice([row for delta in deltas for row in of_delta[delta]]))
-            for deltas in by_count.values()
-        ]
-        self._vector_of_row = torch.tensor([0 if key is None else 1 + self.keys.index(key) for key in keys])
+        self._tensor_of_row = torch.tensor([0 if key is None else 1 + self.keys.index(key) for key in keys])
 
     def of(self, delta: int) -> slice | Tensor:
         """The rows of one delta, which index the first dimension of a batch's tensors."""
         return self._rows[delta]
 
     def stacked(self, of_deltas: Sequence[Tensor | None], base: Tensor) -> Tensor:
-        """One vector a row, that of its delta, or the base's where that is None.
+        """One tensor a row, that of its delta, or the base's where that is None.
 
         Args:
-            of_deltas: of each delta, shape (n,).
-            base: shape (n,).
+            of_deltas: of each delta, of the base's shape.
+            base: any shape.
 
         Returns:
-            Shape (rows of the batch, n).
+            Shape (rows of the batch, *the base's).
         """
-        vectors = torch.stack([base.detach(), *(base.detach() if v is None else v for v in of_deltas)])
-        return vectors[self._vector_of_row.to(base.device)]
+        tensors = torch.stack([base.detach(), *(base.detach() if v is None else v for v in of_deltas)])
+        return tensors[self._tensor_of_row.to(base.device)]
 
 
 def _as_slice(rows: list[int]) -> slice | Tensor:

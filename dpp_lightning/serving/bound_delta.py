@@ -348,10 +348,10 @@ def _carried(tensors: Mapping[str, Tensor], places: Mapping[str, NamedTensor]) -
 def _sparse_change(entries: ChangedEntries) -> tuple[str, Tensor, WeightChange]:
     owner, positions = entries.owner, entries.positions.cpu()
     if entries.view.shape != owner.shape:
-        raise CannotMixError(f"{entries.name} is a part of one of the model's tensors, and rows cannot have their own")
-    if owner.dim() == 1:
+        raise CannotMixError(_of_a_part(entries.name))
+    if _goes_with_rows(owner):
         vector = owner.detach().clone()
-        vector[entries.positions] = entries.values
+        vector.view(-1)[entries.positions] = entries.values
         return entries.name, owner, _of_vector(owner, vector, positions)
     differences = entries.values.float() - gather_entries(entries.view, positions).float()
     narrow = positions.int() if owner.numel() < 1 << 31 else positions
@@ -361,11 +361,11 @@ def _sparse_change(entries: ChangedEntries) -> tuple[str, Tensor, WeightChange]:
 def _whole_change(whole: ChangedTensor) -> tuple[str, Tensor, WeightChange]:
     owner = whole.named.owner
     if not whole.named.whole:
-        raise CannotMixError(f"{whole.name} is a part of one of the model's tensors, and rows cannot have their own")
+        raise CannotMixError(_of_a_part(whole.name))
     if whole.rows is not None:
-        raise CannotMixError(f"{whole.name} has more rows than the base's, and a batch cannot have both vocabularies")
+        raise CannotMixError(f"{whole.name} has more rows than the base's, which a batch cannot have")
     sparse, factors = whole.sparse, whole.sparse.factors if whole.sparse else None
-    if owner.dim() == 1:
+    if _goes_with_rows(owner):
         return whole.name, owner, _of_vector(owner, whole.values(owner))
     if sparse is None or factors is None or owner.dim() != 2:
         return whole.name, owner, WeightChange(owner.shape, *_NOTHING, whole=whole.values(owner))
@@ -373,12 +373,22 @@ def _whole_change(whole: ChangedTensor) -> tuple[str, Tensor, WeightChange]:
     return whole.name, owner, WeightChange(owner.shape, sparse.indices, differences, factors)
 
 
+def _of_a_part(name: str) -> str:
+    return f"{name} is a part of one of the model's tensors, and rows cannot have their own"
+
+
+def _goes_with_rows(tensor: Tensor) -> bool:
+    """Whether a batch can have one of it for each row: a vector, or a tensor that has one row itself."""
+    return tensor.dim() == 1 or (tensor.dim() > 1 and len(tensor) == 1)
+
+
 def _of_vector(base: Tensor, vector: Tensor, positions: Tensor | None = None) -> WeightChange:
-    """The change of a vector; its positions are all where none are given, and none where it has another size."""
+    """The change of a tensor that rows have one each of; its positions are all where none are given, and none where it
+    has another shape."""
     if vector.shape != base.shape:
         return WeightChange(base.shape, *_NOTHING, whole=vector)
     positions = torch.arange(base.numel()) if positions is None else positions
-    differences = (vector.float() - base.detach().float()).cpu()[positions]
+    differences = (vector.float() - base.detach().float()).cpu().reshape(-1)[positions.long()]
     return WeightChange(base.shape, positions, differences, whole=vector)
 
 

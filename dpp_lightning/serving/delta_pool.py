@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 
 from dpp_lightning.delta.config_file import CONFIG_FILE, read_config
 from dpp_lightning.delta.contents import DeltaInfo
@@ -23,6 +24,7 @@ from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.locate import few_names, local_folder
 from dpp_lightning.storage.model_folder import delta_side_files
 from dpp_lightning.storage.source_kind import check_delta
+from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.names import check_prunable, describe_source
 from dpp_lightning.tensors.shards import is_dtensor
@@ -110,6 +112,7 @@ class DeltaPool:
             raise ValueError(f"{few_names(made_there)} were made in inference mode: load the model outside of it")
         if sharded := [name for name, tensor in self._tensors.items() if is_dtensor(tensor)]:
             raise ValueError(f"a pool needs whole tensors, and {few_names(sharded)} are in shards: take one device")
+        self._digests = {name: _digest(tensor) for name, tensor in self._tensors.items()}
         self._modules = modules_of(model)
         self._sources: dict[str, _Source] = {}
         self._loaded: dict[str, BoundDelta] = {}  # the least recently used first
@@ -172,9 +175,15 @@ class DeltaPool:
             ValueError: an unknown name, a delta of another base, or deltas that do not fit into the memory together.
         """
         wanted = list(dict.fromkeys(self._split(name)[0] for name in (self.names if names is None else names)))
-        deltas = {name: self._sources[name].read() for name in wanted if name not in self._loaded}
-        with self._turn():
-            self._bring(wanted, deltas)
+        for name in wanted:
+            deltas = {} if name in self._loaded else {name: self._sources[name].read()}
+            with self._turn():
+                self._bring([name], deltas)
+        if lacking := [name for name in wanted if name not in self._loaded]:
+            raise PoolMemoryError(
+                f"{few_names(lacking)} had to leave again for others, since all together have more than the "
+                f"{self.memory:,} bytes that the pool may have: give it more (memory=...)"
+            )
 
     def evict(self, name: str) -> None:
         """Drop a delta's values from memory; it stays known.
@@ -216,8 +225,8 @@ class DeltaPool:
         """``with pool.mixed(["sst2", "math", "sst2"]) as model: model(**batch)``: one delta a row of the batch.
 
         The dense products are computed once for all rows, each row's changes beside them. The batch is the first
-        dimension of what the model is called with. Linear maps, embeddings, norms and biases can be mixed; what cannot
-        is refused by name, and nothing is computed with the wrong weights.
+        dimension of what the model is called with. Linear maps, embeddings, convolutions, norms and biases can be
+        mixed; what cannot is refused by name, and nothing is computed with the wrong weights.
 
         Args:
             names: of each row, one of :attr:`names`, or None for the base.
@@ -299,6 +308,10 @@ class DeltaPool:
             (bound,) = self._bring([key], {})
             return bound.shapes(task)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Other threads wait until the block ends; this one goes on using the pool."""
+        return locked([*self._modules, self])
+
     def pipeline(self, task: str, tokenizer: Any = None, **pipeline_settings: Any) -> DeltaPipeline:
         """``pipe = pool.pipeline("text-classification"); pipe("text", delta="sst2")``: a pipeline of transformers over
         the pool's model.
@@ -343,7 +356,7 @@ class DeltaPool:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """The lock of the model and the pool; what an interrupt left in the model is taken off first."""
-        with locked([*self._modules, self]):
+        with self.alone():
             if self._in_use:
                 raise RuntimeError("this thread is inside a block of this pool: end that before the next begins")
             self._restore()
@@ -430,14 +443,18 @@ class DeltaPool:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors.values()]
 
     def _check_unchanged(self) -> None:
-        changed = [
-            name for name, now, seen in zip(self._tensors, self._state(), self._seen, strict=True) if now != seen
-        ]
-        if changed:
+        """Check that the model is the base still; what was written to is hashed, as another may have put it back."""
+        states = zip(self._tensors, self._state(), self._seen, strict=True)
+        written = [name for name, now, seen in states if now != seen]
+        if changed := [name for name in written if _digest(self._tensors[name]) != self._digests[name]]:
             raise RuntimeError(
                 f"{few_names(changed)} of the model changed since the pool was made, by training, a cast, or another "
-                "delta: take that back, and make a new pool of the base"
+                "delta: take that back, or make a new pool of the base"
             )
+
+
+def _digest(tensor: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor.detach()))
 
 
 def _full_names(name: str, info: DeltaInfo) -> list[str]:

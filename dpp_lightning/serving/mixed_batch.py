@@ -19,16 +19,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dpp_lightning.serving.batch_rows import BatchRows
-from dpp_lightning.serving.sparse_products import CannotMixError, Inputs, MapChanges, WeightChange, add_embedded
+from dpp_lightning.serving.sparse_products import (
+    CannotMixError,
+    Inputs,
+    WeightChange,
+    add_embedded,
+    add_products,
+)
 
-_CURE = "use one delta at a time (pool.use, or pool.map, which groups the requests)"
 _GETTERS = frozenset(  # of a tensor's attributes, those that tell nothing of its values
     {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized",
      "is_sparse", "is_nested", "is_leaf", "grad", "grad_fn", "names", "itemsize", "nbytes", "is_mps", "is_xpu"}
 )  # fmt: skip
 _METADATA = frozenset(
     {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex,
-     Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.is_inference, Tensor.data_ptr}
+     Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.is_inference}
 )  # fmt: skip
 
 
@@ -61,8 +66,8 @@ class MixedBatch(TorchFunctionMode):
         batch_first: names of the tensors that are known to meet the batch as first dimension; others are added.
 
     Raises:
-        CannotMixError: inside the block, a function that takes a changed tensor and is not known here, or a batch that
-            is not the first dimension.
+        CannotMixError: a compiled model; inside the block, a function that takes a changed tensor and is not known
+            here, or a batch that is not the first dimension.
     """
 
     def __init__(
@@ -76,12 +81,13 @@ class MixedBatch(TorchFunctionMode):
         self._rows, self._model, self._batch_first = rows, model, batch_first
         self._handles: list[RemovableHandle] = []
         self._changed = {id(tensor): _Changed(name, tensor, of_deltas) for name, tensor, of_deltas in changes}
-        self._maps: dict[tuple[int, int], MapChanges] = {}
         self._last: tuple[Tensor, int | None, Inputs] | None = None
 
     def __enter__(self) -> MixedBatch:
         for module in self._model.modules():
-            vectors = [id(p) for p in module.parameters(recurse=False) if p.dim() == 1 and id(p) in self._changed]
+            if _bypasses_python(module):
+                raise CannotMixError(f"the model is compiled ({type(module).__name__})")
+            vectors = [id(p) for p in module.parameters(recurse=False) if id(p) in self._changed and p.dim() == 1]
             if vectors:
                 note = partial(self._note_dimensions, vectors)
                 self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
@@ -101,14 +107,15 @@ class MixedBatch(TorchFunctionMode):
         named = self._first_of((*args, *kwargs.values()))
         if named is None or func in _METADATA or _is_getter(func):
             return func(*args, **kwargs)
-        if func in _ELEMENTWISE:
-            return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
-        if func in _CASTS and named.tensor.dim() == 1 and named.tensor is args[0]:
-            return func(self._as_rows(named, named.ndim), *args[1:], **kwargs)
+        if self._first_of(kwargs.values()) is None:
+            if func in _ELEMENTWISE:
+                return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
+            if func in _CASTS and named.ndim is not None and self._first_of(args[1:]) is None:
+                return func(self._as_rows(named, named.ndim), *args[1:], **kwargs)
         handler = _HANDLERS.get(func)
         if handler is None:
             called = getattr(func, "__name__", func)
-            raise CannotMixError(f"{named.name} goes into {called}, which takes one weight for all rows: {_CURE}")
+            raise CannotMixError(f"{named.name} goes into {called}, which takes one weight for all rows")
         return handler(self, *args, **kwargs)
 
     def _first_of(self, args: Iterable[Any]) -> _Changed | None:
@@ -126,42 +133,62 @@ class MixedBatch(TorchFunctionMode):
         for identity in vectors:
             self._changed[identity].ndim = None if inputs is None else inputs.dim()
 
-    def _per_row(self, inputs: Tensor, name: str) -> Tensor:
+    def _per_row(self, inputs: Tensor, *parameters: Tensor | None) -> Tensor:
         """A batch's tensor with its rows first, those that all rows share repeated.
+
+        Args:
+            inputs: what a function takes beside parameters.
+            parameters: one of them at least is changed by a delta, for messages.
 
         Raises:
             CannotMixError: its first dimension is not the batch, or may be another.
         """
+        name = self._name_of(inputs, *parameters)
         size, shape = self._rows.size, tuple(inputs.shape)
         numbers = inputs.is_floating_point()  # else ids, which have no features
         if shape[:1] == (1,):
             return inputs.expand(size, *shape[1:])
         if shape[:1] != (size,):
-            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows: {_CURE}")
+            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows")
         if shape == (size,) or (len(shape) > 1 + numbers and shape[1] == size):
             if name not in self._batch_first:
-                raise CannotMixError(
-                    f"{name} got a tensor of shape {shape}, of which either dimension may be the {size} rows: pad the "
-                    f"batch to another length, or {_CURE}"
-                )
+                either = f"{shape}, of which either dimension may be the {size} rows"
+                raise CannotMixError(f"{name} got a tensor of shape {either}, until a batch of another length was seen")
         else:
             self._batch_first.add(name)
         return inputs
 
+    def _name_of(self, inputs: Tensor, *parameters: Tensor | None) -> str:
+        """Of the first parameter that is changed.
+
+        Raises:
+            CannotMixError: the inputs are such a tensor themselves.
+        """
+        if found := self._first_of([inputs]):
+            raise CannotMixError(f"{found.name} is used as the inputs of a function")
+        changed = self._first_of(parameters)
+        assert changed is not None  # why the function is here
+        return changed.name
+
     def _as_rows(self, changed: _Changed, ndim: int | None) -> Tensor:
-        """A vector as one for each row, shape (rows, 1, ..., n).
+        """A vector as one for each row, shape (rows, 1, ..., n); of a tensor (1, ...), shape (rows, ...).
 
         Args:
-            changed: the vector.
+            changed: the tensor.
             ndim: dimensions of what it is combined with.
         """
+        tensor = changed.tensor
+        if tensor.dim() != 1 and (tensor.shape[:1] != (1,) or ndim != tensor.dim()):
+            raise CannotMixError(f"{changed.name}, of shape {tuple(tensor.shape)}, is used directly")
         if ndim is None or ndim < 2:
-            raise CannotMixError(f"{changed.name} is used outside of its module's forward: {_CURE}")
+            raise CannotMixError(f"{changed.name} is used outside of its module's forward")
         if changed.stack is None:
-            vectors = [None if change is None else change.whole for change in changed.changes]
-            if any(v is not None and v.shape != changed.tensor.shape for v in vectors):
-                raise CannotMixError(f"{changed.name} has other sizes in some deltas of the batch: {_CURE}")
-            changed.stack = self._rows.stacked(vectors, changed.tensor)
+            wholes = [None if change is None else change.whole for change in changed.changes]
+            if any(whole is not None and whole.shape != tensor.shape for whole in wholes):
+                raise CannotMixError(f"{changed.name} has other sizes in some deltas of the batch")
+            changed.stack = self._rows.stacked(wholes, tensor)
+        if tensor.dim() > 1:
+            return changed.stack.flatten(0, 1)
         return changed.stack.view(self._rows.size, *(1,) * (ndim - 2), -1)
 
     def _broadcast(self, arg: Any, args: tuple[Any, ...]) -> Any:
@@ -170,15 +197,44 @@ class MixedBatch(TorchFunctionMode):
         if changed is None:
             return arg
         others = [other for other in args if isinstance(other, Tensor) and other is not arg]
-        if changed.tensor.dim() != 1 or not others:
-            raise CannotMixError(f"{changed.name} is of {changed.tensor.dim()} dimensions and used directly: {_CURE}")
-        self._per_row(others[0], changed.name)
+        if not others:
+            raise CannotMixError(f"{changed.name} is combined with a number")
+        self._per_row(others[0], arg)
         return self._as_rows(changed, others[0].dim())
+
+    def _expand(self, tensor: Tensor, *sizes: Any) -> Tensor:
+        """``Tensor.expand`` to the rows of the batch, as of a class token."""
+        sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        changed = self._changed[id(tensor)]
+        if sizes[0] != self._rows.size:
+            raise CannotMixError(f"{changed.name} is expanded to {sizes} in a batch of {self._rows.size} rows")
+        return self._as_rows(changed, len(sizes)).expand(*sizes)
+
+    def _convolution(
+        self, function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any
+    ) -> Tensor:
+        """A convolution with each row's weight and bias; a weight's changes are made dense, as kernels are small."""
+        of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
+        name = self._name_of(input, weight, bias)
+        if input.dim() != weight.dim() or len(input) != self._rows.size:
+            raise CannotMixError(
+                f"{name} got a tensor of shape {tuple(input.shape)} in a batch of {self._rows.size} rows"
+            )
+        outputs = function(input, weight, bias, *settings)
+        for delta in range(len(self._rows.keys)):
+            changes = [changed.changes[delta] if changed else None for changed in (of_weight, of_bias)]
+            if any(changes):
+                own = [
+                    base if change is None or base is None else change.dense(base)
+                    for change, base in zip(changes, (weight, bias), strict=True)
+                ]
+                rows = self._rows.of(delta)
+                outputs[rows] = function(input[rows], *own, *settings)
+        return outputs
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear`` with each row's weight and bias."""
-        changed, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-        rows = self._per_row(input, (changed or of_bias).name)  # type: ignore[union-attr]
+        rows, changed = self._per_row(input, weight, bias), self._changed.get(id(weight))
         wholes = self._wholes(changed) if changed else {}
         if wholes:
             return self._with_whole_weights(rows, weight, bias, wholes)
@@ -188,14 +244,11 @@ class MixedBatch(TorchFunctionMode):
 
     def _addmm(self, bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
         """``torch.addmm`` as Conv1D of transformers calls it: the rows' places in one dimension."""
-        changed, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-        name, size = (changed or of_bias or self._changed[id(inputs)]).name, self._rows.size
-        if inputs.dim() != 2 or inputs.shape[0] % size or id(inputs) in self._changed:
-            raise CannotMixError(
-                f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows: {_CURE}"
-            )
+        changed, name, size = self._changed.get(id(weight)), self._name_of(inputs, weight, bias), self._rows.size
+        if inputs.dim() != 2 or inputs.shape[0] % size:
+            raise CannotMixError(f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows")
         if changed and self._wholes(changed):
-            raise CannotMixError(f"{name} is carried whole by a delta: {_CURE}")
+            raise CannotMixError(f"{name} is carried whole by a delta")
         outputs = torch.addmm(bias, inputs, weight)
         self._add_changes(inputs, outputs, weight, bias, transposed=True)
         return outputs
@@ -204,18 +257,16 @@ class MixedBatch(TorchFunctionMode):
         self, inputs: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False
     ) -> None:
         """Add what the rows' deltas change of a linear map to its outputs, in place."""
-        size, (rows, columns) = self._rows.size, weight.shape
-        if (id(weight), id(bias)) not in self._maps:
-            none: list[WeightChange | None] = [None] * len(self._rows.keys)
-            of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
-            self._maps[id(weight), id(bias)] = MapChanges(
-                self._rows,
-                of_weight.changes if of_weight else none,
-                of_bias.changes if of_bias else none,
-                (columns, rows) if transposed else (rows, columns),
-                transposed=transposed,
-            )
-        self._maps[id(weight), id(bias)].add(self._inputs(inputs), outputs.view(size, -1, outputs.shape[-1]))
+        none: list[WeightChange | None] = [None] * len(self._rows.keys)
+        weights, biases = (self._changed.get(id(tensor)) for tensor in (weight, bias))
+        add_products(
+            self._inputs(inputs),
+            outputs.view(self._rows.size, -1, outputs.shape[-1]),
+            self._rows,
+            weights.changes if weights else none,
+            biases.changes if biases else none,
+            transposed=transposed,
+        )
 
     def _inputs(self, inputs: Tensor) -> Inputs:
         """The last inputs again where they are the same, as those of query, key and value are."""
@@ -237,7 +288,7 @@ class MixedBatch(TorchFunctionMode):
         covered = len(wholes) == len(self._rows.keys) and self._rows.covered
         shapes = {tensor.shape for tensor in wholes.values()} | (set() if covered else {weight.shape})
         if len(shapes) > 1:
-            raise CannotMixError(f"{changed.name} has {len(shapes)} shapes among the deltas of the batch: {_CURE}")
+            raise CannotMixError(f"{changed.name} has {len(shapes)} shapes among the deltas of the batch")
         if covered:
             outputs = inputs.new_empty(*inputs.shape[:-1], some.shape[0])
         else:
@@ -253,10 +304,9 @@ class MixedBatch(TorchFunctionMode):
         self, ids: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
     ) -> Tensor:
         """``F.embedding`` with each row's table."""
-        changed = self._changed[id(weight)]
+        rows, changed = self._per_row(ids, weight), self._changed[id(weight)]
         if max_norm is not None:
-            raise CannotMixError(f"{changed.name} is an embedding with max_norm: {_CURE}")
-        rows = self._per_row(ids, changed.name)
+            raise CannotMixError(f"{changed.name} is an embedding with max_norm")
         outputs = F.embedding(rows, weight)
         for delta, change in enumerate(changed.changes):
             if change is not None:
@@ -282,11 +332,9 @@ class MixedBatch(TorchFunctionMode):
         return self._scaled(F.rms_norm(self._normed(inputs, shape, weight), shape, eps=eps), weight)
 
     def _normed(self, inputs: Tensor, shape: Any, *parameters: Any) -> Tensor:
-        changed = self._first_of(parameters)
-        assert changed is not None
         if len(shape) != 1:
-            raise CannotMixError(f"{changed.name} is of a norm over {len(shape)} dimensions: {_CURE}")
-        return self._per_row(inputs, changed.name)
+            raise CannotMixError(f"{self._name_of(inputs, *parameters)} is of a norm over {len(shape)} dimensions")
+        return self._per_row(inputs, *parameters)
 
     def _scaled(self, normed: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
         weight, bias = (self._for_rows(parameter, normed.dim()) for parameter in (weight, bias))
@@ -299,8 +347,18 @@ class MixedBatch(TorchFunctionMode):
         return parameter if changed is None else self._as_rows(changed, ndim)
 
 
+def _bypasses_python(module: nn.Module) -> bool:
+    """Whether functions of torch are called where they cannot be seen."""
+    compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
 def _is_getter(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in _GETTERS  # type: ignore[attr-defined]
+
+
+def _convolved(function: Callable[..., Tensor], batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
+    return batch._convolution(function, *args, **kwargs)
 
 
 _ELEMENTWISE = frozenset(
@@ -313,4 +371,6 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: MixedBatch._layer_norm,
     F.rms_norm: MixedBatch._rms_norm,
     torch.addmm: MixedBatch._addmm,
+    Tensor.expand: MixedBatch._expand,
+    **{function: partial(_convolved, function) for function in (F.conv1d, F.conv2d, F.conv3d)},
 }

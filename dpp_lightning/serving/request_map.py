@@ -34,6 +34,9 @@ class Pool(Protocol):
     def shapes(self, name: str | None) -> Hashable:
         """What is equal for deltas that a batch can have together."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Without other threads."""
+
 
 class RequestMap:
     """Divides requests into forwards. What it measures of a pool it remembers.
@@ -108,17 +111,24 @@ class RequestMap:
             fitting = [name for name in requests if self._shapes_of(name) == self._shapes_of(next(iter(requests)))]
             if len(fitting) < 2:
                 return max(_SIZES)  # nothing to measure with: what can be mixed will be
-            self._most_mixed = 0
-            try:
-                self._time(fitting, requests, forward, 1)  # reads the deltas and warms up
-                for size in _SIZES:
-                    mixed, grouped = self._time(fitting, requests, forward, size)
-                    if mixed > grouped:
-                        break
-                    self._most_mixed = size
-            except (CannotMixError, MemoryError) as error:
-                _log.info("requests are grouped by delta, as they cannot be mixed: %s", error)
+            with self._pool.alone():
+                self._most_mixed = self._timed(fitting, requests, forward)
         return self._most_mixed
+
+    def _timed(
+        self, names: list[str | None], requests: dict[str | None, Request], forward: Forward[Request, Any]
+    ) -> int:
+        most = 0
+        try:
+            self._time(names, requests, forward, 1)  # reads the deltas and warms up
+            for size in _SIZES:
+                mixed, grouped = self._time(names, requests, forward, size)
+                if mixed > grouped:
+                    break
+                most = size
+        except (CannotMixError, MemoryError) as error:
+            _log.info("requests are grouped by delta, as they cannot be mixed: %s", error)
+        return most
 
     def _time(
         self, names: list[str | None], requests: dict[str | None, Request], forward: Forward[Request, Any], size: int

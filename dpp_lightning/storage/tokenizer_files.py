@@ -1,4 +1,5 @@
-"""Whether a tokenizer has its vocabulary: without its files transformers makes one of special tokens alone."""
+"""Loading a tokenizer whatever its files hold, and whether it has its vocabulary: without the files transformers makes
+one of special tokens alone."""
 
 from __future__ import annotations
 
@@ -6,6 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from dpp_lightning.storage.locate import local_path, subject
+
+
+def read_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of transformers that lies in a folder or at a hub id.
+
+    Args:
+        source: local folder or hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ConnectionError, TimeoutError: the hub cannot be reached.
+        MemoryError: there is not enough memory.
+        ValueError: its files cannot be read, or hold what no tokenizer can be made of; the message is the reason alone.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except (ConnectionError, TimeoutError, MemoryError):
+        raise
+    except Exception as error:  # files that hold other things than expected fail in any way
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    length = tokenizer.model_max_length
+    if not isinstance(length, (int, float)):
+        raise ValueError(f"model_max_length in tokenizer_config.json is no number: {length!r:.80}")
+    return tokenizer
 
 
 def check_vocabulary(

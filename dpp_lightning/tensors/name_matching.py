@@ -41,6 +41,8 @@ def match_names(wanted: Iterable[str], offered: Iterable[str]) -> dict[str, str]
     """
     wanted, offered = list(wanted), set(offered)
     equal = {name: name for name in wanted if name in offered}
+    if len(equal) == len(wanted):  # no leading part matches more
+        return equal
     votes = Counter((prefix, True) for prefix in _prefixes_before(wanted, offered))
     votes.update((prefix, False) for prefix in _prefixes_before(offered, wanted))
     ranked = votes.most_common()

@@ -22,6 +22,9 @@ class Recorder:
     def begin(self, pending, kept):
         self.seen.append(("begin", len(pending)))
 
+    def next(self, row, done):
+        self.seen.append(("next", row))
+
     def row(self, result, monitor):
         self.seen.append(("row", result.method))
 
@@ -80,12 +83,29 @@ def test_a_bar_shows_the_row_and_what_is_tried_for_it():
         bar.begin([("darex-q", 0.99, 0)], 0)
         bar.row(Result("base", 0.5), "acc")
         bar.row(Result("fine-tuned", 0.9), "acc")
+        bar.next(("darex-q", 0.99, 0), 0)
         bar.stage("candidate 3")
         bar._bar.refresh()
         bar.row(Result("darex-q", 0.8, 0.99, 0), "acc")
     text = file.getvalue()
     assert "darex-q p=0.99 seed=0: candidate 3" in text
     assert "left" in text
+
+
+def test_rows_of_other_processes_count_and_are_waited_for():
+    file, rows = io.StringIO(), [("dare", 0.9, seed) for seed in range(4)]
+    console = Console(file=file, force_terminal=True, width=120)
+    with RowsBar(console=console) as bar:
+        bar.begin(rows, 2)
+        bar.next(rows[2], 4)
+        bar.row(Result("dare", 0.8, 0.9, 2), "acc")
+        assert "[5/6]" in file.getvalue()
+        bar.next(None, 5)
+        bar._bar.refresh()
+        assert re.search(r"waiting \S+ 5/6", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()))
+        assert bar._bar.live.is_started
+        bar.next(None, 6)
+        assert not bar._bar.live.is_started
 
 
 def test_a_note_stands_on_a_line_of_its_own_above_the_bar():

@@ -1,6 +1,5 @@
 """dpp sweep with a kill, a full disk and a broken disk at every call that changes the disk, and killed at any time."""
 
-import json
 import random
 import re
 import shutil
@@ -8,14 +7,13 @@ import time
 
 import pytest
 from fault_campaign import MODES, FaultServer, call_name
-from sweep_job import fitted
+from sweep_job import fitted, sweep_result
 
 from dpp_lightning import SparseDelta
 
 pytestmark = pytest.mark.slow
 
 WORDS = ["--methods", "dare", "--rates", "0.5", "0.9", "--seeds", "0"]
-MEASURED = ("seconds", "forwards")
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +33,6 @@ def server(job, tmp_path_factory):
     server.close()
 
 
-def result(folder):
-    """What a sweep has made, without the times: names of all files, rows, table, bytes of the deltas."""
-    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    rows = [json.loads(line) for line in files["results.jsonl"].read_text().splitlines()]
-    for row in rows:
-        for name in MEASURED:
-            row.pop(name, None)
-    cells = [line.split("|") for line in files["table.md"].read_text().splitlines()]
-    measured = next(k for k, name in enumerate(next(c for c in cells if len(c) > 3)) if name.strip() == "seconds")
-    table = [[cell for k, cell in enumerate(line) if len(line) < 4 or k != measured] for line in cells]
-    deltas = {name: path.read_bytes() for name, path in files.items() if "delta_" in name}
-    return {"files": sorted(files), "rows": rows, "table": table, "deltas": deltas}
-
-
 @pytest.fixture(scope="module")
 def whole(job, server, tmp_path_factory):
     """The result of an undisturbed sweep, the calls it makes and the seconds it takes."""
@@ -56,12 +40,12 @@ def whole(job, server, tmp_path_factory):
     start = time.perf_counter()
     answer = server.run([*job, root / "sweep"], root, root, "count")
     assert answer["code"] == 0, answer["stderr"]
-    return result(root / "sweep"), answer["calls"], time.perf_counter() - start
+    return sweep_result(root / "sweep"), answer["calls"], time.perf_counter() - start
 
 
 def differences(folder, wanted):
     """What of a sweep's result is not that of the undisturbed one."""
-    there = result(folder)
+    there = sweep_result(folder)
     return [f"{name}: {there[name]!r:.300}" for name in wanted if there[name] != wanted[name]]
 
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import signal
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -14,10 +13,10 @@ from sweep_job import fitted
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli import main
-from dpp_lightning.cli.sweep import lock_folder
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size, points
-from dpp_lightning.experiments.results import ResultsLog, grid
+from dpp_lightning.experiments.results import ResultsLog
+from dpp_lightning.experiments.row_groups import grid
 from dpp_lightning.methods.registry import METHODS
 
 METHODS_SWEPT = ("dare", "darex-q", "magnitude")
@@ -241,16 +240,6 @@ def test_its_options_stand_in_a_config_too(job, tmp_path, capsys):
         "output": "there",
         "split": "test",
     }
-
-
-def test_a_second_sweep_into_a_folder_is_refused_while_the_first_runs(job, tmp_path, capsys):
-    command = ["sweep", *job, "--output", str(tmp_path), "--methods", "magnitude", "--rates", "0.5"]
-    with ExitStack() as stack:
-        lock_folder(tmp_path, stack)
-        assert main(command) == 2
-        assert "another dpp sweep writes into" in capsys.readouterr().err
-        assert not (tmp_path / "results.jsonl").exists()
-    assert main(command) == 0
 
 
 # --- the file and the plots -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dpp_lightning.experiments.grid import Experiment
+from dpp_lightning.experiments.row_groups import row_groups
 
 
 class Plan:
@@ -26,8 +27,9 @@ class Plan:
 def run(method: str, monkeypatch: pytest.MonkeyPatch, done: tuple = ()) -> tuple[Plan, list[int]]:
     monkeypatch.setattr(Experiment, "_result", lambda self, spec, delta, score, start, forwards: forwards)
     plan = Plan()
-    experiment = Experiment(plan, {}, lambda: 0.0, lambda: 0.0, None, "output_change", True, None, done=done)  # type: ignore[arg-type]
-    return plan, list(experiment.run([method], [0.9], [0, 1, 2]))  # type: ignore[arg-type]
+    experiment = Experiment(plan, {}, lambda: 0.0, lambda: 0.0, None, "output_change", True, None)  # type: ignore[arg-type]
+    groups = row_groups([method], [0.9], [0, 1, 2])
+    return plan, [result for group in groups for result in experiment.run(group, done)]  # type: ignore[misc]
 
 
 def test_q_of_the_first_seed_serves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

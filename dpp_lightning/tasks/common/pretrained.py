@@ -8,11 +8,11 @@ from pickle import UnpicklingError
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpp_lightning.storage.locate import local_folder, local_path, subject
 from dpp_lightning.storage.source_kind import check_model
-from dpp_lightning.storage.tokenizer_files import check_vocabulary
+from dpp_lightning.storage.tokenizer_files import check_vocabulary, read_tokenizer
 
 PRETRAINED = "model.pretrained"  # what messages call the argument, also to those who wrote no config
 _UNREADABLE = (
@@ -79,6 +79,6 @@ def load_tokenizer(source: str, revision: str | None, argument: str) -> PreTrain
     local_folder(source, revision, ["tokenizer_config.json", "config.json"], argument=argument)
     with loading(source, argument, cure=cure):
         path = str(local_path(source))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        tokenizer: PreTrainedTokenizerBase = read_tokenizer(path, revision)
     check_vocabulary(tokenizer, source, argument, revision)
     return tokenizer

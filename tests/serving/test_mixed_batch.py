@@ -1,0 +1,263 @@
+"""Mixed batches: every row has its own delta's weights, and what cannot be so is refused by name."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from factored import factored_pair
+from tiny_causal import make_decoder
+from torch import nn
+
+from dpp_lightning import DeltaPool, SparseDelta, prune
+from dpp_lightning.serving.sparse_products import CannotMixError
+
+
+class Net(nn.Module):
+    """An embedding, a map, a norm and a head."""
+
+    def __init__(self, words=11, labels=3):
+        super().__init__()
+        self.embed, self.map = nn.Embedding(words, 6), nn.Linear(6, 10)
+        self.norm, self.head = nn.LayerNorm(10), nn.Linear(10, labels)
+
+    def forward(self, ids):
+        return self.head(self.norm(F.gelu(self.map(self.embed(ids)))).mean(1))
+
+
+def tuned(base, seed, **settings):
+    torch.manual_seed(seed)
+    model = Net(**settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            start = base.state_dict()[name]
+            if parameter.shape == start.shape:
+                parameter.copy_(start + 0.3 * torch.randn_like(start))
+    return model
+
+
+def net_pool(number=3, rate=0.6, carry=("head.*",), **settings):
+    torch.manual_seed(0)
+    base = Net()
+    deltas = {
+        f"d{k}": prune(base, tuned(base, k, **settings), "dare", rate, seed=k, carry=list(carry)) for k in range(number)
+    }
+    pool = DeltaPool(base)
+    for name, delta in deltas.items():
+        pool.add(name, delta)
+    return base, pool
+
+
+def ids(rows, length=5, words=11):
+    return torch.randint(0, words, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
+@torch.no_grad()
+def one_by_one(pool, rows, tokens):
+    outputs = []
+    for row, name in enumerate(rows):
+        with pool.use(name) as model:
+            outputs.append(model(tokens[row : row + 1]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("carry", [("head.*",), ()], ids=["a carried head", "a pruned head"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["d0"],
+        ["d0", "d1", "d2"],
+        ["d0", "d0", "d1", "d1"],  # as many of each, next to each other
+        ["d0", "d1", "d0", "d1"],  # as many of each, in turn
+        ["d2", None, "d0", "d2", "d1", "d2", None],  # of the base as well
+        [None, None],
+    ],
+)
+def test_every_row_has_its_own_weights(rows, carry):
+    base, pool = net_pool(carry=carry)
+    tokens, before = ids(len(rows), length=len(rows) + 2), {n: t.clone() for n, t in base.state_dict().items()}
+    with torch.no_grad(), pool.mixed(rows) as model:
+        together, again = model(tokens), model(tokens)
+    assert torch.allclose(together, one_by_one(pool, rows, tokens), atol=1e-5)
+    assert torch.equal(together, again)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+def test_shared_rows_get_every_delta():
+    """Embeddings of positions, computed once for all rows."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(11, 6), nn.Embedding(9, 6), nn.Linear(6, 2)
+
+        def forward(self, tokens):
+            return self.head(self.words(tokens) + self.places(torch.arange(tokens.shape[1])[None]))
+
+    torch.manual_seed(0)
+    base = Positions()
+    pool = DeltaPool(base)
+    for seed in range(1, 3):
+        torch.manual_seed(seed)
+        finetuned = Positions()
+        pool.add(f"d{seed}", prune(base, finetuned, "dare", 0.5, seed=seed))
+    rows, tokens = ["d1", "d2", "d1"], ids(3)
+    expected = one_by_one(pool, rows, tokens)
+    with torch.no_grad(), pool.mixed(rows):
+        assert torch.allclose(base(tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.9, None], ids=["beside kept entries", "alone"])
+def test_factors_are_multiplied_as_they_are(rate):
+    base, delta = factored_pair("magnitude" if rate else "dare", rate or 0.9, drawn_rate=None if rate else 0.9)
+    tensors = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(("layers.", "embed."))}
+    pool = DeltaPool(base)
+    pool.add("a", SparseDelta(tensors, {}, delta.info), force=True)
+    rows, tokens = ["a", None, "a"], ids(3, words=37)
+    expected = one_by_one(pool, rows, tokens)
+    with torch.no_grad(), pool.mixed(rows):
+        assert torch.allclose(base(tokens), expected, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_a_mixed_batch_generates_are_those_of_each_delta(dtype):
+    base = make_decoder().eval().to(dtype)
+    pool = DeltaPool(base)
+    for seed in range(2):
+        finetuned = make_decoder(seed=seed + 1).eval().to(dtype)
+        pool.add(f"d{seed}", prune(base, finetuned, "dare", 0.5, seed=seed))
+    rows = ["d1", None, "d0", "d1"]
+    tokens = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pool.mixed(rows) as model:
+        together = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+    agree = 0
+    for row, name in enumerate(rows):
+        with pool.use(name) as model:
+            alone = model.generate(tokens[row : row + 1], attention_mask=torch.ones(1, 6), **settings)
+        agree += torch.equal(together[row], alone[0])
+    assert (
+        agree == 4 if dtype == torch.float32 else agree >= 1
+    )  # bfloat16 rounds a written change, and none that is added
+
+
+def test_in_inference_mode():
+    _, pool = net_pool()
+    rows, tokens = ["d0", "d1", "d2"], ids(3)
+    expected = one_by_one(pool, rows, tokens)
+    with torch.inference_mode(), pool.mixed(rows) as model:
+        assert torch.allclose(model(tokens), expected, atol=1e-5)
+
+
+def test_a_batch_of_as_many_rows_as_tokens_is_refused_until_its_layout_is_known():
+    _, pool = net_pool(carry=())
+    rows, square = ["d0", "d1", "d2"], ids(3, length=3)
+    said = r"shape \(3, 3\), of which either dimension may be the 3 rows"
+    with pytest.raises(CannotMixError, match=said), pool.mixed(rows) as model:
+        model(square)
+    with torch.no_grad(), pool.mixed(rows) as model:
+        model(ids(3, length=4))
+    expected = one_by_one(pool, rows, square)
+    with torch.no_grad(), pool.mixed(rows) as model:
+        assert torch.allclose(model(square), expected, atol=1e-5)
+
+
+def test_a_batch_of_another_size_is_refused():
+    _, pool = net_pool()
+    said = r"embed.weight got a tensor of shape \(4, 5\) in a batch of 2 rows"
+    with pytest.raises(CannotMixError, match=said), pool.mixed(["d0", "d1"]) as model:
+        model(ids(4))
+
+
+def test_heads_of_different_sizes_cannot_share_a_batch():
+    base, pool = net_pool(2)
+    pool.add("five", prune(base, tuned(base, 7, labels=5), "dare", 0.6, carry=["head.*"]))
+    with pytest.raises(CannotMixError, match=r"head.weight has 2 shapes"), pool.mixed(["d0", "five"]) as model:
+        model(ids(2))
+    with torch.no_grad(), pool.mixed(["five", "five"]) as model:
+        assert model(ids(2)).shape == (2, 5)
+
+
+def test_a_vocabulary_that_grew_cannot_share_a_batch():
+    torch.manual_seed(0)
+    base = Net()
+    pool = DeltaPool(base)
+    grown = Net(words=13)
+    pool.add("grown", prune(base, grown, "dare", 0.6))
+    with pytest.raises(CannotMixError, match=r"embed.weight has more rows than the base's"), pool.mixed(["grown"]):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["a weight that is transposed", "attention of torch", "a view"])
+def test_a_function_that_takes_one_weight_for_all_rows_is_refused(kind):
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.map = nn.Linear(6, 6)
+
+        def forward(self, x):
+            if kind == "attention of torch":
+                return self.attention(x, x, x)[0]
+            return x @ self.map.weight.T if kind == "a weight that is transposed" else x * self.map.bias[:6]
+
+    torch.manual_seed(0)
+    base, finetuned = Direct(), Direct()
+    pool = DeltaPool(base)
+    pool.add("a", prune(base, finetuned, "magnitude", 0.2))
+    said = r"goes into .*, which takes one weight for all rows"
+    with pytest.raises(CannotMixError, match=said), pool.mixed(["a", None]) as model:
+        model(torch.randn(2, 3, 6))
+
+
+@pytest.mark.parametrize("how", ["as inputs", "by keyword", "compiled", "its pointer"])
+def test_what_could_go_past_the_pool_is_refused(how):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(6, 6)
+
+        def forward(self, x):
+            if how == "as inputs":
+                return F.linear(self.map.weight, x[0])
+            if how == "by keyword":
+                return torch.add(x, other=self.map.bias)
+            return self.map.bias.data_ptr() if how == "its pointer" else self.map(x)
+
+    torch.manual_seed(0)
+    base, finetuned = Other(), Other()
+    if how == "compiled":
+        base.map.compile()
+    pool = DeltaPool(base)
+    pool.add("a", prune(base, finetuned, "magnitude", 0.2))
+    said = "is compiled" if how == "compiled" else "map"
+    with pytest.raises(CannotMixError, match=said), pool.mixed(["a", None]) as model:
+        model(torch.randn(2, 3, 6))
+
+
+def test_other_threads_see_the_base_while_a_thread_mixes():
+    base, pool = net_pool()
+    tokens, seen = ids(3), []
+    with torch.no_grad():
+        plain = base(tokens)
+        with pool.mixed(["d0", "d1", "d2"]):
+            thread = threading.Thread(target=lambda: seen.append(base(tokens).detach()))
+            thread.start()
+            thread.join()
+    assert torch.equal(seen[0], plain)
+
+
+def test_what_a_mixed_batch_keeps_is_counted():
+    _, pool = net_pool()
+    pool.preload()
+    before = pool.stats().num_bytes
+    with pool.mixed(["d0"]):
+        pass
+    assert pool.stats().num_bytes > before
+    pool.memory = before + 200
+    with pool.mixed(["d1"]):
+        pass
+    assert pool.stats().num_bytes <= pool.memory
+    assert len(pool.stats().loaded) < 3
