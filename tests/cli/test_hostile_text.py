@@ -137,6 +137,8 @@ COMMANDS = [
     ["inspect", "base", "tuned"],
     ["inspect", "renamed base", "renamed"],
     ["eval", "base", "--tasks", TYPED, "--output", f"{TYPED}.json"],
+    *(["serve", "base", word] for word in (TYPED, f"{TYPED}={TYPED}", f"a={TYPED}", "a=delta base_name")),
+    ["serve", "renamed base", f"{TYPED}={TYPED}0"],
     ["push", f"{TYPED}0", TYPED],
     ["push", TYPED, "a/b"],
     ["plan", "base"],

@@ -161,6 +161,22 @@ def test_what_is_wrong_with_a_request_is_its_answer(server, body, status, says):
     assert "Traceback" not in text
 
 
+def test_a_key_of_litserve_holds_for_every_route(monkeypatch):
+    from starlette.testclient import TestClient
+
+    from dpp_lightning.serving.delta_service import Served
+    from dpp_lightning.serving.http_server import make_server
+
+    monkeypatch.setattr("litserve.server.LIT_SERVER_API_KEY", "secret")
+    served = Served("base", "text-classification", {}, {}, "2 GB", 1)
+    server = make_server(served, accelerator="cpu", devices=1, max_batch_size=2, batch_timeout=0.01)
+    client = TestClient(server.app)
+    for path in ("/deltas", "/stats", "/metrics"):
+        assert client.get(path).status_code in (401, 403)
+    assert client.post("/predict", json={"inputs": "w1", "delta": None}).status_code in (401, 403)
+    assert client.get("/stats", headers={"X-API-Key": "secret"}).json() == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "group", "expected"),
