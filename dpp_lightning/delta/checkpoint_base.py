@@ -23,7 +23,9 @@ def check_checkpoint(base: str | Path, delta: DeltaReader, *, force: bool = Fals
         ValueError: another base, or tensors that are missing or of another shape.
     """
     tensors = {named.name: named.tensor for named in named_tensors(load_tensors(base))}
-    found = find_tensors(dict(delta.contents.table), tensors, str(base), delta.info, longer=True)
+    shapes: dict[str, tuple[int, ...] | None] = dict(delta.contents.table)
+    shapes |= dict.fromkeys((*delta.info.reverted, *delta.info.unchanged))
+    found = find_tensors(shapes, tensors, str(base), delta.info, longer=True)
     if force:
         return
     check = EntriesHash()

@@ -5,8 +5,9 @@ import socket
 import sys
 
 import pytest
-from served_deltas import fine_tune, make_deltas
-from tiny_glue import make_model
+import torch
+from served_deltas import add_delta, fine_tune, make_deltas
+from tiny_glue import bert_config, make_model
 from transformers import BertForSequenceClassification
 
 from dpp_lightning.cli import main, serve
@@ -91,6 +92,19 @@ def test_another_base_is_served_only_with_force(capsys):
     with pytest.raises(ValueError, match="a: near is not the base of this delta"):
         serve._read_deltas("near", {"a": DELTA}, force=False)
     assert list(serve._read_deltas("near", {"a": DELTA}, force=True)) == ["a"]
+
+
+def test_tensors_that_only_the_base_has_must_be_there_too(place):
+    """Of a delta that changes the head alone all others are the base's."""
+    model = BertForSequenceClassification.from_pretrained("base")
+    with torch.no_grad():
+        model.classifier.weight += 1
+    model.save_pretrained("tuned/head")
+    add_delta(place, "head")
+    shallower = make_model(place / "shallower", BertForSequenceClassification, bert_config(num_hidden_layers=1))
+    assert [*serve._read_deltas("base", {"a": "delta/head"}, force=False)] == ["a"]
+    with pytest.raises(ValueError, match=r"a: the delta does not fit .*encoder\.layer\.1.*: not there"):
+        serve._read_deltas(shallower, {"a": "delta/head"}, force=True)
 
 
 def test_a_merged_delta_is_named_by_its_tasks():
