@@ -1,0 +1,242 @@
+"""SparseTraining: train a share of the entries from the start, so that the delta is of exactly these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpp_lightning.callbacks.prune_run.base_weights import new_names
+from dpp_lightning.callbacks.prune_run.lora_view import find_adapter
+from dpp_lightning.callbacks.training_gradients import mean_gradients
+from dpp_lightning.methods.selections import Budget
+from dpp_lightning.methods.training_masks import highest_positions, random_positions
+from dpp_lightning.optim.kept_parameters import KeptParameters
+from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.sampling.sampler import exact_rate, stream_key
+from dpp_lightning.tensors.names import NamedTensor, buffer_names, canonical_tensors, check_prunable, named_tensors
+from dpp_lightning.tensors.owner_positions import positions_in_owners
+from dpp_lightning.trainer.strategies import refuse_shared_memory
+
+Mask = Literal["random", "magnitude", "fisher", "gradient"]
+_BY_GRADIENTS = ("fisher", "gradient")
+
+
+class SparseTraining(pl.Callback):
+    """Train a share of the entries of the model's tensors; all others keep the values of the base, bit for bit.
+
+    The optimizer gets the trained entries in the place of the parameters, so that its state (moments, AdamR's θ0) is of
+    their size. Module, checkpoints and evaluation are as in any fit; gradients are dense. Beside it,
+    ``DeltaPruneCallback`` with the same rate, seed and scope saves the delta without loss: ``random-drop`` for
+    ``mask="random"``, which stores no positions, else ``magnitude`` with ``budget="model"``.
+
+    Weight decay of AdamW and Adam pulls the trained entries toward zero; AdamR pulls them toward the base.
+
+    Args:
+        mask: which entries are trained. ``random``: those that ``dare`` keeps at this rate and seed; ``magnitude``: the
+            largest weights; ``fisher``: those of the largest mean squared gradient over a few training batches;
+            ``gradient``: those of the largest absolute mean gradient there.
+        pruning_rate: fraction of the entries that is not trained, in [0, 1).
+        seed: of the random mask, an integer >= 0.
+        batches: how many training batches the gradients are taken on, 1 or more.
+        budget: whether a mask by values counts its entries over the whole ``model`` or in each ``tensor``.
+        scope: of ``all`` floating-point tensors, or only of the ``linear`` maps inside the model's blocks.
+        include: glob patterns on canonical names; if given, only of matching tensors.
+        exclude: glob patterns on canonical names of tensors of which no share is taken.
+        outside: a tensor outside the scope is trained whole (``carry``) or not at all (``revert``).
+        carry: glob patterns on canonical names of tensors that are trained whole. New heads are.
+        blocks: where the model's blocks are, for ``linear``, if names do not tell.
+
+    Attributes:
+        num_kept: how many entries are trained of the tensors of which a share is taken, once the fit has begun.
+        num_entries: how many entries these tensors have.
+
+    Raises:
+        ValueError: at construction or before the first step, if a setting is outside its range; parameters are in
+            shards, quantised or of a LoRA adapter; the module optimises manually; a gradient scaler is used
+            (``16-mixed``); the optimizer does not treat each entry by itself; the training data is a stream that no
+            gradients can be taken on; or the checkpoint to resume is of another training.
+    """
+
+    def __init__(
+        self,
+        mask: Mask = "random",
+        pruning_rate: float = 0.995,
+        seed: int = 0,
+        batches: int = 8,
+        budget: Budget = "model",
+        scope: Literal["all", "linear"] = "all",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        outside: Literal["carry", "revert"] = "carry",
+        carry: Sequence[str] = (),
+        blocks: Sequence[str] = (),
+    ) -> None:
+        for name, value, choices in (("mask", mask, get_args(Mask)), ("budget", budget, get_args(Budget))):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if batches < 1:
+            raise ValueError(f"batches must be at least 1, got {batches}")
+        exact_rate(pruning_rate)
+        stream_key("", seed)
+        self.mask, self.pruning_rate, self.seed = mask, pruning_rate, seed
+        self.batches, self.budget = batches, budget
+        self.scope = Scope.of(scope, include, exclude, outside, carry, blocks)
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
+        self.num_kept = self.num_entries = 0
+        self._positions: dict[str, Tensor] | None = None  # by canonical name, of the tensors of which a share is taken
+        self._kept: KeptParameters | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check trainer and module."""
+        if stage == "fit":
+            self._forget_fit()
+            _check_trainer(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the trained entries, before the optimizer's state is restored; by gradients, once there is data."""
+        check_prunable(canonical_tensors(pl_module))
+        if find_adapter(pl_module) is not None:
+            raise ValueError(
+                "SparseTraining trains entries of the model's own weights, and this module trains a LoRA adapter: take "
+                "one of both"
+            )
+        if self._positions is not None or self.mask not in _BY_GRADIENTS:
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the entries by gradients."""
+        if self._kept is None:
+            self._begin(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Hand the optimizer the gradients of the trained entries, which the trainer may then clip."""
+        assert self._kept is not None
+        self._kept.gather_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and, but for a mask by seed, the trained positions."""
+        positions = {} if self.mask == "random" or self._positions is None else self._positions
+        return {"settings": self._identity(), "positions": {n: _narrow(p) for n, p in positions.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The positions of the training that is resumed.
+
+        Raises:
+            ValueError: its settings were others.
+        """
+        before, now = state_dict["settings"], self._identity()
+        if other := [f"{name}={before[name]!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]:
+            raise ValueError(
+                f"the checkpoint is of a training with other settings of SparseTraining ({'; '.join(other)}): resume "
+                "it with its own"
+            )
+        if self.mask != "random":
+            self._positions = {name: positions.long() for name, positions in state_dict["positions"].items()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume a training of all entries."""
+        if trainer.state.fn == TrainerFn.FITTING and self.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                "the checkpoint to resume is of a training without SparseTraining, which changed other entries: leave "
+                "ckpt_path out, or the callback"
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizer."""
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed training must have in common with the checkpoint's."""
+        scope = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.scope).items()}
+        settings = {"mask": self.mask, "pruning_rate": float(self.pruning_rate), **scope}
+        return settings | ({"seed": self.seed} if self.mask == "random" else {"budget": self.budget})
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Put the trained entries into the optimizer."""
+        named = named_tensors(module)
+        tensors = {n.name: n.tensor for n in named}
+        scope = self.scope.carrying(new_names(module, trainer.optimizers) | buffer_names(module))
+        fates = scope.fates(tensors, tensors)
+        shared = [n for n in named if fates[n.name] == "prune" and n.owner.requires_grad]
+        if self._positions is None:
+            self._positions = self._chosen(trainer, shared)
+        _check_names(self._positions, shared)
+        whole = {n.name: torch.arange(n.tensor.numel()) for n in named if fates[n.name] == "carry" and not n.whole}
+        in_owners = [n for n in named if not (n.whole and fates[n.name] == "carry")]
+        positions = positions_in_owners(in_owners, {**self._positions, **whole})
+        self._kept = KeptParameters(trainer.optimizers[0], positions)
+        self.num_kept, self.num_entries = self._kept.num_kept, self._kept.num_entries
+        rank_zero_info(f"SparseTraining ({self.mask}): {self.num_kept:,} of {self.num_entries:,} entries are trained")
+
+    def _chosen(self, trainer: pl.Trainer, named: Sequence[NamedTensor]) -> dict[str, Tensor]:
+        """The trained positions by canonical name, the same on all ranks."""
+        if self.mask == "random":
+            return random_positions({n.name: n.tensor for n in named}, self.pruning_rate, self.seed)
+        if self.mask == "magnitude":
+            scores = {n.name: n.tensor.detach() for n in named}
+            return highest_positions(scores, self.pruning_rate, self.budget)
+        owners = {id(owner): owner for n in named for owner, _ in n.pieces}
+        gradients = mean_gradients(trainer, list(owners.values()), self.batches, squared=self.mask == "fisher")
+        scores = {n.name: n.of(gradients) for n in named}
+        chosen = highest_positions(scores, self.pruning_rate, self.budget)
+        return trainer.strategy.broadcast(chosen)  # rounding could make the ranks' own ones differ
+
+
+def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what SparseTraining does not work with.
+
+    Raises:
+        ValueError: parameters in shards, manual optimization, a gradient scaler, or ranks that share memory.
+    """
+    name = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(f"SparseTraining needs whole parameters, and {name} shards them: take trainer.strategy ddp")
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"SparseTraining needs automatic optimization with one optimizer, and {type(module).__name__} optimises "
+            "manually: set automatic_optimization to True, or leave the callback out"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            "SparseTraining does not work with a gradient scaler (16-mixed), which looks at the gradients before they "
+            "are gathered: take precision bf16-mixed or 32-true"
+        )
+    refuse_shared_memory(trainer)
+    if is_overridden("configure_gradient_clipping", module):
+        rank_zero_warn(
+            f"{type(module).__name__} clips gradients itself: beside SparseTraining those of the trained entries "
+            "are in optimizer.param_groups, and self.parameters() has none"
+        )
+
+
+def _check_names(positions: dict[str, Tensor], named: Sequence[NamedTensor]) -> None:
+    """Refuse positions of another model's checkpoint."""
+    if other := positions.keys() ^ {n.name for n in named}:
+        raise ValueError(
+            f"the checkpoint's trained entries are of other tensors, {len(other)} of them such as {min(other)}: resume "
+            "it with the module that it was trained with"
+        )
+
+
+def _narrow(positions: Tensor) -> Tensor:
+    """Flat positions in four bytes each where they fit."""
+    fits = not len(positions) or int(positions[-1]) < 2**31
+    return positions.to(torch.int32) if fits else positions
