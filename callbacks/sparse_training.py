@@ -37,7 +37,7 @@ class SparseTraining(pl.Callback):
     The optimizer gets the trained entries in the place of the parameters, so that its state (moments, AdamR's θ0) is of
     their size. Module, checkpoints and evaluation are as in any fit; gradients are dense. Beside it,
     ``DeltaPruneCallback`` with the same rate, seed and scope saves the delta without loss: ``random-drop`` for
-    ``mask="random"``, which stores no positions, else ``magnitude`` with ``budget="model"``.
+    ``mask="random"``, which stores no positions, else ``magnitude``.
 
     Weight decay of AdamW and Adam pulls the trained entries toward zero; AdamR pulls them toward the base.
 
@@ -48,7 +48,9 @@ class SparseTraining(pl.Callback):
         pruning_rate: fraction of the entries that is not trained, in [0, 1).
         seed: of the random mask, an integer >= 0.
         batches: how many training batches the gradients are taken on, 1 or more.
-        budget: whether a mask by values counts its entries over the whole ``model`` or in each ``tensor``.
+        budget: whether a mask by values counts its entries in each ``tensor`` or over the whole ``model``. Over the
+            model some tensors may get none, which ``magnitude`` does not count when it saves the delta: give it a rate
+            that is lower by their share.
         scope: of ``all`` floating-point tensors, or only of the ``linear`` maps inside the model's blocks.
         include: glob patterns on canonical names; if given, only of matching tensors.
         exclude: glob patterns on canonical names of tensors of which no share is taken.
@@ -73,7 +75,7 @@ class SparseTraining(pl.Callback):
         pruning_rate: float = 0.995,
         seed: int = 0,
         batches: int = 8,
-        budget: Budget = "model",
+        budget: Budget = "tensor",
         scope: Literal["all", "linear"] = "all",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
