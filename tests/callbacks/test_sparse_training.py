@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from prune_fits import equal, weights
@@ -20,7 +21,7 @@ from dpp_lightning.sampling.sampler import kept_positions
 from dpp_lightning.tensors.names import canonical_tensors
 from dpp_lightning.trainer.strategies import FSDP2Strategy
 
-MASKS = ("random", "magnitude", "fisher", "gradient")
+MASKS = ("random", "magnitude", "fisher", "gradient", "diff", "diff-struct")
 
 
 def adamw(parameters, lr):
@@ -183,7 +184,7 @@ def test_gradients_before_the_first_step_leave_the_training_as_it_is():
 
 
 @pytest.mark.parametrize("optimizer", [adamw, adamr])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", MASKS[:4])  # the gates of the others depend on the length of the training
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, mask, optimizer):
     def loader():
         return DataLoader(train_loader(160).dataset, 32)
@@ -197,6 +198,32 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, mask, optimizer):
     again = trainer(SparseTraining(mask, 0.9), max_epochs=4)
     again.fit(resumed, loader(), val_loader(), ckpt_path=tmp_path / "half.ckpt")
     assert equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("step", [5, 10, 15])
+def test_diff_pruning_resumes_before_at_and_after_the_end_of_the_gates(tmp_path, step):
+    def run(lit, ckpt_path=None, *more):
+        loader = DataLoader(train_loader(160).dataset, 32)
+        trainer(SparseTraining("diff", 0.9), *more, max_epochs=4, enable_checkpointing=bool(more)).fit(
+            lit, loader, val_loader(), ckpt_path=ckpt_path
+        )
+        return weights(lit)
+
+    saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_epochs=1)
+    whole = run(module(adamr), None, saved)
+    assert equal(run(module(adamr), tmp_path / f"step={step}.ckpt"), whole)
+
+
+def test_a_training_that_ends_before_its_mask_is_fixed_says_so_and_leaves_a_sparse_delta():
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 3
+
+    lit, sparse = module(), SparseTraining("diff", 0.9)
+    before = weights(lit)
+    with pytest.warns(UserWarning, match="lower gate_share"):
+        fit(lit, sparse, Stop())
+    assert 0 < sum(len(c) for c in changed(before, weights(lit)).values()) <= sparse.num_kept < 600
 
 
 def test_a_mask_by_seed_stores_no_positions_in_checkpoints():
@@ -270,6 +297,11 @@ def test_strategies_that_shard_parameters_are_refused(strategy):
         SparseTraining().setup(SimpleNamespace(strategy=strategy), module(), "fit")
 
 
+def test_gates_need_the_length_of_the_training():
+    with pytest.raises(ValueError, match="set max_steps or max_epochs"):
+        trainer(SparseTraining("diff"), max_epochs=-1).fit(module(), train_loader(), val_loader())
+
+
 def test_gradients_of_a_stream_are_refused():
     with pytest.raises(ValueError, match="is a stream"):
         trainer(SparseTraining("fisher")).fit(module(), DataLoader(Stream(), 32), val_loader())
@@ -282,6 +314,7 @@ def test_gradients_of_a_stream_are_refused():
         ({"pruning_rate": 1.0}, r"must be in \[0, 1\)"),
         ({"batches": 0}, "at least 1"),
         ({"seed": -1}, "an integer >= 0"),
+        ({"mask": "diff", "gate_share": 1.0}, "gate_share must be in"),
         ({"budget": "layer"}, "budget must be one of"),
     ],
 )

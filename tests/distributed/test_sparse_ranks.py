@@ -9,7 +9,7 @@ from strategycases import same
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("mask", ["random", "magnitude", "fisher"])
+@pytest.mark.parametrize("mask", ["random", "magnitude", "fisher", "diff-struct"])
 def test_ranks_of_ddp_train_the_same_entries_as_one_process(mask):
     before, expected, num_kept = sparsecases.sparse_fit("single", mask)
     ranks = distjobs.run(sparsecases.sparse_fit, 2, "ddp", mask, lightning=True)
