@@ -37,8 +37,8 @@ class SparseTraining(pl.Callback):
 
     The optimizer gets the trained entries in the place of the parameters, so that its state (moments, AdamR's θ0) is of
     their size. Module, checkpoints and evaluation are as in any fit; gradients are dense. Beside it,
-    ``DeltaPruneCallback`` with the same rate, seed and scope saves the delta without loss: ``random-drop`` for
-    ``mask="random"``, which stores no positions, else ``magnitude``.
+    ``DeltaPruneCallback`` with the same rate, seed and scope saves all of them: ``random-drop`` for ``mask="random"``,
+    which stores no positions, else ``magnitude``.
 
     Weight decay of AdamW and Adam pulls the trained entries toward zero; AdamR pulls them toward the base.
 
@@ -72,10 +72,11 @@ class SparseTraining(pl.Callback):
         num_entries: how many entries these tensors have.
 
     Raises:
+        RuntimeError: at the first step, if a gradient is sparse.
         ValueError: at construction or before the first step, if a setting is outside its range; parameters are in
             shards, quantised or of a LoRA adapter; the module optimises manually; a gradient scaler is used
-            (``16-mixed``); the optimizer does not treat each entry by itself; the training data is a stream that no
-            gradients can be taken on; or the checkpoint to resume is of another training.
+            (``16-mixed``); the optimizer does not treat each entry by itself; gradients are to be taken on a stream, or
+            gates to be learned in a training of no known length; or the checkpoint to resume is of another training.
     """
 
     def __init__(
