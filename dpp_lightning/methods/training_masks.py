@@ -1,7 +1,7 @@
 """Masks of sparse fine-tuning: which entries are trained, chosen before the training begins.
 
-The mask by mean squared gradients, an estimate of Fisher's information, is that of Sung, Nair and Raffel, Training Neural
-Networks with Fixed Sparse Masks, https://arxiv.org/abs/2111.09839.
+The mask by mean squared gradients, an estimate of Fisher's information, is that of Sung, Nair and Raffel (2021),
+https://arxiv.org/abs/2111.09839.
 """
 
 from __future__ import annotations
