@@ -13,6 +13,7 @@ from prune_fits import equal, weights
 from tiny import Foreign, train_loader, trainer, val_loader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks import DeltaPruneCallback, SparseTraining
@@ -169,15 +170,20 @@ def test_masks_by_gradients_are_those_of_the_mean_over_batches(mask, power):
 def test_gradients_before_the_first_step_leave_the_training_as_it_is():
     def run(mask):
         class Noting(Foreign):
+            def __init__(self):
+                super().__init__(optimizer=lambda p, lr: torch.optim.SGD(p, lr=0.0), dropout=0.5)
+                self.mean = MeanMetric()
+
             def training_step(self, batch, batch_idx):
                 self.log("loss", loss := super().training_step(batch, batch_idx))
+                self.mean.update(loss.detach())
                 if self.training:
-                    losses.append((float(loss.detach()), torch.get_rng_state().sum().item()))
+                    losses.append((float(loss.detach()), torch.get_rng_state().sum().item(), self.mean.update_count))
                 return loss
 
         losses = []
         torch.manual_seed(0)
-        fit(Noting(optimizer=lambda p, lr: torch.optim.SGD(p, lr=0.0), dropout=0.5), *mask, max_epochs=1)
+        fit(Noting(), *mask, max_epochs=1)
         return losses
 
     assert run([SparseTraining("fisher", 0.9)]) == run([])
