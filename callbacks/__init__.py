@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.callbacks.delta_prune import DeltaPruneCallback
+from dpp_lightning.callbacks.sparse_training import SparseTraining
 from dpp_lightning.callbacks.write_predictions import WritePredictions
 
 if TYPE_CHECKING:
     from dpp_lightning.callbacks.hf_delta_prune import HFDeltaPruneCallback
 
-__all__ = ["ApplyDelta", "DeltaPruneCallback", "HFDeltaPruneCallback", "WritePredictions"]
+__all__ = ["ApplyDelta", "DeltaPruneCallback", "HFDeltaPruneCallback", "SparseTraining", "WritePredictions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from parse_only import parse
 from torch.optim import Optimizer
 
 from dpp_lightning.analysis.theory import LARGE_DELTA, recommend
+from dpp_lightning.callbacks import DeltaPruneCallback, SparseTraining
 from dpp_lightning.cli import packaged_configs
 from dpp_lightning.cli.signatures import class_parser, find_class
 
@@ -18,6 +19,8 @@ EXPECTED = {f"{encoder}_{task}_adamr.yaml" for encoder in ("bert", "roberta") fo
 EXPECTED |= {"bert_cola_adamw.yaml", "quickstart.yaml", "qwen2_0.5b_metamath_adamr.yaml", "llama2_7b_gsm8k_prune.yaml"}
 EXPECTED |= {"qwen2_0.5b_metamath_lora_adamr.yaml", "vit_cifar100_adamr.yaml", "vit_cifar100_adamw.yaml"}
 EXPECTED |= {"vit_cifar10_adamr.yaml", "two_layer_cifar10_svhn.yaml"}
+SPARSE = {"bert_sst2_sparse.yaml"}  # trains the entries that are kept, so that nothing is pruned after it
+EXPECTED |= SPARSE
 UNTRAINED = {"llama2_7b_gsm8k_prune.yaml"}
 FRAGMENTS = {"ddp.yaml", "fsdp.yaml", "multi_node.yaml"}  # composed with a recipe
 RECIPES = [name for name in packaged_configs.names() if name not in FRAGMENTS]
@@ -113,13 +116,22 @@ def test_a_recipe_that_trains_writes_last_ckpt_into_its_folder(name):
     assert (settings["monitor"], settings["save_top_k"]) == (None, 1)  # the newest, whatever its score
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("adamerging")])
+@pytest.mark.parametrize("name", [n for n in RECIPES if not n.startswith("adamerging") and n not in SPARSE])
 def test_a_recipe_runs_the_recommended_method(name):
     callbacks = parse("fit", "--config", name)["trainer"]["callbacks"]
     (pruning,) = (c["init_args"] for c in callbacks if c["class_path"].endswith("DeltaPruneCallback"))
     advice = recommend(LARGE_DELTA / 10, can_retrain=name not in UNTRAINED)
     assert advice.method in pruning["method"]
     assert pruning["objective"] == advice.objective.replace(" ", "_")
+
+
+@pytest.mark.parametrize("name", sorted(SPARSE))
+def test_a_recipe_of_sparse_training_saves_the_entries_that_it_trains(name):
+    built = [build(callback) for callback in parse("fit", "--config", name)["trainer"]["callbacks"]]
+    sparse, prune = (next(c for c in built if isinstance(c, kind)) for kind in (SparseTraining, DeltaPruneCallback))
+    assert (sparse.mask, prune.settings.methods) == ("random", ("random-drop",))
+    assert (sparse.pruning_rate, sparse.seed) == (*prune.settings.rates, *prune.settings.seeds)
+    assert sparse.scope == prune.settings.scope
 
 
 @pytest.mark.parametrize("name", ADAMW)

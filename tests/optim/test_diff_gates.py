@@ -1,0 +1,96 @@
+"""DiffGates: the step of w and log alpha is that of autograd through θ0 + z ⊙ w, and the penalty closes gates."""
+
+import pytest
+import torch
+from torch import nn
+
+from dpp_lightning.optim import AdamR
+from dpp_lightning.optim.diff_gates import DiffGates, stretched
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(6, 4)
+
+
+def loss_of(weight, bias):
+    x = torch.linspace(-1, 1, 30).view(5, 6)
+    return (torch.tanh(x @ weight.T + bias) - x[:, :4]).square().sum()
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_gradients_are_those_of_autograd_through_the_gates(groups):
+    module, strength = net(), 0.01
+    gates = DiffGates(
+        torch.optim.SGD(module.parameters(), lr=0.1), module.parameters(), strength, 0.1, groups=groups, seed=1
+    )
+    for _ in range(3):
+        loss_of(module.weight, module.bias).backward()
+        gates.gather_gradients()
+        gates._optimizer.step()
+    drawn = [gates._gates(index).detach() for index in range(2)]
+    loss_of(module.weight, module.bias).backward()
+    gates.gather_gradients()
+    thetas, penalty, leaves = [], torch.zeros(()), []
+    for index, gated in enumerate(gates._gated):
+        delta = gated.delta.detach().requires_grad_()
+        log_alphas = [a.detach().requires_grad_() for a in gated.log_alphas]
+        generator = torch.Generator()
+        generator.manual_seed(((1 * 1_000_003 + 3) * 1_000_003 + index) % 2**63)
+        z, is_open = torch.ones(()), torch.ones(())
+        for log_alpha in log_alphas:
+            u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+            s = torch.sigmoid(u.log() - (1 - u).log() + log_alpha)
+            z, is_open = z * (s * 3.0 - 1.5).clamp(0, 1), is_open * torch.sigmoid(log_alpha)
+        torch.testing.assert_close(z.detach(), drawn[index])
+        thetas.append(gated.base + z * delta)
+        penalty = penalty + is_open.sum()
+        leaves.append((gated, delta, log_alphas))
+    torch.testing.assert_close(thetas[0].detach(), module.weight.detach())
+    (loss_of(*thetas) + strength * penalty).backward()
+    for gated, delta, log_alphas in leaves:
+        torch.testing.assert_close(gated.delta.grad, delta.grad)
+        for log_alpha, expected in zip(gated.log_alphas, log_alphas, strict=True):
+            torch.testing.assert_close(log_alpha.grad, expected.grad)
+
+
+def closed(l0_weight):
+    module = net()
+    gates = DiffGates(
+        torch.optim.Adam(module.parameters(), lr=0.01), module.parameters(), l0_weight, 0.1, groups=False, seed=0
+    )
+    for _ in range(200):
+        loss_of(module.weight, module.bias).backward()
+        gates.gather_gradients()
+        gates._optimizer.step()
+    return sum(int((delta == 0).sum()) for delta in gates.deltas().values())
+
+
+def test_a_larger_penalty_closes_more_gates():
+    assert closed(0.0) < closed(0.05) <= closed(5.0) == 28
+
+
+def test_a_gate_is_closed_half_open_or_open():
+    assert stretched(torch.tensor([-9.0, 0.0, 9.0])).tolist() == [0.0, 0.0, 1.0]
+    assert 0 < float(stretched(torch.tensor(0.2))) < 1
+
+
+def test_at_the_end_the_model_holds_the_kept_deltas_and_adamr_the_base():
+    module = net()
+    base = [p.detach().clone() for p in module.parameters()]
+    optimizer = AdamR(module.parameters(), lr=0.01, delta_decay=0.1)
+    gates = DiffGates(optimizer, module.parameters(), 0.0, 0.1, groups=False, seed=0)
+    for _ in range(20):
+        loss_of(module.weight, module.bias).backward()
+        gates.gather_gradients()
+        optimizer.step()
+    kept = {module.weight: torch.tensor([1, 7, 20]), module.bias: torch.tensor([2])}
+    deltas = gates.deltas()
+    gates.finish(kept)
+    assert optimizer.param_groups[0]["params"] == list(module.parameters())
+    for (parameter, positions), start in zip(kept.items(), base, strict=True):
+        expected = torch.zeros(parameter.numel()).index_copy(0, positions, deltas[id(parameter)].flatten()[positions])
+        assert (expected != 0).sum() == len(positions)
+        torch.testing.assert_close(parameter.detach().flatten() - start.flatten(), expected)
+        assert torch.equal(optimizer.state[parameter]["pretrained"], start)
+        assert float(optimizer.state[parameter]["exp_avg"].abs().sum()) == 0
