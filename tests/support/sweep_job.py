@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr
@@ -78,6 +79,7 @@ class SweepProcess:
     def _run(self, words, prepare):
         sys.stdout = sys.stderr = self.file.open("w", buffering=1)
         torch.set_num_threads(1)  # those of the parent are not there after a fork
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background, or a test before, ignores it
         if prepare is not None:
             prepare()
         os._exit(main([str(word) for word in words]))
