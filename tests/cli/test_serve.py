@@ -41,9 +41,9 @@ def here(place, monkeypatch):
     [
         ([], "BASE is missing: dpp serve needs it; DELTAS is missing"),
         (["base"], "DELTAS is missing: dpp serve needs it"),
-        (["absent", f"a={DELTA}"], "BASE absent: no such file or folder"),
+        (["./absent", f"a={DELTA}"], "BASE ./absent: no such file or folder"),
         (["delta/mnli", f"a={DELTA}"], "BASE delta/mnli is a delta, not a model; expected dpp serve BASE NAME=DELTA"),
-        (["base", "a=absent"], "a: absent: no such folder"),
+        (["base", "a=./absent"], "a: ./absent: no such folder"),
         (["base", "a=tuned/sst2"], "a: tuned/sst2 is no delta folder but a model; expected dpp serve BASE NAME=DELTA"),
         (["base", "a=damaged"], "a: delta_model.safetensors does not have the checksum"),
         (["base", DELTA], f"DELTAS {DELTA}: expected NAME=DELTA, such as sst2=deltas/sst2"),
