@@ -7,8 +7,8 @@ import pytest
 
 import dpp_lightning
 
-_FOLDERS = (*dpp_lightning.__path__, str(Path(__file__).parents[2]))  # callbacks/ lies beside the package
-_TESTS = str(Path(__file__).parents[1])
+_FOLDERS = tuple(f"{path}/" for path in (*dpp_lightning.__path__, Path(__file__).parents[2]))  # callbacks/ lies there
+_TESTS = f"{Path(__file__).parents[1]}/"
 
 
 class Interrupt(KeyboardInterrupt):
