@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpp_lightning.delta.folder import DeltaReader
-from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.match_tensors import check_base, find_tensors
 from dpp_lightning.storage.checkpoints import load_tensors
-from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
+from dpp_lightning.tensors.flat_entries import gather_entries
 from dpp_lightning.tensors.names import named_tensors
 
 
@@ -26,10 +26,6 @@ def check_checkpoint(base: str | Path, delta: DeltaReader, *, force: bool = Fals
     shapes: dict[str, tuple[int, ...] | None] = dict(delta.contents.table)
     shapes |= dict.fromkeys((*delta.info.reverted, *delta.info.unchanged))
     found = find_tensors(shapes, tensors, str(base), delta.info, longer=True)
-    if force:
-        return
-    check = EntriesHash()
-    for name, sparse in delta.contents.tensors():
-        check.update(gather_entries(found[name], sparse.changed))
-    if check.hexdigest() != delta.info.base_check:
-        raise ValueError(wrong_base_message(str(base), check.hexdigest(), delta.info))
+    if not force:
+        held = (gather_entries(found[name], sparse.changed) for name, sparse in delta.contents.tensors())
+        check_base(held, delta.info, str(base))

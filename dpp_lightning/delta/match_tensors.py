@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor, nn
 
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.tensors.flat_entries import EntriesHash
 from dpp_lightning.tensors.name_matching import match_names
-from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, named_tensors
+from dpp_lightning.tensors.names import NamedTensor, TensorSource, named_tensors
 
 _SHOWN = 4
 
@@ -64,22 +64,22 @@ def named_for(target: TensorSource, names: Set[str]) -> list[NamedTensor]:
     return named
 
 
-def check_base(entries: Mapping[str, Tensor], info: DeltaInfo, target: TensorSource) -> None:
+def check_base(entries: Iterable[Tensor], info: DeltaInfo, target: str) -> None:
     """Check that what a target holds at the entries that change are the values of the delta's base.
 
     Args:
-        entries: of every pruned tensor in the delta's order, shapes (changed,).
+        entries: of every pruned tensor in the delta's order, shapes (changed,); one at a time is enough.
         info: the delta's description.
-        target: for the message.
+        target: what the message calls it.
 
     Raises:
         ValueError: they are not.
     """
     check = EntriesHash()
-    for values in entries.values():
+    for values in entries:
         check.update(values)
     if check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base_message(describe_source(target), check.hexdigest(), info))
+        raise ValueError(wrong_base_message(target, check.hexdigest(), info))
 
 
 def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:

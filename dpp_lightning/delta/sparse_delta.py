@@ -21,7 +21,7 @@ from dpp_lightning.delta.locks import locked, modules_of
 from dpp_lightning.delta.match_tensors import check_base, find_tensors, named_for
 from dpp_lightning.delta.target import DeltaTarget, Values
 from dpp_lightning.methods.rescaling import check_q
-from dpp_lightning.tensors.flat_entries import add_rescaled, group_by_device_and_dtype
+from dpp_lightning.tensors.flat_entries import add_rescaled, check_finite, group_by_device_and_dtype
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, source_names
@@ -192,7 +192,7 @@ class SparseDelta:
         place.check_writable()
         entries = place.entries()
         if not force:
-            check_base(entries, self.info, target)
+            check_base(entries.values(), self.info, describe_source(target))
         applied, originals = place.fitted(self._applied_values(place, entries)), place.held(entries)
         before, after = self._applied, self._applied.including(place.named, originals)
         try:
@@ -287,7 +287,7 @@ class SparseDelta:
         place, base_names = self._target(base), source_names(base)
         entries = place.entries()
         if not force:
-            check_base(entries, self.info, base)
+            check_base(entries.values(), self.info, describe_source(base))
         sums = self._sums(place, entries)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():
@@ -399,24 +399,16 @@ class SparseDelta:
         """theta_0 + value / q of every pruned tensor at the entries that change, all finite."""
         factored = [name for name, tensor in self.tensors.items() if tensor.factors is not None]
         sums = place.over_tensors(lambda n: add_rescaled(entries[n], *self.tensors[n].change(self.q)), factored)
-        self._check_finite(sums)
+        check_finite(sums, self.q)
         for names in group_by_device_and_dtype({name: entries[name] for name in entries if name not in sums}):
             together = add_rescaled(
                 torch.cat([entries[n] for n in names]), torch.cat([self.tensors[n].values for n in names]), self.q
             )
             group = dict(zip(names, together.split([entries[n].numel() for n in names]), strict=True))
             if not bool(torch.isfinite(together.sum(dtype=torch.float64))):  # a single value would make the sum so
-                self._check_finite(group)
+                check_finite(group, self.q)
             sums |= group
         return sums
-
-    def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
-        for name, values in sums.items():
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(
-                    f"{name}: theta_0 + value / q is not finite in {values.dtype} at q={self.q:g}; "
-                    "use a wider dtype or a larger q"
-                )
 
     def find_in(self, target: TensorSource) -> tuple[dict[str, Tensor], dict[str, NamedTensor]]:
         """The target's tensors under this delta's names, shapes checked, and where they lie in the target."""

@@ -20,7 +20,7 @@ from dpp_lightning.delta.target import DeltaTarget
 from dpp_lightning.serving.flat_positions import FlatPositions
 from dpp_lightning.serving.sparse_products import CannotMixError, WeightChange
 from dpp_lightning.storage.locate import few_names
-from dpp_lightning.tensors.flat_entries import add_rescaled, gather_entries
+from dpp_lightning.tensors.flat_entries import add_rescaled, check_finite, gather_entries
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, describe_source
 
@@ -303,8 +303,8 @@ def _pruned(
     """What a delta changes of the pruned tensors, the base checked."""
     bases = {name: places[name].tensor.detach() for name in delta.tensors}
     if not force:
-        held = {name: gather_entries(bases[name], tensor.changed) for name, tensor in delta.tensors.items()}
-        check_base(held, delta.info, model)
+        held = (gather_entries(bases[name], tensor.changed) for name, tensor in delta.tensors.items())
+        check_base(held, delta.info, describe_source(model))
     entries: list[ChangedEntries] = []
     wholes: list[ChangedTensor] = []
     for name, tensor in delta.tensors.items():
@@ -312,14 +312,14 @@ def _pruned(
         grows = rows is not None and tuple(base.shape) == tensor.shape
         if tensor.factors or grows:
             wholes.append(ChangedTensor(name, place, sparse=tensor, rows=rows, q=delta.q))
-            _check_finite(name, wholes[-1].values(base), delta.q)
+            check_finite({name: wholes[-1].values(base)}, delta.q)
             continue
         positions = tensor.indices.long()
         values = add_rescaled(gather_entries(base, positions), tensor.values, delta.q)
         if rows is not None:
             positions = torch.cat([positions, torch.arange(prod(tensor.shape), base.numel())])
             values = torch.cat([values, rows.to(values).reshape(-1)])
-        _check_finite(name, values, delta.q)
+        check_finite({name: values}, delta.q)
         entries += _in_pieces(name, place, positions, values)
     return entries, wholes
 
@@ -390,13 +390,6 @@ def _of_vector(base: Tensor, vector: Tensor, positions: Tensor | None = None) ->
     positions = torch.arange(base.numel()) if positions is None else positions
     differences = (vector.float() - base.detach().float()).cpu().reshape(-1)[positions.long()]
     return WeightChange(base.shape, positions, differences, whole=vector)
-
-
-def _check_finite(name: str, values: Tensor, q: float) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"{name}: theta_0 + value / q is not finite in {values.dtype} at q={q:g}; use a wider dtype or a larger q"
-        )
 
 
 def _is_flat_on_host(view: Tensor) -> bool:

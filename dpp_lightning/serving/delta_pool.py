@@ -167,7 +167,7 @@ class DeltaPool:
         """
         wanted = list(dict.fromkeys(self._split(name)[0] for name in (self.names if names is None else names)))
         for name in wanted:
-            deltas = {} if name in self._loaded else {name: self._sources[name].read()}
+            deltas = self._read([name])
             with self._turn():
                 self._bring([name], deltas)
         if lacking := [name for name in wanted if name not in self._loaded]:
@@ -198,16 +198,17 @@ class DeltaPool:
             ValueError: an unknown name, a delta of another base, or one larger than the memory.
             RuntimeError: the thread is inside a block of this pool already.
         """
-        wanted = [] if name is None else [self._split(name)[0]]
-        deltas = {key: self._sources[key].read() for key in wanted if key not in self._loaded}  # outside of the lock
-        with self._turn():
-            bound = self._bring(wanted, deltas)
-            if name is None:
+        if name is None:
+            with self._turn():
                 yield self.model
-                return
+            return
+        key, task = self._split(name)
+        deltas = self._read([key])
+        with self._turn():
+            (bound,) = self._bring([key], deltas)
             with restored_after(self._restore):
                 begin = perf_counter()
-                bound[0].write(self._split(name)[1], self._undo)
+                bound.write(task, self._undo)
                 self._swap_seconds += perf_counter() - begin
                 yield self.model
 
@@ -230,7 +231,7 @@ class DeltaPool:
         keys = [None if name is None else self._split(name) for name in names]
         rows = BatchRows(keys)
         wanted = list(dict.fromkeys(key for key, _ in rows.keys))
-        deltas = {key: self._sources[key].read() for key in wanted if key not in self._loaded}
+        deltas = self._read(wanted)
         with self._turn():
             bound = dict(zip(wanted, self._bring(wanted, deltas), strict=True))
             changes = [bound[key].changes(task) for key, task in rows.keys]
@@ -359,6 +360,10 @@ class DeltaPool:
     def _leave(self) -> None:
         self._guard.look()
         self._in_use = False
+
+    def _read(self, names: list[str]) -> dict[str, SparseDelta]:
+        """Those of some sources that are not in memory; outside of the lock, so that others go on meanwhile."""
+        return {name: self._sources[name].read() for name in names if name not in self._loaded}
 
     def _bring(self, names: list[str], deltas: dict[str, SparseDelta]) -> list[BoundDelta]:
         """Deltas into memory, others out of it.

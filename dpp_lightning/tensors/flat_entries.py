@@ -89,6 +89,24 @@ def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:
     return sums.to(base.dtype).to(base.device)
 
 
+def check_finite(sums: Mapping[str, Tensor], q: float) -> None:
+    """Refuse sums of :func:`add_rescaled` that overflow the base's dtype.
+
+    Args:
+        sums: by the tensor's name, shapes (kept,).
+        q: what the deltas were divided by, for the message.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    for name, values in sums.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"{name}: theta_0 + value / q is not finite in {values.dtype} at q={q:g}; "
+                "use a wider dtype or a larger q"
+            )
+
+
 def group_by_device_and_dtype(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     """Names in groups of one device and dtype, whose tensors can be concatenated for arithmetic on all of them."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
