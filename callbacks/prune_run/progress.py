@@ -42,7 +42,7 @@ class Reporter(Protocol):
         """
 
     def row(self, result: Result, monitor: str) -> None:
-        """A row was made: the base, the fine-tuned model, or the one that was said to be next.
+        """A row was made: the base, the fine-tuned model, or the one that :meth:`next` named.
 
         Args:
             result: the row.

@@ -35,7 +35,7 @@ def switch_engine(
     try:
         engine.update_weights({"update_info": _update_info(delta, task, revision, force)})
     except BaseException:
-        with suppress(Exception):  # of workers for which the update has ended; the others are told
+        with suppress(Exception):  # an error of workers whose update has ended
             engine.finish_weight_update()
         raise
     engine.finish_weight_update()
@@ -78,7 +78,7 @@ def switch_server(
         _call(url, "update_weights", timeout, {"update_info": _update_info(delta, task, revision, force)})
         _call(url, "finish_weight_update", timeout, {})
     except RuntimeError as error:
-        with suppress(RuntimeError):  # of workers for which the update has ended; the others are told
+        with suppress(RuntimeError):  # an error of workers whose update has ended
             _call(url, "finish_weight_update", timeout, {})
         if RESTART not in str(error):
             _call(url, "resume", timeout, {})
