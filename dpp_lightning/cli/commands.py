@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli import packaged_configs
+from dpp_lightning.cli.child_command import end_with_parent
 from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, USAGE_ERROR
 from dpp_lightning.cli.library_warnings import show_plainly
 from dpp_lightning.storage.safe_text import printable
@@ -60,6 +61,7 @@ COMMANDS = {
     "sweep": _of_lightning(
         "score methods x rates x seeds on one fine-tuned checkpoint; resumable; table, plots", "sweep"
     ),
+    "reproduce": _of_function("reproduce", "repeat a table or figure of the papers, beside what they published"),
     "prune": _of_function("prune", "prune the delta between two checkpoints, of any size, into a delta folder"),
     "apply": _of_function("apply", "write base plus delta as a dense folder that from_pretrained loads"),
     "export": _of_function("export", "write a .ckpt or sharded checkpoint as a folder for from_pretrained, or a delta"),
@@ -151,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
     if argv is None:
+        end_with_parent()
         show_plainly()
         if os.getcwd() not in sys.path:  # classes in the current folder, as with python -m; nothing is shadowed
             sys.path.append(os.getcwd())

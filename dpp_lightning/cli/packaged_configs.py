@@ -39,6 +39,13 @@ def read(name: str) -> str:
     return path(name).read_text(encoding="utf-8")
 
 
+def tables() -> dict[str, Path]:
+    """The files of the papers' tables, by the names that ``dpp reproduce`` takes."""
+    entries = files("dpp_lightning.configs.papers").iterdir()
+    paths = sorted(Path(str(entry)) for entry in entries if entry.name.endswith(SUFFIX))
+    return {path.name.removesuffix(SUFFIX).replace("_", "-"): path for path in paths}
+
+
 def title(name: str) -> str:
     """The first comment line of a packaged config without its ``#``; empty where it does not open with a comment."""
     first = next(iter(read(name).splitlines()), "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ COLOURS = (
 )  # fmt: skip
 _MARKERS = "osD^v<>PX*hpd8"
 _STYLES = ("-", "--", ":")  # of the first, second and third round through the colours
+_LEVELS = ("--", ":", "-.")
 _HEIGHT, _AROUND = 5.4, 1.2  # inches of a plot of scores, and of what is above and below its axes
 _PANELS = 4  # of a row of curves over q
 
@@ -92,17 +93,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def figure_over_rate(results: Sequence[Result], *, score: str, title: str = "") -> Figure:
     """The score over the pruning rate; the axis is logarithmic in 1 - p, so that 0.9, 0.99, 0.999 lie evenly."""
 
-    def label(axes: Any) -> None:
-        from matplotlib.ticker import FixedLocator, NullLocator
-
-        rates = sorted({r.pruning_rate for r in results if r.pruning_rate is not None})
-        axes.invert_xaxis()
-        axes.xaxis.set_major_locator(FixedLocator([1 - rate for rate in rates]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([f"{rate:g}" for rate in rates])
-        axes.set_xlabel("pruning rate p")
-
-    return _figure(results, lambda point: 1 - point.rate, label, score, title)
+    rates = {r.pruning_rate for r in results if r.pruning_rate is not None}
+    return _figure(results, lambda point: 1 - point.rate, lambda axes: _label_rates(axes, rates), score, title)
 
 
 def figure_over_size(results: Sequence[Result], *, score: str, title: str = "") -> Figure:
@@ -126,17 +118,74 @@ def _figure(
     score: str,
     title: str,
 ) -> Figure:
-    methods = points(results)
-    height = max(_HEIGHT, _AROUND + LABEL_INCHES * (len(methods) + 2))
+    lines = {
+        method: [(abscissa(point), point.score, point.deviation) for point in line]
+        for method, line in points(results).items()
+    }
+    levels = [(name, r.score) for name in ("fine-tuned", "base") for r in results if r.method == name]
+    return _lines_figure(lines, levels, label, score, title)
+
+
+def figure_of_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    levels: Sequence[tuple[str, float]],
+    *,
+    over: str,
+    score: str,
+    title: str = "",
+) -> Figure:
+    """Lines with deviations over a number that is no method's, such as a decay.
+
+    Args:
+        lines: abscissa, score and deviation of every point, by the line's name. If an abscissa is 0 or less the axis
+            is linear, else logarithmic.
+        levels: names and scores, drawn as horizontal lines.
+        over: label of the abscissa; ``rate`` is a pruning rate, whose axis is logarithmic in what is kept.
+        score: label of the score.
+        title: above the plot.
+    """
+    if over == "rate":
+        rates = {x for line in lines.values() for x, _, _ in line}
+        kept = {name: [(1 - x, y, deviation) for x, y, deviation in line] for name, line in lines.items()}
+        return _lines_figure(kept, levels, lambda axes: _label_rates(axes, rates), score, title)
+
+    def label(axes: Any) -> None:
+        axes.set_xlabel(over, parse_math=False)
+        if any(x <= 0 for line in lines.values() for x, _, _ in line):
+            axes.set_xscale("linear")
+
+    return _lines_figure(lines, levels, label, score, title)
+
+
+def _label_rates(axes: Any, rates: Iterable[float]) -> None:
+    """Name the pruning rates on an axis of what is kept."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ordered = sorted(rates)
+    axes.invert_xaxis()
+    axes.xaxis.set_major_locator(FixedLocator([1 - rate for rate in ordered]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{rate:g}" for rate in ordered])
+    axes.set_xlabel("pruning rate p")
+
+
+def _lines_figure(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    levels: Sequence[tuple[str, float]],
+    label: Callable[[Any], None],
+    score: str,
+    title: str,
+) -> Figure:
+    height = max(_HEIGHT, _AROUND + LABEL_INCHES * (len(lines) + 2))
     figure = _new_figure(9, height)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    lines: list[tuple[str, Any]] = []
-    for index, (method, line) in enumerate(methods.items()):
+    named: list[tuple[str, Any]] = []
+    for index, (name, line) in enumerate(lines.items()):
         drawn = axes.errorbar(
-            [abscissa(point) for point in line],
-            [point.score for point in line],
-            [point.deviation for point in line],
+            [x for x, _, _ in line],
+            [y for _, y, _ in line],
+            [deviation for _, _, deviation in line],
             color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             linestyle=_STYLES[index // len(COLOURS) % len(_STYLES)],
@@ -144,15 +193,15 @@ def _figure(
             linewidth=1.2,
             capsize=3,
         )
-        lines.append((method, drawn[0]))
-    for name, style in (("fine-tuned", "--"), ("base", ":")):
-        for level in (r.score for r in results if r.method == name):
-            lines.append((name, axes.axhline(level, color="black", linestyle=style, linewidth=1)))
+        named.append((name, drawn[0]))
+    for index, (name, level) in enumerate(levels):
+        style = _LEVELS[index % len(_LEVELS)]
+        named.append((name, axes.axhline(level, color="black", linestyle=style, linewidth=1)))
     label(axes)
     axes.set_ylabel(score, parse_math=False)
     axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.25)
-    name_lines(axes, lines, height - _AROUND)
+    name_lines(axes, named, height - _AROUND)
     return _without_formulas(figure)
 
 

@@ -111,6 +111,16 @@ class ResultsLog:
             raise ValueError(f"{self.path} holds the rows of another run: {'; '.join(differences)}. {_CURE}")
 
 
+def read_results(path: Path) -> list[Result]:
+    """The whole rows of a file that a run has written or still writes; none where there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_result(row) for line in lines if (row := _parsed(line)) is not None]
+
+
 def rows_of(results: Sequence[Result]) -> frozenset[Row]:
     """The (method, rate, seed) of results; base and fine-tuned have none."""
     return frozenset(

@@ -1,0 +1,1 @@
+"""The packaged recipes: one YAML each, found by name (``dpp configs`` lists them)."""
