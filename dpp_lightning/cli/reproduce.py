@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from dpp_lightning.cli import packaged_configs
 from dpp_lightning.cli.command import FunctionCommand, say
-from dpp_lightning.experiments.paper_table import PaperTable, Sources, Training, read_table, stand_ins
+from dpp_lightning.experiments.paper_table import Cell, PaperTable, Sources, Training, read_table, stand_ins
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
@@ -21,6 +22,8 @@ def reproduce(
     base: Sequence[str] = (),
     data: Sequence[str] = (),
     scale: Literal["paper", "small"] = "paper",
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
     training_seeds: Sequence[int] = (),
     output: str = "runs/papers",
     download: bool = False,
@@ -37,6 +40,8 @@ def reproduce(
         base: folders or hub ids that stand for the paper's models: NAME=FOLDER for one of them, FOLDER for all
         data: folders or files that stand for the paper's data: NAME=FOLDER for one of them, FOLDER for all
         scale: paper, or small for what two CPU cores do with a small encoder; it changes trainings and seeds
+        columns: labels or glob patterns of the columns that are wanted; without them all
+        rows: labels or glob patterns of the rows that are wanted; without them all
         training_seeds: seeds of trainings that every number is the mean of; without them those of the table
         output: folder of trainings and tables
         download: fetch models and data that are neither given nor in the cache of the hub
@@ -47,7 +52,7 @@ def reproduce(
         return
     paper = _read(table)
     given = Sources(_named(base, "--base"), _named(data, "--data"))
-    cells = paper.cells(scale, given, training_seeds)
+    cells = _wanted(paper, paper.cells(scale, given, training_seeds), columns, rows)
     from dpp_lightning.cli.paper_runs import PaperRuns
     from dpp_lightning.experiments.paper_report import Page
 
@@ -55,16 +60,17 @@ def reproduce(
     notes = [f"**a stand-in**: {line}" for line in stand_ins(paper, given)]
     notes += [f"**scale {scale}**: other trainings and seeds than the paper's"] if scale != "paper" else []
     if left_out := [label for label in paper.columns if all(cell.column != label for cell in cells)]:
-        notes.append(f"left out, since one base stands for several: {', '.join(left_out)}")
+        why = "not asked for" if columns else "one base stands for several"
+        notes.append(f"columns left out ({why}): {', '.join(left_out)}")
 
     def write() -> list[Path]:
         return Page(paper, cells, runs.measured(), notes).write(folder / paper.name)
 
     runs = PaperRuns(folder, cells, progress=lambda text: say(f"dpp reproduce: {text}"), made=write)
-    trainings, rows = runs.missing()
+    trainings, models = runs.missing()
     _check_sources(runs.trainings(), download=download or dry_run)
     say(
-        f"dpp reproduce: {paper.title}: {trainings} trainings and {rows} pruned models are still to be made in {output}"
+        f"dpp reproduce: {paper.title}: {trainings} trainings and {models} pruned models are still to be made in {output}"
     )
     if dry_run:
         sys.stdout.writelines(f"{training.key}\n" for training in runs.trainings())
@@ -112,6 +118,25 @@ def _read(name: str) -> PaperTable:
         near = packaged_configs.did_you_mean(name, tables)
         raise ValueError(f"there is no table {name!r}{near} (dpp reproduce lists them)")
     return read_table(tables[known], known)
+
+
+def _wanted(table: PaperTable, cells: Sequence[Cell], columns: Sequence[str], rows: Sequence[str]) -> list[Cell]:
+    """The cells of the rows and columns that are asked for.
+
+    Raises:
+        ValueError: a label or pattern that is of none.
+    """
+    for option, patterns, labels in (("--columns", columns, table.columns), ("--rows", rows, table.rows)):
+        for pattern in patterns:
+            if not _matches(pattern, labels):
+                raise ValueError(f"{option} {pattern!r} is none of {table.name}: {'; '.join(labels)}")
+    of_columns = {label for pattern in columns or ["*"] for label in _matches(pattern, table.columns)}
+    of_rows = {label for pattern in rows or ["*"] for label in _matches(pattern, table.rows)}
+    return [cell for cell in cells if cell.column in of_columns and cell.row in of_rows]
+
+
+def _matches(pattern: str, labels: Sequence[str]) -> list[str]:
+    return [label for label in labels if label == pattern or fnmatchcase(label, pattern)]
 
 
 def _named(values: Iterable[str], option: str) -> dict[str, str]:

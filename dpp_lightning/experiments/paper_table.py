@@ -260,8 +260,8 @@ class _Cells:
     def _training(self, fields: Mapping[str, Any], seed: int) -> Training:
         template = {**self._table.text["training"], **{k: fields[k] for k in ("base", "data") if k in fields}}
         recipe, base, data = (_filled(template[name], fields) for name in ("recipe", "base", "data"))
-        names = [_filled(name, fields) for name in [*template.get("fragments", ()), *self._on_top]]
         fragments = self._table.text.get("fragments", {})
+        names = [_filled(name, fields).removesuffix("?") for name in [*template.get("fragments", ()), *self._on_top]]
         layers = tuple(fragment for name in names if (fragment := fragments.get(name)))
         shown = "-".join([recipe, *(name for name in names if fragments.get(name))])
         return Training(recipe, layers, self._bases[base], self._data[data], seed, shown)
@@ -378,7 +378,7 @@ def _check_templates(fields: Mapping[str, Any], text: Mapping[str, Any], where: 
     template = text["training"]
     fragments = [*template.get("fragments", ()), *text.get("small", {}).get("fragments", ())]
     for name in [_filled(name, fields, where) for name in fragments]:
-        if name not in text.get("fragments", {}):
+        if not name.endswith("?") and name not in text.get("fragments", {}):
             raise ValueError(f"{where}: there is no fragment {name!r}")
     _filled(template["recipe"], fields, where)
 

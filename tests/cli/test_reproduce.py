@@ -119,6 +119,7 @@ def test_merges_take_deltas_of_different_masks_and_score_each_task(sources, here
         (["{table}", "--base", "./absent"], "--base ./absent does not exist; nyu-mll/glue would be downloaded"),
         (["{table}", "--base", "gpt=./absent"], "--base gpt=…: my-table knows bert"),
         (["{table}", "--base", "x", "y"], "--base is given twice for all: x and y"),
+        (["{table}", "--columns", "RTE"], "--columns 'RTE' is none of my-table: SST-2"),
         (["{table}", "--scale", "small"], "my-table has no small scale"),
     ],
 )
@@ -135,6 +136,8 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(words, mes
 
 def test_a_dry_run_names_the_trainings_and_makes_nothing(sources, here, tmp_path, capsys):
     words = ["reproduce", write_table(tmp_path), *sources, "--output", str(tmp_path / "out"), "--dry_run"]
+    assert main([*words, "--rows", "no*"]) == 0
+    assert "1 trainings and 1 pruned models" in capsys.readouterr().err
     assert main([*words, "--training_seeds", "0", "1"]) == 0
     said = capsys.readouterr()
     assert [line.split("-seed")[1][0] for line in said.out.splitlines()] == ["0", "1"]
