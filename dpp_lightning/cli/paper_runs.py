@@ -78,8 +78,8 @@ class PaperRuns:
 
     folder: Path
     cells: Sequence[Cell]
-    progress: Callable[[str], None]
-    made: Callable[[], object]
+    progress: Callable[[str], object] = lambda text: None
+    made: Callable[[], object] = lambda: None
     _steps: int = field(default=0, init=False)
     _all_steps: int = field(default=0, init=False)
 

@@ -40,8 +40,8 @@ def reproduce(
         base: folders or hub ids that stand for the paper's models: NAME=FOLDER for one of them, FOLDER for all
         data: folders or files that stand for the paper's data: NAME=FOLDER for one of them, FOLDER for all
         scale: paper, or small for what two CPU cores do with a small encoder; it changes trainings and seeds
-        columns: labels or glob patterns of the columns that are wanted; without them all
-        rows: labels or glob patterns of the rows that are wanted; without them all
+        columns: labels or glob patterns of the columns that are made now, in place of all
+        rows: labels or glob patterns of the rows that are made now, in place of all
         training_seeds: seeds of trainings that every number is the mean of; without them those of the table
         output: folder of trainings and tables
         download: fetch models and data that are neither given nor in the cache of the hub
@@ -52,7 +52,8 @@ def reproduce(
         return
     paper = _read(table)
     given = Sources(_named(base, "--base"), _named(data, "--data"))
-    cells = _wanted(paper, paper.cells(scale, given, training_seeds), columns, rows)
+    cells = paper.cells(scale, given, training_seeds)
+    wanted = _wanted(paper, cells, columns, rows)
     from dpp_lightning.cli.paper_runs import PaperRuns
     from dpp_lightning.experiments.paper_report import Page
 
@@ -60,18 +61,15 @@ def reproduce(
     notes = [f"**a stand-in**: {line}" for line in stand_ins(paper, given)]
     notes += [f"**scale {scale}**: other trainings and seeds than the paper's"] if scale != "paper" else []
     if left_out := [label for label in paper.columns if all(cell.column != label for cell in cells)]:
-        why = "not asked for" if columns else "one base stands for several"
-        notes.append(f"columns left out ({why}): {', '.join(left_out)}")
+        notes.append(f"columns left out, since one base stands for several: {', '.join(left_out)}")
 
     def write() -> list[Path]:
-        return Page(paper, cells, runs.measured(), notes).write(folder / paper.name)
+        return Page(paper, cells, PaperRuns(folder, cells).measured(), notes).write(folder / paper.name)
 
-    runs = PaperRuns(folder, cells, progress=lambda text: say(f"dpp reproduce: {text}"), made=write)
+    runs = PaperRuns(folder, wanted, progress=lambda text: say(f"dpp reproduce: {text}"), made=write)
     trainings, models = runs.missing()
     _check_sources(runs.trainings(), download=download or dry_run)
-    say(
-        f"dpp reproduce: {paper.title}: {trainings} trainings and {models} pruned models are still to be made in {output}"
-    )
+    say(f"dpp reproduce: {paper.title}: {trainings} trainings and {models} pruned models are to be made in {output}")
     if dry_run:
         sys.stdout.writelines(f"{training.key}\n" for training in runs.trainings())
         return
