@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -34,10 +34,12 @@ class Result:
         q, pruning_rate, seed: None for base and fine-tuned.
         num_kept, density, num_bytes, ratio: kept entries and numbers of factors, stored over all entries, true bytes of
             the delta folder's files, dense bytes over these; base: 0, fine-tuned: dense.
-        seconds: pruning, the search for q where this row made it, scoring and saving.
+        seconds: pruning, scoring and saving.
         forwards: evaluations of the objective that the search of q took, on the row that made it.
         split, q_split: the data of the score and of the search.
         folder: where the delta lies.
+        prune_seconds: of the seconds, drawing, and the search for q or the training where this row made it.
+        score_seconds: of the seconds, the pass over the scored split.
     """
 
     method: str
@@ -54,6 +56,8 @@ class Result:
     split: str = ""
     q_split: str = ""
     folder: str | None = None
+    prune_seconds: float = 0.0
+    score_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for one line of ``results.jsonl``."""
@@ -135,11 +139,17 @@ class Experiment:
                 first = self._spec(*group.rows[0])
                 rescaling = self.plan.draw_and_fit(first, self.calibration, report=self.stage)[1]
             delta, rescaling = self.plan.draw_and_fit(spec, self.calibration, rescaling, report=self.stage)
+            pruned = time.perf_counter()
             with delta.applied(self.target, force=True):
                 score = self.score()
+            scored = time.perf_counter()
             self.last = delta
             forwards = len(rescaling.tried) if rescaling is not None and known is None else 0
-            yield self._result(spec, delta, score, start, forwards)
+            result = self._result(spec, delta, score, forwards)
+            yield replace(
+                result,
+                seconds=time.perf_counter() - start, prune_seconds=pruned - start, score_seconds=scored - pruned,
+            )  # fmt: skip
 
     @property
     def calibration(self) -> Calibration:
@@ -180,7 +190,7 @@ class Experiment:
         with delta.applied(self.target, force=True):
             return self.change()
 
-    def _result(self, spec: PruningSpec, delta: SparseDelta, score: float, start: float, forwards: int) -> Result:
+    def _result(self, spec: PruningSpec, delta: SparseDelta, score: float, forwards: int) -> Result:
         info, row = delta.info, spec.row
         name = delta_name(spec.method, spec.pruning_rate, spec.seed)
         if self.folder is None:
@@ -203,7 +213,6 @@ class Experiment:
             density=delta.density,
             num_bytes=num_bytes,
             ratio=info.ratio(num_bytes),
-            seconds=time.perf_counter() - start,
             forwards=forwards,
             split=self.split,
             q_split=self.q_split if row.fit or row.needs_inputs(spec.method_settings) else "",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size
-from dpp_lightning.experiments.tables import markdown_table
+from dpp_lightning.experiments.tables import markdown_table, seconds_caption
 from dpp_lightning.storage.atomic_write import atomic_file
 from dpp_lightning.storage.safe_text import markdown_text
 
@@ -66,8 +66,10 @@ def caption(results: Sequence[Result], subject: Subject) -> str:
             "base: all of the delta dropped (new heads kept); fine-tuned: nothing dropped",
             "MB: 10⁶ bytes of the delta's two files (fine-tuned: the dense weights); ratio: dense bytes over these; "
             "density: stored over all entries; seconds: prune, search, score and save one row",
+            seconds_caption(results),
             f"task {subject.task}, checkpoint {subject.checkpoint}",
         )
+        if line
     )
 
 

@@ -114,7 +114,20 @@ def table_caption(results: Sequence[Result], monitor: str) -> str:
     caption = f"score: {monitor} on {results[0].split}"
     caption += f", mean ± deviation over {seeds} mask seeds" if seeds > 1 else ""
     caption += f"; q found on {searched}" if searched else ""
-    return caption
+    return "\n".join(filter(None, [caption, seconds_caption(results)]))
+
+
+def seconds_caption(results: Iterable[Result]) -> str:
+    """What the pruned rows took and what it went into; empty where nothing was pruned."""
+    pruned = [r for r in results if r.pruning_rate is not None]
+    prune, score = sum(r.prune_seconds for r in pruned), sum(r.score_seconds for r in pruned)
+    all_of_it = sum(r.seconds for r in pruned)
+    if not prune + score:  # rows of an earlier version
+        return ""
+    return (
+        f"{seconds_text(all_of_it)} s for {len(pruned)} pruned models: draw, search and train "
+        f"{prune / all_of_it:.0%}, score {score / all_of_it:.0%}, save {1 - (prune + score) / all_of_it:.0%}"
+    )
 
 
 def markdown_table(results: Iterable[Result]) -> str:

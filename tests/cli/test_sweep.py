@@ -21,7 +21,7 @@ from dpp_lightning.methods.registry import METHODS
 
 METHODS_SWEPT = ("dare", "darex-q", "magnitude")
 GRID = {"--methods": METHODS_SWEPT, "--rates": ("0.5", "0.9"), "--seeds": ("0", "1")}
-MEASURED = ("seconds", "forwards")
+MEASURED = ("seconds", "prune_seconds", "score_seconds", "forwards")
 
 
 def options(values):

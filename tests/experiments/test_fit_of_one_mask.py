@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpp_lightning.experiments.grid import Experiment
+from dpp_lightning.experiments.grid import Experiment, Result
 from dpp_lightning.experiments.row_groups import row_groups
 
 
@@ -25,11 +25,14 @@ class Plan:
 
 
 def run(method: str, monkeypatch: pytest.MonkeyPatch, done: tuple = ()) -> tuple[Plan, list[int]]:
-    monkeypatch.setattr(Experiment, "_result", lambda self, spec, delta, score, start, forwards: forwards)
+    def result(self: Experiment, spec: Any, delta: Any, score: float, forwards: int) -> Result:
+        return Result(spec.method, score, forwards=forwards)
+
+    monkeypatch.setattr(Experiment, "_result", result)
     plan = Plan()
     experiment = Experiment(plan, {}, lambda: 0.0, lambda: 0.0, None, "output_change", True, None)  # type: ignore[arg-type]
     groups = row_groups([method], [0.9], [0, 1, 2])
-    return plan, [result for group in groups for result in experiment.run(group, done)]  # type: ignore[misc]
+    return plan, [made.forwards for group in groups for made in experiment.run(group, done)]
 
 
 def test_q_of_the_first_seed_serves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tiny_glue import make_data, make_model
 
 from dpp_lightning.cli import main
 
-MEASURED = ("seconds", "forwards")
+MEASURED = ("seconds", "prune_seconds", "score_seconds", "forwards")
 
 
 @contextmanager
@@ -53,7 +53,8 @@ def sweep_result(folder):
     for row in rows:
         for name in MEASURED:
             row.pop(name, None)
-    cells = [line.split("|") for line in files["table.md"].read_text().splitlines()]
+    lines = files["table.md"].read_text().splitlines()
+    cells = [line.split("|") for line in lines if " s for " not in line]  # what the seconds went into
     measured = next(k for k, name in enumerate(next(c for c in cells if len(c) > 3)) if name.strip() == "seconds")
     table = [[cell for k, cell in enumerate(line) if len(line) < 4 or k != measured] for line in cells]
     deltas = {name: path.read_bytes() for name, path in files.items() if "delta_" in name}
