@@ -28,6 +28,7 @@ PAGES = {
     "dpp_lightning/tasks/README.md",
     "callbacks/README.md",
     "configs/README.md",
+    "configs/papers/README.md",
     "tests/README.md",
     "tests/benchmarks/README.md",
     ".github/CONTRIBUTING.md",

@@ -30,6 +30,7 @@ from dpp_lightning.storage.atomic_write import atomic_file
 
 _DONE, _RESULTS, _LOG = "training.json", "results.jsonl", "log.txt"
 _ANY = ("dare", 0.9)  # what is pruned where a table only asks for unpruned models: a sweep needs a row
+_GRID = ("method", "pruning_rate", "seeds")  # what a table says in place of the recipe
 _POLL = 2.0  # seconds between two looks at what other processes train
 
 
@@ -74,12 +75,14 @@ class PaperRuns:
         cells: of the table.
         progress: called with what is done now.
         made: called after every step, when more cells may be known.
+        relative: scores are in per cent of the unpruned model's.
     """
 
     folder: Path
     cells: Sequence[Cell]
     progress: Callable[[str], object] = lambda text: None
     made: Callable[[], object] = lambda: None
+    relative: bool = False
     _steps: int = field(default=0, init=False)
     _all_steps: int = field(default=0, init=False)
 
@@ -261,9 +264,16 @@ class PaperRuns:
             rows = self._rows_of_cell(cell, training)
             if not rows:
                 return None
-            values += [100 * row.score for row in rows]
+            values += [100 * row.score / self._whole(training) for row in rows]
             sizes += [row.num_bytes for row in rows]
         return Measured(tuple(values), tuple(sizes), seconds)
+
+    def _whole(self, training: Training) -> float:
+        """What scores are in hundredths of: 1, or the unpruned model's score."""
+        if not self.relative:
+            return 1.0
+        results = [result for file in self.of_training(training).glob(f"*/{_RESULTS}") for result in read_results(file)]
+        return next((result.score for result in results if result.method == "fine-tuned"), float("nan"))
 
     def _rows_of_cell(self, cell: Cell, training: Training) -> list[Result]:
         """All of them, or none."""
@@ -284,7 +294,8 @@ class PaperRuns:
                 file = _score_file(self._merge_folder(cell, merge, number), merge.task)
                 if not file.exists():
                     return None
-                values.append(100 * float(json.loads(file.read_text())))
+                score = float(json.loads(file.read_text()))
+                values.append(100 * score / self._whole(merge.trainings[merge.task]))
         return Measured(tuple(values))
 
     def _seconds_of(self, training: Training) -> float:
@@ -328,14 +339,17 @@ def fit_config(training: Training, folder: Path) -> dict[str, Any]:
 
 
 def sweep_config(sweep: Sweep, folder: Path) -> dict[str, Any]:
-    """What ``dpp sweep`` runs: the training's config with the callback that prunes alone.
+    """What ``dpp sweep`` runs: the training's config with no other callback than the recipe's that prunes.
 
     Args:
         sweep: what is pruned.
         folder: of the training.
     """
     config = fit_config(sweep.training, folder)
-    prune = {"class_path": "DeltaPruneCallback", "init_args": json.loads(sweep.settings)}
+    recipe = yaml.safe_load(packaged_configs.read(sweep.training.recipe))
+    pruning = [c for c in recipe["trainer"].get("callbacks") or [] if _is_one_of(c, ("DeltaPruneCallback",))]
+    settings = {name: value for c in pruning for name, value in c["init_args"].items() if name not in _GRID}
+    prune = {"class_path": "DeltaPruneCallback", "init_args": {**settings, **json.loads(sweep.settings)}}
     config["trainer"]["callbacks"] = [prune]
     return config
 

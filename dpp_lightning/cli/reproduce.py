@@ -64,9 +64,11 @@ def reproduce(
         notes.append(f"columns left out, since one base stands for several: {', '.join(left_out)}")
 
     def write() -> list[Path]:
-        return Page(paper, cells, PaperRuns(folder, cells).measured(), notes).write(folder / paper.name)
+        return Page(paper, cells, PaperRuns(folder, cells, relative=paper.relative).measured(), notes).write(
+            folder / paper.name
+        )
 
-    runs = PaperRuns(folder, wanted, progress=lambda text: say(f"dpp reproduce: {text}"), made=write)
+    runs = PaperRuns(folder, wanted, lambda text: say(f"dpp reproduce: {text}"), write)
     trainings, models = runs.missing()
     _check_sources(runs.trainings(), download=download or dry_run)
     say(f"dpp reproduce: {paper.title}: {trainings} trainings and {models} pruned models are to be made in {output}")

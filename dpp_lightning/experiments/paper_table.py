@@ -19,7 +19,7 @@ SCALES = ("paper", "small")
 STATISTICS = ("mean_abs", "variance", "min", "p10", "p90", "max")
 MERGES = ("tasks", "method", "scale", "distinct_seeds")
 _KEYS = {"source", "score", "seeds", "training_seeds", "bases", "data", "training", "fragments", "columns", "rows",
-         "small", "plot", "show"}  # fmt: skip
+         "small", "plot", "show", "relative"}  # fmt: skip
 _NEEDED = ("source", "score", "seeds", "bases", "data", "training", "columns", "rows")
 _TRAINING = {"recipe", "base", "data", "fragments"}
 _SMALL = {"seeds", "training_seeds", "fragments", "rates"}
@@ -166,6 +166,11 @@ class PaperTable:
     def shown(self) -> list[str]:
         """Of ``bytes`` and ``seconds``, those that have tables of their own."""
         return list(self.text.get("show", ()))
+
+    @property
+    def relative(self) -> bool:
+        """Whether scores are in per cent of the unpruned model's."""
+        return bool(self.text.get("relative", False))
 
     @property
     def plot(self) -> str | None:
