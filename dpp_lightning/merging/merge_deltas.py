@@ -36,7 +36,7 @@ from dpp_lightning.tensors.fingerprint import hash_tensors
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import canonical_tensors
 
-_BLOCK = 1 << 22  # entries of a tensor that are merged at once
+_BLOCK = 1 << 18  # entries of a tensor that are merged at once; their sums fit into the cache
 
 
 def merge(

@@ -35,10 +35,10 @@ class MergedTensor(nn.Module):
         super().__init__()
         self._in_tuple = (tensor,)  # so that it does not become a parameter of this module too
         self.deltas = sorted(entries)
-        union, indices_in_union = union_of([entries[k][0] for k in self.deltas], tensor.numel())
-        self.register_buffer("union", union, persistent=False)
-        self.register_buffer("original", gather_entries(tensor, union), persistent=False)
-        for k, indices in zip(self.deltas, indices_in_union, strict=True):
+        union = union_of([entries[k][0] for k in self.deltas], tensor.numel())
+        self.register_buffer("union", union.positions, persistent=False)
+        self.register_buffer("original", gather_entries(tensor, union.positions), persistent=False)
+        for k, indices in zip(self.deltas, union.ranks(), strict=True):
             self.register_buffer(f"indices{k}", indices, persistent=False)
             self.register_buffer(f"values{k}", entries[k][1].float(), persistent=False)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,11 @@ def weighted_sum(deltas: Sequence[WeightedEntries], numel: int, scale: float = 1
     Returns:
         (indices, values): sorted distinct int64 positions, float32 values, both of shape (kept,).
     """
-    union, indices = union_of([delta.indices for delta in deltas], numel)
-    total = torch.zeros(len(union), dtype=torch.float64)
-    for index, delta in zip(indices, deltas, strict=True):
-        total.index_add_(0, index, delta.weighted())
-    return union, (total * scale).float()
+    union = union_of([delta.indices for delta in deltas], numel)
+    total = torch.zeros(union.size, dtype=torch.float64)
+    for places, delta in zip(union.places, deltas, strict=True):
+        total.index_add_(0, places, delta.weighted())
+    return union.positions, (union.read(total) * scale).float()
 
 
 def elected_mean(deltas: Sequence[WeightedEntries], numel: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -60,18 +61,19 @@ def elected_mean(deltas: Sequence[WeightedEntries], numel: int, scale: float = 1
 
     Args, returns: as :func:`weighted_sum`.
     """
-    union, indices = union_of([delta.indices for delta in deltas], numel)
+    union = union_of([delta.indices for delta in deltas], numel)
     weighted = [delta.weighted() for delta in deltas]
-    total = torch.zeros(len(union), dtype=torch.float64)
-    for index, values in zip(indices, weighted, strict=True):
-        total.index_add_(0, index, values)
+    total = torch.zeros(union.size, dtype=torch.float64)
+    for places, values in zip(union.places, weighted, strict=True):
+        total.index_add_(0, places, values)
     sign, agreed, mass = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
-    for index, values, delta in zip(indices, weighted, deltas, strict=True):
-        of_sign = values.sign() == sign[index]
-        agreed.index_add_(0, index, values * of_sign)
-        mass.index_add_(0, index, of_sign.double() * abs(delta.weight))
-    kept = (sign != 0).nonzero().squeeze(1)
-    return union[kept], (scale * agreed[kept] / mass[kept]).float()
+    for places, values, delta in zip(union.places, weighted, deltas, strict=True):
+        of_sign = values.sign() == sign[places]
+        agreed.index_add_(0, places, values * of_sign)
+        mass.index_add_(0, places, of_sign.double() * abs(delta.weight))
+    sign, agreed, mass = (union.read(sums) for sums in (sign, agreed, mass))
+    kept = true_positions(sign != 0)
+    return union.positions[kept], (scale * agreed[kept] / mass[kept]).float()
 
 
 def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tuple[Tensor, Tensor]:
@@ -92,23 +94,57 @@ def trimmed(indices: Tensor, values: Tensor, numel: int, trim_rate: float) -> tu
     return indices[order], values[order]
 
 
-def union_of(indices: Sequence[Tensor], numel: int) -> tuple[Tensor, list[Tensor]]:
-    """The union of all positions, sorted, and the index of each delta's positions in it; int64.
+class Union(NamedTuple):
+    """The positions that several deltas have, and where their values are added up.
+
+    Attributes:
+        positions: sorted, distinct, int64.
+        places: of each delta's positions in the sums, int64.
+        size: of the sums: the number of positions, or where many of a tensor's entries are kept that of its entries.
+        dense: the sums have a place for each of the tensor's entries.
+    """
+
+    positions: Tensor
+    places: list[Tensor]
+    size: int
+    dense: bool
+
+    def read(self, sums: Tensor) -> Tensor:
+        """The sums at the positions, of shape (size,) to (positions,)."""
+        return sums.index_select(0, self.positions) if self.dense else sums
+
+    def ranks(self) -> list[Tensor]:
+        """The index of each delta's positions among :attr:`positions`, int64."""
+        return [torch.searchsorted(self.positions, places) for places in self.places] if self.dense else self.places
+
+
+def union_of(indices: Sequence[Tensor], numel: int) -> Union:
+    """The union of all positions.
 
     Args:
         indices: sorted distinct positions below ``numel``, one tensor for each delta.
         numel: where many of so many positions occur they are marked, which takes less time than sorting them.
     """
-    if all(torch.equal(indices[0], other) for other in indices[1:]):
-        return indices[0].long(), [torch.arange(len(indices[0]), device=indices[0].device)] * len(indices)
+    first = indices[0]
+    if all(torch.equal(first, other) for other in indices[1:]):
+        return Union(first.long(), [torch.arange(len(first))] * len(indices), len(first), dense=False)
+    wide = [positions.long() for positions in indices]
     if numel > _SPARSE * sum(map(len, indices)):
-        union = torch.cat([positions.long() for positions in indices]).unique(sorted=True)
-        return union, [torch.searchsorted(union, positions.long()) for positions in indices]
-    marks = torch.zeros(numel, dtype=torch.bool, device=indices[0].device)
-    for positions in indices:
-        marks.index_fill_(0, positions.long(), True)
-    ranks = marks.cumsum(0, dtype=torch.int32)
-    return marks.nonzero().squeeze(1), [ranks.index_select(0, positions.long()).long() - 1 for positions in indices]
+        union = torch.cat(wide).unique(sorted=True)
+        return Union(union, [torch.searchsorted(union, positions) for positions in wide], len(union), dense=False)
+    marks = torch.zeros(numel, dtype=torch.bool)
+    for positions in wide:
+        marks.index_fill_(0, positions, True)
+    return Union(true_positions(marks), wide, numel, dense=True)
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """Positions of what is true, int64; numpy finds them several times faster than torch.
+
+    Args:
+        mask: bool, shape (n,).
+    """
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 @dataclass(frozen=True)

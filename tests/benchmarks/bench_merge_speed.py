@@ -84,8 +84,8 @@ def build(folder: Path, billions: float) -> None:
         with ShardedWriter(folder / side, entries) as writer:
             for shift, entry in enumerate(entries):
                 for block in blocks(torch.Size(entry.shape).numel()):
-                    values = noise[:block] if step is None else noise[:block] + step.roll(shift)[:block]
-                    writer.write(values.bfloat16())
+                    own = noise.roll(shift)[:block]  # tensors that are alike would be taken for tied ones
+                    writer.write((own if step is None else own + step.roll(shift)[:block]).bfloat16())
 
 
 def work(what: str, *arguments: object) -> tuple[float, float]:

@@ -258,9 +258,13 @@ def test_rules_on_entries():
 def test_unions_of_positions(numel):
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randperm(numel, generator=generator)[:20].sort().values.int() for _ in range(3)]
-    union, indices = union_of(sets, numel)
-    assert union.tolist() == sorted({i for positions in sets for i in positions.tolist()})
-    assert all(torch.equal(union[index], positions.long()) for index, positions in zip(indices, sets, strict=True))
+    union = union_of(sets, numel)
+    assert union.dense == (numel == 50)
+    assert union.positions.tolist() == sorted({i for positions in sets for i in positions.tolist()})
+    for positions, places, ranks in zip(sets, union.places, union.ranks(), strict=True):
+        assert torch.equal(union.positions[ranks], positions.long())
+        sums = torch.zeros(union.size).index_add(0, places, torch.ones(len(places)))
+        assert union.positions[union.read(sums) == 1].tolist() == positions.tolist()
 
 
 def test_large_tensors_are_merged_in_blocks(monkeypatch):
