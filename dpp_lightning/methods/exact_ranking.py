@@ -1,7 +1,8 @@
-"""Exact ranks of scores over any number of blocks, in bounded memory: two passes of histograms over the bits.
+"""Exact ranks of scores over any number of blocks, in bounded memory.
 
-The bits of non-negative float32 numbers have the same order as the numbers. A first pass counts scores by the upper
-half of their bits, a second one by the lower half, inside the one bin that matters, so that it counts exact numbers.
+The bits of non-negative float32 numbers have the same order as the numbers. One pass is enough where a sample tells a
+bound that few scores are above (:class:`TopScores`). Without one a first pass counts scores by the upper half of their
+bits, a second one by the lower half, inside the one bin that matters, so that it counts exact numbers.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dpp_lightning.methods.kept_entries import GrowingBuffer, true_positions
 
 _HALF = 16  # bits of either half of a float32
 _BINS = 1 << 15  # of the upper half, whose sign bit is 0
@@ -34,13 +38,65 @@ class RankThreshold:
     def positions(self, scores: Tensor, ties: int) -> tuple[Tensor, int]:
         """Kept positions in one block, sorted, and how many of the ``ties`` are left for the blocks after it."""
         bits = _bits(scores)
-        kept = torch.from_numpy((bits >= self.bits).numpy().nonzero()[0])
+        kept = true_positions(bits >= self.bits)
         equal = (bits[kept] == self.bits).nonzero().flatten()
         if len(equal) > ties:
             keep = torch.ones(len(kept), dtype=torch.bool)
             keep[equal[ties:]] = False
             kept = kept[keep]
         return kept, max(ties - len(equal), 0)
+
+
+class TopScores:
+    """The largest scores of a stream, an exact number of them, in one pass: those above a bound are collected.
+
+    Args:
+        count: how many are wanted, 1 or more.
+        bound: a score that is likely to be below the least of them, see :meth:`bounded_by`.
+        most: how many may be collected.
+    """
+
+    def __init__(self, count: int, bound: float, most: int) -> None:
+        self._count, self._most = count, most
+        self._bound = int(torch.tensor(bound, dtype=torch.float32).view(torch.int32))
+        self._positions, self._bits_above = GrowingBuffer(torch.int64), GrowingBuffer(torch.int32)
+
+    @classmethod
+    def bounded_by(cls, sample: Tensor, count: int, numel: int) -> TopScores:
+        """With a bound from a sample of the stream's scores, below which the wanted ones are unlikely to lie.
+
+        Args:
+            sample: float32 >= 0, one-dimensional; a tenth of a per cent of the stream is enough.
+            count: how many are wanted, 1 or more.
+            numel: scores in the stream.
+        """
+        expected = len(sample) * count / numel
+        rank = min(int(expected + 6 * expected**0.5) + 10, len(sample))  # six deviations of an even sample
+        bound = float(np.partition(sample.numpy(), len(sample) - rank)[len(sample) - rank])
+        return cls(count, bound, 4 * count + (1 << 16))
+
+    def add(self, start: int, scores: Tensor) -> bool:
+        """Collect from the next scores, the first of which is at position ``start``; False if there are too many."""
+        bits = _bits(scores)
+        found = true_positions(bits >= self._bound)  # NaN and infinity are above all
+        self._positions.append(found + start)
+        self._bits_above.append(bits[found])
+        return len(self._positions) <= self._most
+
+    def positions(self) -> Tensor | None:
+        """The wanted positions, sorted, int64; where scores are equal, the first. None if too few were collected.
+
+        Raises:
+            ValueError: scores that are not finite.
+        """
+        bits = self._bits_above.tensor().numpy()
+        _check_finite(int((bits >> _HALF >= _INFINITE).sum()))
+        if len(bits) < self._count:
+            return None
+        least = np.partition(bits, len(bits) - self._count)[len(bits) - self._count]
+        kept = bits > least
+        kept[np.flatnonzero(bits == least)[: self._count - int(kept.sum())]] = True
+        return self._positions.tensor()[torch.from_numpy(kept)]
 
 
 def largest(blocks: Blocks, count: int) -> RankThreshold:
@@ -118,9 +174,13 @@ def _upper(blocks: Blocks, sums: Tensor | None = None) -> Tensor:
         counts += torch.bincount(upper, minlength=_BINS)
         if sums is not None:
             sums += torch.bincount(upper, weights=scores.double(), minlength=_BINS)
-    if bool(counts[_INFINITE:].any()):
-        raise ValueError(f"{int(counts[_INFINITE:].sum())} delta entries are not finite; check both models' weights")
+    _check_finite(int(counts[_INFINITE:].sum()))
     return counts
+
+
+def _check_finite(others: int) -> None:
+    if others:
+        raise ValueError(f"{others} delta entries are not finite; check both models' weights")
 
 
 def _lower(blocks: Blocks, bin_: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,15 @@ def exact_count(numel: int, pruning_rate: float) -> int:
     return numel - int(exact_rate(pruning_rate) * numel)
 
 
+def true_positions(mask: Tensor) -> Tensor:
+    """Positions of what is true, int64; numpy finds them several times faster than torch.
+
+    Args:
+        mask: bool, shape (n,).
+    """
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
 class GrowingBuffer:
     """One-dimensional tensors appended to a buffer that doubles when it is full.
 
@@ -39,6 +49,9 @@ class GrowingBuffer:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._buffer, self._size = torch.empty(1 << 12, dtype=dtype), 0
+
+    def __len__(self) -> int:
+        return self._size
 
     def append(self, block: Tensor) -> None:
         """Copy the next entries in."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.methods.exact_ranking import at_least, inclusion_rate, largest
-from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries, exact_count
+from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries, exact_count, true_positions
 from dpp_lightning.methods.rescaling import keep_rate
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.methods.top_scores import above, ranked, scores_of
@@ -20,6 +20,8 @@ from dpp_lightning.sampling.sampler import exact_rate, kept_positions_of, unifor
 Budget = Literal["tensor", "model"]
 Score = Literal["magnitude", "activation"]
 Where = Literal["linear", "all"]
+
+_MARGIN = 1 + 1e-6  # above what single precision can be wrong by
 
 
 class Selection(Protocol):
@@ -140,14 +142,17 @@ def _weighed(
     pair: TensorPair, start: int, delta: Tensor, scores: Tensor, rate: float, cap: int, keep: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Kept positions and values of one block, given lambda and the bits of the cap."""
-    capped = at_least(scores, cap)
     if rate == float("inf"):
-        kept = capped
+        positions = true_positions(at_least(scores, cap))
     else:
-        words = torch.from_numpy(uniform_words(pair.name, seed, start, start + len(delta)).astype("float64"))
-        kept = capped | (words < scores.double() * (rate * 2.0**32))
-    positions = torch.from_numpy(kept.numpy().nonzero()[0])
-    delta, scores, capped = delta[positions], scores[positions], capped[positions]
+        words = uniform_words(pair.name, seed, start, start + len(delta))
+        # single precision leaves the few of which double precision then decides
+        near = true_positions(torch.from_numpy(words.astype("float32")) <= scores * (rate * 2.0**32 * _MARGIN))
+        drawn = torch.from_numpy(words[near.numpy()].astype("float64"))
+        kept = at_least(scores[near], cap) | (drawn < scores[near].double() * (rate * 2.0**32))
+        positions = near[kept]
+    delta, scores = delta[positions], scores[positions]
+    capped = at_least(scores, cap)
     # |delta| / score is exactly 1 without data, so that all values below the cap are one number but for their sign
     value = torch.where(capped, delta * keep, torch.sign(delta) * (keep / rate) * (delta.abs() / scores))
     return positions + start, value

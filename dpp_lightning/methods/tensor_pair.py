@@ -107,12 +107,34 @@ class TensorPair:
             kind: ``magnitude`` is |delta|; ``wanda`` is |delta| times the root mean square of the input feature of a
                 linear map, |delta| for all else; ``activation`` is the same with embeddings by how often a token came.
         """
-        scale = None if kind == "magnitude" else self._input_scale(embeddings=kind == "activation")
+        score = self._scorer(kind)
         for start, delta in self.deltas():
-            score = delta.abs()
+            yield start, delta, score(start, delta)
+
+    def sampled_scores(self, kind: str = "magnitude", runs: int = 64, length: int = 1024) -> Tensor:
+        """Scores of a few of the entries, in runs at equal distances, float32, one-dimensional.
+
+        Args:
+            kind: as of :meth:`scores`.
+            runs: how many at most.
+            length: entries of a run.
+        """
+        delta, score = self._reader(), self._scorer(kind)
+        runs = max(min(runs, self.numel // length), 1)
+        starts = [run * (self.numel // runs) for run in range(runs)]
+        return torch.cat([score(start, delta(slice(start, min(start + length, self.numel)))) for start in starts])
+
+    def _scorer(self, kind: str) -> Callable[[int, Tensor], Tensor]:
+        """Gives the scores of a range of entries, from its first flat position and their delta."""
+        scale = None if kind == "magnitude" else self._input_scale(embeddings=kind == "activation")
+
+        def score(start: int, delta: Tensor) -> Tensor:
+            size = delta.abs()
             if scale is not None:
-                score *= scale[self._features(torch.arange(start, start + len(delta)))]
-            yield start, delta, score
+                size *= scale[self._features(torch.arange(start, start + len(delta)))]
+            return size
+
+        return score
 
     def _input_scale(self, *, embeddings: bool) -> Tensor | None:
         """A factor for each input feature, those of one expert after the other, float32, one-dimensional."""

@@ -8,9 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpp_lightning.methods.exact_ranking import RankThreshold, largest
+from dpp_lightning.methods.exact_ranking import RankThreshold, TopScores, largest
 from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.tensors.shards import is_dtensor
+
+_STRIDE = 16  # of the sample of a tensor that is read as one block
 
 
 def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magnitude") -> Iterator[KeptEntries]:
@@ -22,8 +25,25 @@ def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magn
         kind: which score, see :meth:`dpp_lightning.methods.tensor_pair.TensorPair.scores`.
     """
     for pair, count in zip(pairs, counts, strict=True):
+        positions = _in_one_pass(pair, count, kind) if count else None
+        if positions is not None:
+            yield KeptEntries(positions)
+            continue
         threshold = largest(partial(scores_of, [pair], kind), count) if count else None
         yield above(pair, threshold, threshold.ties if threshold else 0, kind)[0]
+
+
+def _in_one_pass(pair: TensorPair, count: int, kind: str) -> Tensor | None:
+    """The positions of the highest scores, read once; None where that is not known to be all of them."""
+    top = None
+    for start, _, scores in pair.scores(kind):
+        if top is None:
+            whole = len(scores) == pair.numel
+            sample = scores[::_STRIDE] if whole or is_dtensor(pair.finetuned) else pair.sampled_scores(kind)
+            top = TopScores.bounded_by(sample, count, pair.numel)
+        if not top.add(start, scores):
+            return None
+    return None if top is None else top.positions()
 
 
 def above(
