@@ -20,6 +20,9 @@ _HALF = 16  # bits of either half of a float32
 _BINS = 1 << 15  # of the upper half, whose sign bit is 0
 _INFINITE = 0x7F80  # upper half of infinity; NaN lies above
 
+_COLLECTED = 1 << 22  # scores that are held at once
+_BELOW_CAP = 0.8  # of what a sample says, so that the whole is above it
+
 Blocks = Callable[[], Iterable[Tensor]]  # reads all scores again: float32 >= 0, one-dimensional, on the CPU
 
 
@@ -115,11 +118,16 @@ def largest(blocks: Blocks, count: int) -> RankThreshold:
     return RankThreshold(bin_ << _HALF | low, count - int(inside[low]))
 
 
-def inclusion_rate(blocks: Blocks, budget: float) -> tuple[float, int]:
+def inclusion_rate(blocks: Blocks, budget: float, sample: tuple[Tensor, Tensor] | None = None) -> tuple[float, int]:
     """The lambda with sum of min(1, lambda * score) = budget, and the bits from which on a score has probability 1.
 
     With c scores at probability 1, lambda = (budget - c) / (sum of the remaining scores), where none of those exceeds
     1 / lambda. Exact: no sum is interpolated inside a bin.
+
+    Args:
+        blocks: reads all scores, once if the sample serves, else two times.
+        budget: the sum of all probabilities.
+        sample: some of the scores, and how many each stands for: float32 >= 0, one-dimensional.
 
     Returns:
         (lambda, bits); (inf, 1) where no more than ``budget`` scores are above 0, which are then all kept.
@@ -127,6 +135,63 @@ def inclusion_rate(blocks: Blocks, budget: float) -> tuple[float, int]:
     Raises:
         ValueError: scores that are not finite.
     """
+    found = None if sample is None else _in_one_pass(blocks, budget, _sampled_cap(*sample, budget) * _BELOW_CAP)
+    return found or _by_histograms(blocks, budget)
+
+
+def _in_one_pass(blocks: Blocks, budget: float, bound: float) -> tuple[float, int] | None:
+    """:func:`inclusion_rate`, if no more than a few scores are above a bound and 1 / lambda is; else None."""
+    large, below, positive = GrowingBuffer(torch.float32), 0.0, 0
+    for scores in blocks():
+        found = true_positions(~(scores < bound))  # and what is not a number
+        positive += int(scores.count_nonzero()) if positive <= budget else 0
+        large.append(scores[found])
+        below += float(scores.index_fill(0, found, 0.0).sum(dtype=torch.float64))
+        if len(large) > _COLLECTED:
+            return None
+    ordered = large.tensor().sort(descending=True).values
+    if not bool(ordered[:1].isfinite().all()):
+        return None
+    if positive <= budget:
+        return float("inf"), 1
+    counts = torch.arange(1, len(ordered) + 1, dtype=torch.float64)
+    count, rest = _capped(ordered, counts, ordered.double(), below, budget)
+    rate = (budget - count) / rest if rest > 0 else 0.0
+    if rate * bound > 1 or not rate:
+        return None
+    bits = int(_bits(ordered[int(count) - 1])) if count else _INFINITE << _HALF
+    return rate, bits
+
+
+def _sampled_cap(scores: Tensor, weights: Tensor, budget: float) -> float:
+    """1 / lambda, as a sample of the scores tells it."""
+    ordered, order = scores.sort(descending=True)
+    weights = weights[order].double()
+    count, rest = _capped(ordered, weights.cumsum(0), weights * ordered, 0.0, budget)
+    return rest / (budget - count) if count < budget else 0.0
+
+
+def _capped(ordered: Tensor, counts: Tensor, summands: Tensor, below: float, budget: float) -> tuple[float, float]:
+    """How many scores have probability 1, and the sum of all others.
+
+    Args:
+        ordered: the largest scores, descending.
+        counts: how many scores there are down to each, itself among them, float64.
+        summands: what each adds to the sum, float64.
+        below: the sum of all others.
+        budget: the sum of all probabilities.
+    """
+    rest = below + summands.flip(0).cumsum(0).flip(0)  # of each and all that are less
+    before = torch.cat([counts.new_zeros(1), counts])[:-1]
+    enough = (ordered.double() * (budget - before) <= rest).nonzero()
+    if not len(enough):
+        return (float(counts[-1]) if len(counts) else 0.0), below
+    first = int(enough[0])
+    return float(before[first]), float(rest[first])
+
+
+def _by_histograms(blocks: Blocks, budget: float) -> tuple[float, int]:
+    """:func:`inclusion_rate` in two passes and constant memory."""
     sums = torch.zeros(_BINS, dtype=torch.float64)
     counts = _upper(blocks, sums)
     zeros = int(_lower(blocks, 0)[0]) if sums[0] > 0 else int(counts[0])

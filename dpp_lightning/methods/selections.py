@@ -16,12 +16,14 @@ from dpp_lightning.methods.rescaling import keep_rate
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.methods.top_scores import above, ranked, scores_of
 from dpp_lightning.sampling.sampler import exact_rate, kept_positions_of, uniform_words
+from dpp_lightning.tensors.shards import is_dtensor
 
 Budget = Literal["tensor", "model"]
 Score = Literal["magnitude", "activation"]
 Where = Literal["linear", "all"]
 
 _MARGIN = 1 + 1e-6  # above what single precision can be wrong by
+_RUN = 256  # entries of a run of a sample
 
 
 class Selection(Protocol):
@@ -129,13 +131,24 @@ def importance(
     for pair, group in _budgets(pairs, budget):
         if group:
             total = float(keep * sum(p.numel for p in group))
-            rate, cap = inclusion_rate(partial(scores_of, group, score), total)
+            rate, cap = inclusion_rate(partial(scores_of, group, score), total, _sample(group, score))
         positions, values = GrowingBuffer(torch.int64), GrowingBuffer(torch.float32)
         for start, delta, scores in pair.scores(score):
             kept, value = _weighed(pair, start, delta, scores, rate, cap, keep_rate(pruning_rate), seed)
             positions.append(kept)
             values.append(value)
         yield KeptEntries(positions.tensor(), values.tensor())
+
+
+def _sample(pairs: Sequence[TensorPair], kind: str) -> tuple[Tensor, Tensor] | None:
+    """Some of the scores, and how many each stands for; None of tensors in shards, which would be gathered for it."""
+    if any(is_dtensor(pair.finetuned) for pair in pairs):
+        return None
+    samples, weights = [], []
+    for pair in (pair for pair in pairs if pair.numel):
+        samples.append(pair.sampled_scores(kind, length=_RUN))
+        weights.append(torch.full((len(samples[-1]),), pair.numel / len(samples[-1])))
+    return (torch.cat(samples), torch.cat(weights)) if samples else None
 
 
 def _weighed(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpp_lightning.methods.exact_ranking import at_least, inclusion_rate, largest
+from dpp_lightning.methods.exact_ranking import TopScores, at_least, inclusion_rate, largest
 
 LARGEST = 3.4028234663852886e38
 SPECIAL = [0.0, 1e-45, 1e-42, 1.1754942e-38, 1.1754944e-38, 0.5, 1.0, 1.0000001, LARGEST]
@@ -69,6 +69,41 @@ def test_the_largest_are_those_of_sorting(case, share):
     scores, block = case
     count = max(1, round(share * len(scores)))
     assert torch.equal(kept_by_threshold(scores, count, block), kept_by_sorting(scores, count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(score_lists(), st.floats(0, 1), st.integers(1, 50))
+@example((torch.tensor(SPECIAL), 2), 0.5, 1)
+@example((torch.zeros(10), 3), 0.5, 2)
+def test_one_pass_gives_those_of_sorting_or_nothing(case, share, stride):
+    scores, block = case
+    count = max(1, round(share * len(scores)))
+    top = TopScores.bounded_by(scores[::stride].clone(), count, len(scores))
+    for start in range(0, len(scores), block):
+        assert top.add(start, scores[start : start + block])
+    found = top.positions()
+    assert found is not None or len(scores[::stride]) < len(scores)
+    if found is not None:
+        assert torch.equal(found, kept_by_sorting(scores, count))
+
+
+def test_one_pass_is_enough_for_most_streams_and_says_where_it_is_not():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1 << 20, generator=generator).abs()
+    for share in (0.5, 0.1, 0.01, 0.001, 1e-5):
+        count = max(1, round(share * len(scores)))
+        top = TopScores.bounded_by(scores[::16], count, len(scores))
+        assert top.add(0, scores)
+        assert torch.equal(top.positions(), kept_by_sorting(scores, count))
+    misled = TopScores.bounded_by(torch.full((1000,), 9.0), 100, len(scores))
+    misled.add(0, scores)
+    assert misled.positions() is None
+    flooded = TopScores.bounded_by(torch.zeros(1000), 100, len(scores))
+    assert not flooded.add(0, scores)
+    broken = TopScores.bounded_by(scores[:1000], 100, len(scores))
+    broken.add(0, torch.tensor([1.0, math.nan, math.inf]))
+    with pytest.raises(ValueError, match="2 delta entries are not finite"):
+        broken.positions()
 
 
 def test_every_count_with_many_ties():
@@ -137,6 +172,35 @@ def test_a_million_scores_meet_the_budget():
         capped = at_least(scores, bits)
         total = int(capped.sum()) + float((scores[~capped].double() * rate).sum())
         assert total == pytest.approx(budget, rel=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(score_lists(), st.floats(0.0005, 1), st.integers(1, 20))
+def test_a_sample_saves_a_pass_and_changes_nothing(case, keep, stride):
+    scores, block = case
+    budget, blocks = keep * len(scores), scores.split(block)
+    sample = scores[::stride]
+    weights = torch.full((len(sample),), len(scores) / len(sample))
+    rate, bits = inclusion_rate(lambda: blocks, budget)
+    sampled_rate, sampled_bits = inclusion_rate(lambda: blocks, budget, (sample, weights))
+    assert sampled_rate == pytest.approx(rate, rel=1e-9)
+    certain, sampled = at_least(scores, bits), at_least(scores, sampled_bits)
+    assert (
+        torch.equal(certain, sampled) or (certain ^ sampled).sum() == (scores[certain ^ sampled] * rate).round().sum()
+    )
+
+
+def test_a_sample_saves_a_pass():
+    scores = torch.from_numpy(np.abs(np.random.default_rng(0).standard_cauchy(1_000_000)).astype(np.float32))
+    passes = []
+
+    def blocks():
+        passes.append(1)
+        return scores.split(1 << 18)
+
+    rate, _ = inclusion_rate(blocks, 10_000.0, (scores[::50], torch.full((20_000,), 50.0)))
+    assert len(passes) == 1
+    assert rate == pytest.approx(rate_by_sorting(scores, 10_000.0), rel=1e-9)
 
 
 def test_no_scores_at_all():
