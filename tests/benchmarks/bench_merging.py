@@ -4,7 +4,8 @@
 
 Every checkpoint is of ``dpp fit`` on that task with one base. The first two, three and four tasks are merged. Weights
 are chosen for each number of tasks and way to merge on the calibration splits (DARE at the first rate, seed 0) and then
-used for all; scores are of GLUE's validation splits. Deltas that need calibration are taken from ``--deltas
+used for all, or given by ``--weights``; scores are of GLUE's validation splits. The deltas of a merge have masks of their
+own, task k of n by seed n * s + k, or with ``--masks shared`` all the same one, by seed s. Deltas that need calibration are taken from ``--deltas
 DIR/TASK/METHOD-pRATE-seedSEED`` (``dpp sweep`` writes such folders), the others are pruned here. Rows that the output
 has are not made again.
 """
@@ -12,6 +13,7 @@ has are not made again.
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -66,9 +68,10 @@ class Bench:
             self.deltas[key] = made
         return self.deltas[key]
 
-    def merged(self, tasks, method, rate, seed, way, weight) -> SparseDelta:
+    def merged(self, tasks, method, rate, seed, way, weight, masks="own") -> SparseDelta:
         """Task arithmetic with that weight, or TIES scaled by it."""
-        deltas = {task: self.delta(task, method, rate, seed) for task in tasks}
+        seeds = {t: seed if masks == "shared" else seed * len(tasks) + k for k, t in enumerate(tasks)}
+        deltas = {task: self.delta(task, method, rate, seeds[task]) for task in tasks}
         settings = {"weights": weight} if way == "task-arithmetic" else {"scale": weight}
         return merge(self.options.base, deltas, way, **settings)
 
@@ -94,7 +97,10 @@ def run(options) -> None:
         print(row, flush=True)
         return row
 
-    known = {json.dumps([r[k] for k in r if k in ("kind", "tasks", "method", "rate", "seed", "way")]): r for r in rows}
+    known = {
+        json.dumps([r[k] for k in r if k in ("kind", "tasks", "method", "rate", "seed", "way", "masks")]): r
+        for r in rows
+    }
 
     def once(make, **key) -> dict:
         return known.get(json.dumps(list(key.values()))) or tell(**key, **make())
@@ -107,22 +113,26 @@ def run(options) -> None:
     for number in options.numbers:
         tasks = everything[:number]
         for way in options.ways:
-            chosen = once(lambda t=tasks, w=way: dict(zip(("weight", "tried"), bench.choose(t, w, singles), strict=True)),
-                          kind="weight", tasks=tasks, way=way)  # fmt: skip
+            given = dict(word.split("=") for word in options.weights)
+            chosen = {"weight": float(given[way])} if way in given else once(
+                lambda t=tasks, w=way: dict(zip(("weight", "tried"), bench.choose(t, w, singles), strict=True)),
+                kind="weight", tasks=tasks, way=way,
+            )  # fmt: skip
             for rate in options.rates:
                 for method in options.methods:
-                    for seed in [0] if method in SEEDLESS else options.seeds:
+                    seeds = [0] if method in SEEDLESS else options.seeds
+                    for masks, seed in product(options.masks[:1] if method in SEEDLESS else options.masks, seeds):
 
-                        def made(t=tasks, m=method, r=rate, s=seed, w=way, weight=chosen["weight"]):
+                        def made(t=tasks, m=method, r=rate, s=seed, w=way, weight=chosen["weight"], masks=masks):
                             start = time.perf_counter()
-                            delta = bench.merged(t, m, r, s, w, weight)
+                            delta = bench.merged(t, m, r, s, w, weight, masks)
                             seconds = time.perf_counter() - start
                             scores = {task: bench.score(task, delta.for_task(task), "test") for task in t}
                             ratios = {task: scores[task] / singles["test"][task] for task in t}
                             return {"scores": scores, "ratios": ratios, "ratio": fmean(ratios.values()),
                                     "seconds": seconds, "kept": delta.num_kept}  # fmt: skip
 
-                        once(made, kind="merge", tasks=tasks, way=way, rate=rate, method=method, seed=seed)
+                        once(made, kind="merge", tasks=tasks, way=way, rate=rate, method=method, seed=seed, masks=masks)
 
 
 def main() -> None:
@@ -136,6 +146,8 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.9, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--numbers", nargs="+", type=int, default=[4, 2, 3])
+    parser.add_argument("--masks", nargs="+", choices=["own", "shared"], default=["own"])
+    parser.add_argument("--weights", nargs="+", default=[], metavar="WAY=NUMBER")
     parser.add_argument("--ways", nargs="+", default=["task-arithmetic", "ties"])
     run(parser.parse_args())
 
