@@ -72,17 +72,34 @@ def tests(device: Device) -> Iterator[dict]:
 
 
 def groups() -> list[dict[str, Callable[[list], torch.optim.Optimizer]]]:
-    """Optimizers whose steps take turns; ratios are those over the first of the group. ``compiled`` ones are compiled."""
+    """Optimizers whose steps take turns; ratios are those over the first of the group."""
     from dpp_lightning.optim import AdamR
 
     fused = {"AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True)}
-    eager = {"AdamR-L2": lambda p: AdamR(p), "AdamR-L1": lambda p: AdamR(p, norm="l1")}
+    ours = {"AdamR-L2": {}, "AdamR-L1": {"norm": "l1"}}
+    eager = {name: lambda p, s=settings: AdamR(p, **s) for name, settings in ours.items()}
+    compiled = {f"{name}, compiled": lambda p, s=s: AdamR(p, compiled=True, **s) for name, s in ours.items()}
+    captured = {f"{name}, in a CUDA graph": lambda p, s=s: AdamR(p, capturable=True, **s) for name, s in ours.items()}
+    single = {"AdamR-L2, one tensor at a time": lambda p: AdamR(p, foreach=False)}
     amsgrad = {"AdamW, fused, amsgrad": lambda p: torch.optim.AdamW(p, fused=True, amsgrad=True)}
-    return [
-        fused | eager | {"AdamR-L2, one tensor at a time": lambda p: AdamR(p, foreach=False)},
-        amsgrad | {"AdamR-L2, amsgrad": lambda p: AdamR(p, amsgrad=True)},
-        *(fused | {f"{name}, compiled": make} for name, make in eager.items()),
-    ]
+    amsgrad_ours = {"AdamR-L2, amsgrad": lambda p: AdamR(p, amsgrad=True)}
+    captured = captured if torch.cuda.is_available() else {}
+    return [fused | eager | single | captured, fused | compiled, amsgrad | amsgrad_ours]
+
+
+def step_of(name: str, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """A step; replayed where the optimizer's name says that a CUDA graph is to hold it."""
+    if "CUDA graph" not in name:
+        return optimizer.step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
 
 
 def bert_shapes(width: int, layers: int, vocabulary: int) -> list[tuple[int, ...]]:
@@ -104,7 +121,7 @@ def adamr(device: Device) -> Iterator[dict]:
 
 
 def parameters(device: Device, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    shapes = bert_shapes(device.size(768, 32), device.size(12, 2), device.size(30522, 500))
+    shapes = bert_shapes(device.size(768, 64), device.size(12, 2), device.size(30522, 2000))
     generator = torch.Generator().manual_seed(0)
     made = []
     for shape in shapes:
@@ -120,7 +137,7 @@ def steps_in_turn(device: Device, params: list, group: dict, dtype: str, failed:
     for name, make in group.items():
         try:
             optimizer = make(params)
-            steps[name] = torch.compile(optimizer.step, fullgraph=True) if "compiled" in name else optimizer.step
+            steps[name] = step_of(name, optimizer)
             first[name] = device.seconds(steps[name])
             device.forget_peak()
             held = torch.cuda.memory_allocated() / 2**20 if device.name == "cuda" else 0.0
