@@ -182,8 +182,9 @@ class _KeptProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gy = gradients[0]  # under autocast of a narrower dtype than x and the weight, which are cast as it casts them
         x, weight, positions = ctx.saved_tensors
-        gy = gradients[0]
+        x, weight = x.to(gy.dtype), weight.to(gy.dtype)
         of_x = of_bias = of_values = None
         if ctx.needs_input_grad[0]:
             of_x = gy @ weight if ctx.transposed else gy @ weight.t()

@@ -19,10 +19,10 @@ from dpp_lightning.optim.adamr_step import (
     Batch,
     State,
     root_mean,
+    root_mean_on_device,
     second_moments,
     sum_dtype,
-    update_foreach,
-    update_single,
+    update,
 )
 from dpp_lightning.tensors.shards import (
     FSDP1_LAYOUT,
@@ -55,7 +55,7 @@ class AdamR(Optimizer):
     Args:
         params: parameters, named parameters or groups. A group may set every option below for itself, and ``new=True``
             for parameters without pre-trained values (a fresh head): no decay, no θ0 kept.
-        lr: learning rate, in [0, ∞).
+        lr: learning rate, in [0, ∞); a tensor of one number where a captured or compiled step is to see it change.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to √v̂, in [0, ∞).
         delta_decay: strength of the pull toward θ0, in [0, ∞).
@@ -68,6 +68,11 @@ class AdamR(Optimizer):
             LLMs; else toward a point off by at most 1/256 of each value, also where no gradient ever came, so that
             deltas hold fewer zeros. After loading a state dict it is "bfloat16" if either side says so, unlike other
             settings, which are the saved ones: a rounded θ0 is never made wide again, as it would look exact.
+        capturable: a step never waits for the device, so that a CUDA graph can hold it; with ``lr`` in a tensor on the
+            device. Counts of steps are kept on the parameters' device then.
+        compiled: update large parameters by a kernel that ``torch.compile`` makes at the first step, in seconds, and
+            that reads them once in place of twice. Needs a C++ compiler on a CPU, Triton on a GPU. The whole step
+            compiles too, ``torch.compile(optimizer.step)`` with ``lr`` in a tensor; many parameters take it minutes.
 
     Raises:
         ValueError: a setting outside its range, a parameter that is complex, on the meta device or a flat one of FSDP1,
@@ -78,7 +83,7 @@ class AdamR(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-4,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         delta_decay: float = 1e-2,
@@ -88,9 +93,19 @@ class AdamR(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         pretrained_dtype: Literal["bfloat16"] | None = None,
+        capturable: bool = False,
+        compiled: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "delta_decay": delta_decay, "norm": norm, "new": False}
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "delta_decay": delta_decay,
+            "norm": norm,
+            "new": False,
+        }
         defaults |= {"amsgrad": amsgrad, "foreach": foreach, "maximize": maximize, "pretrained_dtype": pretrained_dtype}
+        defaults |= {"capturable": capturable, "compiled": compiled}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,6 +140,8 @@ class AdamR(Optimizer):
             dtypes = {"exp_avg_sq_sum": sum_dtype(p), "pretrained": theta0_dtype(p, group)}
             for name in state.keys() - {"step"}:
                 state[name] = state[name].to(p.device, dtypes.get(name, p.dtype))
+        if group.get("capturable") and state["step"].device != p.device:
+            state["step"] = state["step"].to(p.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,42 +188,60 @@ class AdamR(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = self._batches()
-        root = self._root_mean(batches)
+        on_device = torch.compiler.is_compiling() or any(batch.on_device for batch in batches)
+        root = self._root_mean(batches, on_device=on_device)
         for batch in batches:
             group, present = batch.group, batch.present()
-            pull = 0.0 if group["new"] else group["lr"] * group["delta_decay"] / root
+            rate = group["lr"] if on_device else float(group["lr"])
+            decays = not group["new"] and group["delta_decay"] != 0
             if present.params:
-                (update_foreach if batch.foreach else update_single)(present, pull)
+                update(present, rate * group["delta_decay"] / root if decays else 0.0)
         return loss
 
-    def _root_mean(self, batches: list[Batch]) -> float:
-        """√v̄ over the whole parameters, the same number on all ranks."""
+    def _root_mean(self, batches: list[Batch], *, on_device: bool) -> Any:
+        """√v̄ over the whole parameters, the same number on all ranks: a float, or on the device a scalar tensor."""
         pairs = list(zip(second_moments(batches), batches, strict=True))
         reduced = [(total, sum(batch.numel)) for total, batch in pairs if batch.layout != FSDP1_LAYOUT]
         fsdp1 = [(total, sum(batch.numel)) for total, batch in pairs if batch.layout == FSDP1_LAYOUT]
         shard = next((p for group in self.param_groups for p in group["params"] if is_fsdp1_shard(p)), None)
         # This rank may hold no shard of any parameter with a gradient, but the other ranks wait for it.
         fsdp1_totals = None if shard is None else sum_over_ranks(fsdp1, shard)
-        return root_mean([total for total, _ in reduced], [count for _, count in reduced], fsdp1_totals)
+        if not on_device and any(batch.params[0].is_cuda for batch in batches):
+            check_no_capture()
+        take = root_mean_on_device if on_device else root_mean
+        return take([total for total, _ in reduced], [count for _, count in reduced], fsdp1_totals)
 
     def _batches(self) -> list[Batch]:
         """All parameters with a gradient; every gradient is checked before any state is changed."""
-        with_gradient = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in with_gradient:
+        groups = list(enumerate(self.param_groups))
+        with_gradient = [(i, group, p) for i, group in groups for p in group["params"] if p.grad is not None]
+        for _, _, p in with_gradient:
             check_gradient(p)
+        on_device = any(group.get("capturable") for group in self.param_groups)
         batches: dict[Any, Batch] = {}
-        for group, p in with_gradient:
+        for index, group, p in with_gradient:
             state = {name: local_tensor(entry) for name, entry in self._complete_state(p, group).items()}
             param, grad, layout = local_tensor(p), local_tensor(p.grad), shard_layout(p)
             plain = type(param) in (Tensor, torch.nn.Parameter) and type(grad) is Tensor
-            key = (id(group), param.device, param.dtype, plain, layout)
+            key = (index, param.device, param.dtype, plain, layout)
             foreach = plain if group["foreach"] is None else group["foreach"]
-            batch = batches.setdefault(key, Batch(group, [], [], [], foreach, layout, []))
+            compiled = bool(group.get("compiled"))
+            batch = batches.setdefault(key, Batch(group, [], [], [], foreach, layout, [], on_device, compiled))
             batch.params.append(param)
             batch.grads.append(grad)
             batch.states.append(state)
             batch.numel.append(p.numel())
         return list(batches.values())
+
+
+def check_no_capture() -> None:
+    """Check that a step may wait for a CUDA device.
+
+    Raises:
+        RuntimeError: the step is being captured into a CUDA graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph cannot hold a step that waits for the device: make AdamR(capturable=True)")
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -219,11 +254,16 @@ def check_settings(group: dict[str, Any]) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     limits = [(name, group[name], infinity) for name in ("lr", "eps", "delta_decay")]
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1:
+        limits[0] = ("lr", group["lr"].item(), infinity)
     for name, value, end in [*limits, ("betas[0]", betas[0], 1.0), ("betas[1]", betas[1], 1.0)]:
         if not (isinstance(value, Real) and 0.0 <= float(value) < end):
             raise ValueError(f"{name} must be a number in [0, {end}), got {value!r}")
+    if group.get("capturable") and group.get("compiled"):
+        raise ValueError("capturable=True and compiled=True exclude each other: the compiled kernel waits for v̄")
     choices = {"norm": ("l2", "l1"), "foreach": (None, True, False), "pretrained_dtype": (None, "bfloat16")}
-    for name, allowed in {**choices, **dict.fromkeys(("amsgrad", "maximize", "new"), (True, False))}.items():
+    switches = ("amsgrad", "maximize", "new", "capturable", "compiled")
+    for name, allowed in {**choices, **dict.fromkeys(switches, (True, False))}.items():
         if group.get(name) not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {group.get(name)!r}")
 

@@ -42,6 +42,8 @@ def contenders() -> dict[str, Callable[[list], object]]:
         "AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
         "AdamR-L2 (default)": lambda p: AdamR(p),
         "AdamR-L1 (default)": lambda p: AdamR(p, norm="l1"),
+        "AdamR-L2, compiled": lambda p: AdamR(p, compiled=True),
+        "AdamR-L1, compiled": lambda p: AdamR(p, norm="l1", compiled=True),
         "AdamR-L2, θ0 in bfloat16": lambda p: AdamR(p, pretrained_dtype="bfloat16"),
         "AdamR-L1, θ0 in bfloat16": lambda p: AdamR(p, norm="l1", pretrained_dtype="bfloat16"),
         "AdamR-L2, amsgrad": lambda p: AdamR(p, amsgrad=True),

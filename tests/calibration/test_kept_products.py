@@ -50,6 +50,26 @@ def test_the_gradients_of_kept_entries_are_those_of_the_whole_weight(call, kept)
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kept", [5, 300])
+def test_under_autocast_the_gradients_are_those_of_dense_autograd_under_it(call, kept):
+    function, x_shape, w_shape = CALLS[call]
+    x, bias = torch.randn(x_shape, requires_grad=True), torch.randn(30, requires_grad=True)
+    whole = nn.Parameter(torch.randn(w_shape))
+    weight, positions = nn.Parameter(whole.detach().clone(), requires_grad=False), positions_of(whole.numel(), kept)
+    values = torch.zeros(kept, requires_grad=True)
+    gradients = []
+    for w, numbers in ((whole, whole), (weight, values)):
+        with KeptProducts({id(weight): TrainedWeight(positions, values)}):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = function(x, w, bias).float().sin().sum()
+            gradients.append(torch.autograd.grad(loss, (numbers, x, bias)))
+    expected, ours = gradients
+    for one, other in zip(ours, (expected[0].view(-1)[positions], *expected[1:]), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_the_gradients_of_factors_are_those_through_the_product(call):
     function, x_shape, w_shape = CALLS[call]
     x, bias = torch.randn(x_shape, dtype=torch.float64), torch.randn(30, dtype=torch.float64)

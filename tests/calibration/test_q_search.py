@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,6 +33,36 @@ def test_search_finds_the_minimum_of_a_convex_objective(rate, best):
     assert len(calls) <= MAX_FORWARDS - 1  # one forward is left for the reference
     assert calls[0] == pytest.approx(1 - rate, rel=1e-12)
     assert all((1 - rate) * (1 - 1e-9) <= q <= 1 for q in calls)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("deviation", [0.05, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("saturation", [0.0, 1.5])
+def test_of_a_bias_and_a_deviation_few_candidates_find_the_lowest_sum(rate, deviation, saturation):
+    def objective(q):
+        r = (1 - rate) / q
+        cost = math.hypot(1 - r, deviation * r)
+        return math.tanh(saturation * cost) if saturation else cost
+
+    r = max(1 / (1 + deviation**2), 1 - rate)  # where the derivative of (1 - r)^2 + (deviation r)^2 is 0
+    result = search_q(objective, rate)
+    assert objective(result.q) <= objective((1 - rate) / r) * 1.002
+    assert len(result.tried) <= 8
+
+
+def test_where_the_cost_is_flat_the_lower_of_two_lows_is_found():
+    # the change of a hidden layer, measured at rate 0.999: lowest where nearly nothing of the delta is left
+    shares = [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2, 0.1, 0.03]
+    costs = [0.5103, 0.5146, 0.5335, 0.5593, 0.5559, 0.5013, 0.4213, 0.3549, 0.3366, 0.3358]
+    result = search_q(lambda q: float(np.interp(0.001 / q, shares[::-1], costs[::-1])), 0.999)
+    assert min(cost for _, cost in result.tried) < 0.34
+
+
+def test_what_is_not_finite_near_dares_q_is_left_for_what_is():
+    result = search_q(lambda q: float("inf") if q < 0.03 else abs(0.01 / q - 0.25), 0.99)
+    assert result.q == pytest.approx(0.04, rel=0.05)
+    assert math.isinf(result.tried[0][1])
+    assert search_q(lambda q: float("nan"), 0.99).q == pytest.approx(0.01)
 
 
 def test_dares_q_wins_where_it_is_the_best_and_nan_never_does():

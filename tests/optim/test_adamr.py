@@ -316,7 +316,9 @@ def test_sparse_and_complex_gradients_are_refused_before_anything_changes(foreac
     ("options", "message"),
     [
         ({"lr": -1.0}, r"lr must be a number in \[0, inf\), got -1.0"),
-        ({"lr": torch.tensor(1e-3)}, "lr must be a number"),
+        ({"lr": torch.tensor([1e-3, 1e-3])}, "lr must be a number"),
+        ({"lr": torch.tensor(-1.0)}, r"lr must be a number in \[0, inf\), got -1.0"),
+        ({"capturable": True, "compiled": True}, "capturable=True and compiled=True exclude each other"),
         ({"lr": float("nan")}, "lr must be a number"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\] must be a number in \[0, 1.0\), got 1.0"),
         ({"betas": (-0.1, 0.9)}, r"betas\[0\]"),
