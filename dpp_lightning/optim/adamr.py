@@ -68,8 +68,8 @@ class AdamR(Optimizer):
             LLMs; else toward a point off by at most 1/256 of each value, also where no gradient ever came, so that
             deltas hold fewer zeros. After loading a state dict it is "bfloat16" if either side says so, unlike other
             settings, which are the saved ones: a rounded θ0 is never made wide again, as it would look exact.
-        capturable: a step never waits for the device, so that a CUDA graph can hold it; with ``lr`` in a tensor on the
-            device. Counts of steps are kept on the parameters' device then.
+        capturable: a step never waits for the device, if all groups say so, so that a CUDA graph can hold it; give
+            ``lr`` in a tensor on the device. Counts of steps are kept on the parameters' device then.
         compiled: update large parameters by a kernel that ``torch.compile`` makes at the first step, in seconds, and
             that reads them once in place of twice. Needs a C++ compiler on a CPU, Triton on a GPU. The whole step
             compiles too, ``torch.compile(optimizer.step)`` with ``lr`` in a tensor; many parameters take it minutes.
@@ -217,7 +217,7 @@ class AdamR(Optimizer):
         with_gradient = [(i, group, p) for i, group in groups for p in group["params"] if p.grad is not None]
         for _, _, p in with_gradient:
             check_gradient(p)
-        on_device = any(group.get("capturable") for group in self.param_groups)
+        on_device = all(group.get("capturable") for group in self.param_groups)
         batches: dict[Any, Batch] = {}
         for index, group, p in with_gradient:
             state = {name: local_tensor(entry) for name, entry in self._complete_state(p, group).items()}

@@ -186,7 +186,7 @@ def update_single(batch: Batch, pull: float) -> None:
         if group["amsgrad"]:
             v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
         denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(group["eps"])
-        p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
+        p.addcdiv_(m, denominator, value=-float(group["lr"]) / (1 - beta1**t))
 
 
 def update_foreach(batch: Batch, pull: float | Tensor) -> None:
@@ -208,7 +208,7 @@ def update_foreach(batch: Batch, pull: float | Tensor) -> None:
     counts = torch.stack(batch.entries("step")) - 1
     counts = counts.to(params[0].device) if fused else counts if batch.on_device else counts.cpu()
     options = {name: group[name] for name in ("lr", "eps", "amsgrad", "maximize")}
-    if not fused and params[0].is_cpu:
+    if not batch.on_device or (params[0].is_cpu and not fused):
         options["lr"] = float(group["lr"])  # torch's lists take no tensor there
     options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "weight_decay": 0.0}
     options |= {"foreach": not fused, "fused": fused, "capturable": batch.on_device and params[0].device.type != "cpu"}

@@ -57,6 +57,14 @@ def test_capturable_steps_are_the_plain_ones(norm, amsgrad, foreach, device):
 
 
 @devices
+@table
+def test_a_rate_in_a_tensor_is_that_rate(norm, amsgrad, foreach, device):
+    settings = {"norm": norm, "amsgrad": amsgrad, "foreach": foreach}
+    plain, tensor = both(settings, {"lr": torch.tensor(1e-2, dtype=torch.float64)}, device=device)
+    assert_same(tensor, plain)
+
+
+@devices
 def test_capturable_counts_steps_on_the_device_and_resumes(device):
     whole = random_parameters(device=device)
     first = AdamR(whole, capturable=True)
@@ -165,9 +173,10 @@ def test_a_cuda_graph_holds_a_step(norm):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_of_a_step_that_waits_is_refused():
+@pytest.mark.parametrize("some", [False, True])
+def test_a_cuda_graph_of_a_step_that_waits_is_refused(some):
     parameters = random_parameters(device="cuda")
-    optimizer = AdamR(parameters)
+    optimizer = AdamR([{"params": parameters[:1], "capturable": some}, {"params": parameters[1:]}])
     train(optimizer, parameters, 1)
     with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
