@@ -6,6 +6,7 @@ order of their tensors' names, so that one tensor of each is in memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -209,6 +210,7 @@ class _Merger:
             for s in sources
         )  # fmt: skip
         self._check, self._kept = EntriesHash(), 0
+        _warn_of_one_mask(sources)
 
     def contents(self, progress: Progress | None = None) -> DeltaContents:
         """The merged delta; reading its tensors merges them.
@@ -375,6 +377,23 @@ class _Merger:
         }
         trim_rate = self.settings.trim_rate
         return settings if trim_rate is None else {**settings, "trim_rate": trim_rate}
+
+
+def _warn_of_one_mask(sources: Sequence[MergeSource]) -> None:
+    """Say which deltas have one random mask: then all of their kept entries fall together, and TIES averages them."""
+    masks: dict[tuple[object, ...], list[str]] = {}
+    for source in sources:
+        if source.info.seeded:
+            rate = source.info.drawn_rate or source.info.pruning_rate
+            masks.setdefault((source.info.seed, rate), []).append(source.task)
+    for (seed, _), tasks in masks.items():
+        if len(tasks) > 1:
+            warnings.warn(
+                f"{', '.join(map(printable, tasks))} keep the same entries, as all were drawn by seed {seed}: merges "
+                "scored higher in the benchmark where every delta was pruned with a seed of its own (--seed), and the "
+                "merged delta then stores positions",
+                stacklevel=2,
+            )
 
 
 def _entries_between(entries: WeightedEntries, start: int, size: int) -> WeightedEntries:
