@@ -28,7 +28,13 @@ def named_classes(typehint: Any) -> tuple[type, ...]:
     if isclass(origin) and issubclass(origin, Iterable) and not issubclass(origin, Mapping):
         return tuple(cls for argument in arguments for cls in named_classes(argument))
     plain = not isclass(typehint) or typehint in _VALUES or typehint.__module__ in ("builtins", "pathlib", "datetime")
+    plain = plain or _is_tensor(typehint)
     return () if plain or origin is not None else (typehint,)
+
+
+def _is_tensor(typehint: Any) -> bool:
+    """Whether it is torch's tensor, which no config can name, such as a learning rate in Python may be."""
+    return isclass(typehint) and (typehint.__module__, typehint.__name__) == ("torch", "Tensor")
 
 
 def passed_later(typehint: Any) -> int:
@@ -110,7 +116,7 @@ def describe_type(typehint: Any) -> str:
     origin, arguments = get_origin(typehint), get_args(typehint)
     if origin in (Union, UnionType):
         choices = literals(typehint)
-        others = [describe_type(a) for a in arguments if get_origin(a) is not Literal]
+        others = [describe_type(a) for a in arguments if get_origin(a) is not Literal and not _is_tensor(a)]
         return " or ".join(dict.fromkeys(([f"one of {', '.join(choices)}"] if choices else []) + others))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"

@@ -80,6 +80,11 @@ OPTIONS = [
     (f"{QUICKSTART} --trainer.max_epochs three", "--trainer.max_epochs three is not a whole number or null", None),
     (f"{QUICKSTART} --trainer.max_epochs", "--trainer.max_epochs needs a value", None),
     (f"{QUICKSTART} --model.optimizer.lr high", "--model.optimizer.lr high is not a number", None),
+    (
+        f"{QUICKSTART} --model.optimizer AdamW --model.optimizer.lr high",
+        "--model.optimizer.lr high is not a number",
+        None,
+    ),
     (f"{QUICKSTART} --data.classes [a]", "is not a list of whole numbers or null", None),
     (f"{QUICKSTART} --trainer.callbacks.mode maxi", "is not one of max, min", "max"),
     (f"{QUICKSTART} --trainer.max_epochs.x 3", "has no settings of its own", None),
