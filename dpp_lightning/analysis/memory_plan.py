@@ -24,7 +24,7 @@ Dtype = Literal["float32", "bfloat16"]
 GIB = 2**30
 BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
 GATHERS = 4  # of all weights once in a run: theta_0 three times and theta once, for their fingerprints
-LOOKS = 3  # at the delta, for one pruned model that a selection ranks
+LOOKS = 3  # at the delta, for one pruned model whose entries a selection ranks together
 READS = 3  # of the kept entries of one pruned model: theta and theta_0 as it is drawn, theta_0 as it is applied
 
 
@@ -115,8 +115,10 @@ def plan_memory(
     where a tensor's first dimension does not divide, less than N - 1 of its rows more. In a run θ0 is gathered three
     times (before training, for the rows' identity, for the deltas) and θ once, in the weights' dtype; carried tensors
     are left out of θ0, and gathered for every pruned model instead. A selection by seed gathers nothing else. One by
-    rank gathers the delta in float32 at each look: three for a pruned model, whatever its budget; a fourth with
-    ``importance`` where some 0 < |delta| < 2**-133; at the blocks' linear maps two more with ``owl``, four with ``dp``.
+    rank gathers the delta in float32 at each look: one for a pruned model where entries are counted in each tensor (and
+    three more for a large tensor whose first entries tell too little of the rest), three with ``budget="model"`` and
+    with ``importance``; a fourth with ``importance`` where some 0 < |delta| < 2**-133; at the blocks' linear maps two
+    more with ``owl``, four with ``dp``.
     The kept values are summed over the devices, which in a ring brings each 2 (N - 1) / N of their bytes: for θ and θ0
     as the model is drawn (θ0 alone with ``importance``, twice with ``struct-dare``), and for θ0 whenever it is applied:
     once to be scored, as counted, once more for every number that a search tries. Positions are never sent. Not counted
