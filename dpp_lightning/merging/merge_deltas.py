@@ -390,9 +390,9 @@ def _warn_of_one_seed(sources: Sequence[MergeSource]) -> None:
     for seed, tasks in drawn.items():
         if len(tasks) > 1:
             warnings.warn(
-                f"{', '.join(map(printable, tasks))} were drawn by one seed, {seed}, so that they keep the same entries "
-                "or nearly so: prune every delta with a seed of its own (--seed), as the papers do; such merges scored 1 "
-                "to 4 points higher in the benchmark",
+                f"{', '.join(map(printable, tasks))} were drawn by one seed, {seed}, so that they keep the same "
+                "entries or nearly so: prune each with a seed of its own (--seed), as the papers do; such merges "
+                "scored 1 to 4 points higher in the benchmark",
                 stacklevel=2,
             )
 
