@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpp_lightning.cli.commands import ENDS_WITH
 from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, TERMINATED
 
-_WATCHED = "DPP_ENDS_WITH"  # environment variable: the process whose end ends this one
 _POLL, _GRACE = 1.0, 60.0  # seconds between two looks at the parent, and for an end that was asked for
 _LAST_LINES = 8
 
@@ -36,7 +36,7 @@ def run_command(words: Sequence[str], log: Path) -> None:
         SystemExit: this process was asked to end by SIGTERM; the command was too, and has ended.
     """
     shown = sys.stderr.isatty()
-    environment = {**os.environ, _WATCHED: str(os.getpid())}
+    environment = {**os.environ, ENDS_WITH: str(os.getpid())}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         output = None if shown else file
@@ -55,7 +55,7 @@ def run_command(words: Sequence[str], log: Path) -> None:
 
 def end_with_parent() -> None:
     """In a process that :func:`run_command` started: ask it to end when the parent is gone, however that ended."""
-    parent = os.environ.get(_WATCHED, "")
+    parent = os.environ.get(ENDS_WITH, "")
     if parent.isdigit():
         threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
 

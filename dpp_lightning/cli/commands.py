@@ -9,7 +9,6 @@ from pkgutil import resolve_name
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli import packaged_configs
-from dpp_lightning.cli.child_command import end_with_parent
 from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, MEANINGS, SHOW_TRACEBACK, USAGE_ERROR
 from dpp_lightning.cli.library_warnings import show_plainly
 from dpp_lightning.storage.safe_text import printable
@@ -50,6 +49,8 @@ def _of_lightning(summary: str, module: str = "lightning") -> Command:
 def _of_function(module: str, summary: str, *, threads_sleep: bool = False) -> Command:
     return Command(summary, f"dpp_lightning.cli.{module}:COMMAND.run", threads_sleep=threads_sleep)
 
+
+ENDS_WITH = "DPP_ENDS_WITH"  # environment variable: number of the process whose end ends this one
 
 _NOT_IN_YAML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -153,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see :mod:`dpp_lightning.cli.exit_codes`.
     """
     if argv is None:
-        end_with_parent()
+        if ENDS_WITH in os.environ:
+            resolve_name("dpp_lightning.cli.child_command:end_with_parent")()
         show_plainly()
         if os.getcwd() not in sys.path:  # classes in the current folder, as with python -m; nothing is shadowed
             sys.path.append(os.getcwd())

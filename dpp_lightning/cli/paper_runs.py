@@ -100,8 +100,9 @@ class PaperRuns:
                 continue
             for index, training in enumerate(cell.trainings):
                 if cell.merges:
-                    for sweep, row in _merged_rows(cell, cell.merges[index]):
-                        rows.setdefault(sweep, set()).update(row)
+                    for number in range(len(cell.seeds)):
+                        for sweep, row in _merge_sources(cell, cell.merges[index], number).values():
+                            rows.setdefault(sweep, set()).add(row)
                 elif cell.method is not None and cell.rate is not None:
                     sweep = Sweep.of(cell, training)
                     rows.setdefault(sweep, set()).update(grid([cell.method], [cell.rate], cell.seeds))
@@ -160,7 +161,7 @@ class PaperRuns:
     def _count_steps(self, sweeps: Mapping[Sweep, set[Row]]) -> int:
         """How many commands, merges taken for one."""
         commands = sum(not self._is_trained(training) for training in self.trainings())
-        commands += sum(len(_grids(set(rows) - self._rows(sweep))) for sweep, rows in sweeps.items())
+        commands += sum(len(self._missing_grids(sweep, rows)) for sweep, rows in sweeps.items())
         merged = {
             self._merge_folder(cell, merge, number) / merge.task: None
             for cell in self.cells
@@ -202,9 +203,7 @@ class PaperRuns:
     def _sweep(self, sweep: Sweep, rows: Collection[Row]) -> None:
         """Make the missing rows, in as few commands as there are different sets of methods and seeds."""
         folder = self.of_training(sweep.training)
-        for methods, rates, seeds in _grids(rows):
-            if set(grid(methods, rates, seeds)) <= self._rows(sweep):
-                continue
+        for methods, rates, seeds in self._missing_grids(sweep, rows):
             self._say(f"pruning {sweep.training.name}, seed {sweep.training.seed}: {', '.join(methods)}")
             config = folder / f"{sweep.name}.yaml"
             _write(config, yaml.safe_dump(sweep_config(sweep, folder), sort_keys=False))
@@ -213,6 +212,11 @@ class PaperRuns:
             words += ["--output", str(folder / sweep.name)] + ([] if sweep.deltas else ["--no_deltas"])
             run_command(words, folder / _LOG)
             self.made()
+
+    def _missing_grids(self, sweep: Sweep, rows: Collection[Row]) -> list[tuple[list[str], list[float], list[int]]]:
+        """The grids of a sweep of which rows are still to be made; each begins with the seed that q is found on."""
+        made = self._rows(sweep)
+        return [words for words in _grids(rows) if not made.issuperset(grid(*words))]
 
     def _rows(self, sweep: Sweep) -> frozenset[Row]:
         return rows_of(self._results(sweep))
@@ -272,8 +276,13 @@ class PaperRuns:
         """What scores are in hundredths of: 1, or the unpruned model's score."""
         if not self.relative:
             return 1.0
-        results = [result for file in self.of_training(training).glob(f"*/{_RESULTS}") for result in read_results(file)]
-        return next((result.score for result in results if result.method == "fine-tuned"), float("nan"))
+        unpruned = self._reference(training, "fine-tuned")
+        return unpruned[0].score if unpruned else float("nan")
+
+    def _reference(self, training: Training, name: str) -> list[Result]:
+        """The row of the base or of the unpruned model, which any sweep of the training has; none before the first."""
+        files = self.of_training(training).glob(f"*/{_RESULTS}")
+        return [row for file in sorted(files) for row in read_results(file) if row.method == name][:1]
 
     def _rows_of_cell(self, cell: Cell, training: Training) -> list[Result]:
         """All of them, or none."""
@@ -282,10 +291,7 @@ class PaperRuns:
             results = self._results(Sweep.of(cell, training))
             rows = [r for r in results if (r.method, r.pruning_rate, r.seed) in wanted]
             return rows if len(rows) == len(wanted) else []
-        name = "base" if cell.of_base else "fine-tuned"
-        sweeps = [sweep for sweep in self.sweeps() if sweep.training == training and not sweep.deltas]
-        rows = [r for sweep in sweeps for r in self._results(sweep) if r.method == name]
-        return rows[:1]
+        return self._reference(training, "base" if cell.of_base else "fine-tuned")
 
     def _measured_merge(self, cell: Cell) -> Measured | None:
         values = []
@@ -368,15 +374,6 @@ def _grids(rows: Collection[Row]) -> list[tuple[list[str], list[float], list[int
     for (rate, of_rate), methods in methods_of.items():
         rates_of.setdefault((tuple(methods), of_rate), []).append(rate)
     return [(list(methods), rates, list(of_rate)) for (methods, of_rate), rates in rates_of.items()]
-
-
-def _merged_rows(cell: Cell, merge: Merge) -> list[tuple[Sweep, list[Row]]]:
-    """The rows of the deltas that a merge takes, by their sweeps."""
-    return [
-        (sweep, [row])
-        for number in range(len(cell.seeds))
-        for sweep, row in _merge_sources(cell, merge, number).values()
-    ]
 
 
 def _merge_sources(cell: Cell, merge: Merge, number: int) -> Mapping[str, tuple[Sweep, Row]]:

@@ -15,13 +15,12 @@ from typing import Any
 
 import yaml
 
-SCALES = ("paper", "small")
 STATISTICS = ("mean_abs", "variance", "min", "p10", "p90", "max")
-MERGES = ("tasks", "method", "scale", "distinct_seeds")
 _KEYS = {"source", "score", "seeds", "training_seeds", "bases", "data", "training", "fragments", "columns", "rows",
          "small", "plot", "show", "relative"}  # fmt: skip
 _NEEDED = ("source", "score", "seeds", "bases", "data", "training", "columns", "rows")
 _TRAINING = {"recipe", "base", "data", "fragments"}
+_MERGE = {"tasks", "method", "scale", "distinct_seeds"}
 _SMALL = {"seeds", "training_seeds", "fragments", "rates"}
 _SHOWN = ("bytes", "seconds")
 
@@ -63,7 +62,7 @@ class Merge:
     Attributes:
         trainings: one for each task, by its name.
         task: the one that is scored.
-        method: a name of ``MERGES``.
+        method: a name of :data:`dpp_lightning.methods.merge_rules.MERGES`.
         scale: of the merged delta.
         distinct_seeds: every delta has a mask of its own.
     """
@@ -202,7 +201,7 @@ class PaperTable:
         """All cells, row by row; those of a second column that a stand-in makes equal to a first one are left out.
 
         Args:
-            scale: of :data:`SCALES`.
+            scale: ``paper``, or ``small`` for what the file puts on top under that name.
             given: what stands for the paper's bases and data.
             training_seeds: of the trainings that every cell is the mean of; by default those of the file.
 
@@ -364,7 +363,7 @@ def _check_row(row: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     if unknown := [label for label in row.get("only", ()) if label not in columns]:
         raise ValueError(f"{where}: there is no column {unknown[0]!r}")
     if "merge" in row:
-        _check_keys(row["merge"], set(MERGES), ("tasks", "method"), f"merge of {where}")
+        _check_keys(row["merge"], _MERGE, ("tasks", "method"), f"merge of {where}")
     for column in text["columns"]:
         fields = {**text["training"], **column, **row}
         where = f"row {row['label']!r}, column {column['label']!r}"

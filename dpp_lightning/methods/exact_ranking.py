@@ -92,14 +92,14 @@ class TopScores:
         Raises:
             ValueError: scores that are not finite.
         """
-        bits = self._bits_above.tensor().numpy()
+        collected = self._bits_above.tensor()
+        bits = collected.numpy()
         _check_finite(int((bits >> _HALF >= _INFINITE).sum()))
         if len(bits) < self._count:
             return None
-        least = np.partition(bits, len(bits) - self._count)[len(bits) - self._count]
-        kept = bits > least
-        kept[np.flatnonzero(bits == least)[: self._count - int(kept.sum())]] = True
-        return self._positions.tensor()[torch.from_numpy(kept)]
+        least = int(np.partition(bits, len(bits) - self._count)[len(bits) - self._count])
+        threshold = RankThreshold(least, self._count - int((bits > least).sum()))
+        return self._positions.tensor()[threshold.positions(collected.view(torch.float32), threshold.ties)[0]]
 
 
 def largest(blocks: Blocks, count: int) -> RankThreshold:
