@@ -114,7 +114,7 @@ def table_caption(results: Sequence[Result], monitor: str) -> str:
     caption = f"score: {monitor} on {results[0].split}"
     caption += f", mean ± deviation over {seeds} mask seeds" if seeds > 1 else ""
     caption += f"; q found on {searched}" if searched else ""
-    return "\n".join(filter(None, [caption, seconds_caption(results)]))
+    return "; ".join(filter(None, [caption, seconds_caption(results)]))
 
 
 def seconds_caption(results: Iterable[Result]) -> str:

@@ -1,7 +1,7 @@
 """What the seconds of a run went into."""
 
 from dpp_lightning.experiments.grid import Result
-from dpp_lightning.experiments.tables import seconds_caption
+from dpp_lightning.experiments.tables import seconds_caption, table_caption
 
 
 def row(**values):
@@ -19,3 +19,10 @@ def test_shares_are_of_all_pruned_rows_together():
 
 def test_rows_that_do_not_tell_have_no_shares():
     assert seconds_caption([row(seconds=3.0)]) == seconds_caption([Result("base", 0.1)]) == ""
+
+
+def test_the_caption_on_a_terminal_is_one_text_without_escapes():
+    rows = [Result("base", 0.1, split="validation"), row(seconds=2.0, prune_seconds=0.5, score_seconds=1.0)]
+    caption = table_caption(rows, "val_score")
+    assert caption.startswith("score: val_score on validation; 2.0 s for 1 pruned models: ")
+    assert "\n" not in caption  # which a terminal's table shows as an escape
