@@ -269,9 +269,9 @@ class SparseTraining(pl.Callback):
     def _fix_mask(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep the largest gated deltas, and train on these entries alone."""
         assert self._gates is not None
-        deltas = self._gates.deltas()
+        scores_of = self._gates.scores()
         shared, fates = self._shared(trainer, module)
-        scores = {n.name: n.of(deltas) for n in shared}
+        scores = {n.name: n.of(scores_of) for n in shared}
         self._positions = trainer.strategy.broadcast(highest_positions(scores, self.pruning_rate, self.budget))
         self._gates.finish(_in_owners(module, fates, self._positions))
         self._gates = None

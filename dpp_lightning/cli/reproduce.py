@@ -25,6 +25,7 @@ def reproduce(
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
     training_seeds: Sequence[int] = (),
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = None,
     output: str = "runs/papers",
     download: bool = False,
     dry_run: bool = False,
@@ -43,6 +44,7 @@ def reproduce(
         columns: labels or glob patterns of the columns that are made now, in place of all
         rows: labels or glob patterns of the rows that are made now, in place of all
         training_seeds: seeds of trainings that every number is the mean of; without them those of the table
+        precision: of the Trainer, such as bf16-mixed, in training and scoring, in place of the recipes'
         output: folder of trainings and tables
         download: fetch models and data that are neither given nor in the cache of the hub
         dry_run: show what would be run, and run nothing
@@ -52,7 +54,7 @@ def reproduce(
         return
     paper = _read(table)
     given = Sources(_named(base, "--base"), _named(data, "--data"))
-    cells = paper.cells(scale, given, training_seeds)
+    cells = paper.cells(scale, given, training_seeds, precision)
     wanted = _wanted(paper, cells, columns, rows)
     from dpp_lightning.cli.paper_runs import PaperRuns
     from dpp_lightning.experiments.paper_report import Page
@@ -60,6 +62,7 @@ def reproduce(
     folder = Path(output)
     notes = [f"**a stand-in**: {line}" for line in stand_ins(paper, given)]
     notes += [f"**scale {scale}**: other trainings and seeds than the paper's"] if scale != "paper" else []
+    notes += [f"**precision {precision}**, in training and scoring"] if precision else []
     if left_out := [label for label in paper.columns if all(cell.column != label for cell in cells)]:
         notes.append(f"columns left out, since one base stands for several: {', '.join(left_out)}")
 

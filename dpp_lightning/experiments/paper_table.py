@@ -196,7 +196,11 @@ class PaperTable:
         )
 
     def cells(
-        self, scale: str = "paper", given: Sources | None = None, training_seeds: Sequence[int] = ()
+        self,
+        scale: str = "paper",
+        given: Sources | None = None,
+        training_seeds: Sequence[int] = (),
+        precision: str | None = None,
     ) -> list[Cell]:
         """All cells, row by row; those of a second column that a stand-in makes equal to a first one are left out.
 
@@ -204,17 +208,20 @@ class PaperTable:
             scale: ``paper``, or ``small`` for what the file puts on top under that name.
             given: what stands for the paper's bases and data.
             training_seeds: of the trainings that every cell is the mean of; by default those of the file.
+            precision: of the Trainer, as ``bf16-mixed``, in place of the recipes'.
 
         Raises:
             ValueError: the file has no ``small``, or ``given`` names what the table has not.
         """
-        return list(_Cells(self, scale, given or Sources(), tuple(training_seeds)))
+        return list(_Cells(self, scale, given or Sources(), tuple(training_seeds), precision))
 
 
 class _Cells:
     """The cells of a table at one scale."""
 
-    def __init__(self, table: PaperTable, scale: str, given: Sources, training_seeds: tuple[int, ...]) -> None:
+    def __init__(
+        self, table: PaperTable, scale: str, given: Sources, training_seeds: tuple[int, ...], precision: str | None
+    ) -> None:
         text = table.text
         if scale == "small" and "small" not in text:
             raise ValueError(f"{table.name} has no small scale: leave --scale out")
@@ -225,6 +232,7 @@ class _Cells:
         self._rates = small.get("rates")
         self._training_seeds = training_seeds or tuple(small.get("training_seeds", text.get("training_seeds", [0])))
         self._on_top = list(small.get("fragments", ()))
+        self._last: tuple[Mapping[str, Any], ...] = ({"trainer": {"precision": precision}},) if precision else ()
 
     def __iter__(self) -> Iterator[Cell]:
         kept = self._distinct_columns()
@@ -268,7 +276,7 @@ class _Cells:
         names = [_filled(name, fields).removesuffix("?") for name in [*template.get("fragments", ()), *self._on_top]]
         layers = tuple(fragment for name in names if (fragment := fragments.get(name)))
         shown = "-".join([recipe, *(name for name in names if fragments.get(name))])
-        return Training(recipe, layers, self._bases[base], self._data[data], seed, shown)
+        return Training(recipe, (*layers, *self._last), self._bases[base], self._data[data], seed, shown)
 
     def _merge(self, merge: Mapping[str, Any], fields: Mapping[str, Any], seed: int) -> Merge:
         trainings = {task: self._training({**fields, "task": task}, seed) for task in merge["tasks"]}

@@ -142,6 +142,18 @@ class DiffGates:
         return {id(g.parameter): (self._mean_gates(g) * g.delta).detach() for g in self._gated}
 
     @torch.no_grad()
+    def scores(self) -> dict[int, Tensor]:
+        """Identity of each parameter to the scores of its entries: |z ⊙ w|, and below all of these |w| where z = 0.
+
+        A tensor all of whose gates are closed still has an order, in a mask that counts its entries by themselves.
+        """
+        gated, ungated = self.deltas(), {id(g.parameter): g.delta.detach() for g in self._gated}
+        least = min((float(d[d > 0].min()) for d in (d.abs() for d in gated.values()) if d.any()), default=1.0)
+        largest = max(float(delta.abs().max()) for delta in ungated.values() if delta.numel())
+        scale = least / (2 * largest) if largest else 0.0
+        return {key: torch.where(d == 0, ungated[key].abs() * scale, d.abs()) for key, d in gated.items()}
+
+    @torch.no_grad()
     def finish(self, positions: dict[Tensor, Tensor]) -> None:
         """Give the optimizer the model's parameters back, which hold the delta at some positions and else the base.
 

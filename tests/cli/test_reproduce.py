@@ -121,6 +121,7 @@ def test_merges_take_deltas_of_different_masks_and_score_each_task(sources, here
         (["{table}", "--base", "x", "y"], "--base is given twice for all: x and y"),
         (["{table}", "--columns", "RTE"], "--columns 'RTE' is none of my-table: SST-2"),
         (["{table}", "--scale", "small"], "my-table has no small scale"),
+        (["{table}", "--precision", "bf16"], "--precision bf16 is not one of 32-true, bf16-mixed, 16-mixed, bf16-true"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_anything_runs(words, message, here, tmp_path, capsys):

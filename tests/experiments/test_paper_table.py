@@ -92,6 +92,12 @@ def test_a_number_of_several_trainings_has_one_training_a_seed(table):
     assert len({training.key for training in cells[0].trainings}) == 2
 
 
+def test_another_precision_is_another_training_and_comes_last(table):
+    cells = table().cells("small", precision="bf16-mixed")
+    assert cells[0].trainings[0].layers[-1] == {"trainer": {"precision": "bf16-mixed"}}
+    assert cells[0].trainings[0].key != table().cells("small")[0].trainings[0].key
+
+
 def test_a_merge_has_a_training_of_every_task(table):
     merge = {"tasks": ["sst2", "cola"], "method": "ties"}
     rows = [{"label": "merged", "method": "dare", "rate": 0.9, "merge": merge}]

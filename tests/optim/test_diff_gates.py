@@ -75,6 +75,26 @@ def test_a_gate_is_closed_half_open_or_open():
     assert 0 < float(stretched(torch.tensor(0.2))) < 1
 
 
+def test_entries_with_closed_gates_come_last_in_the_order_of_their_deltas():
+    module = net()
+    gates = DiffGates(
+        torch.optim.Adam(module.parameters(), lr=0.01), module.parameters(), 0.0, 0.1, groups=False, seed=0
+    )
+    with torch.no_grad():
+        for gated in gates._gated:
+            gated.delta.copy_(torch.linspace(-1, 2.3, gated.delta.numel()).view(gated.delta.shape))
+            gated.log_alphas[0].fill_(9.0 if gated.parameter is module.bias else -9.0)
+        gates._gated[0].log_alphas[0].view(-1)[5] = 0.2  # one half open gate in a tensor of closed ones
+    scores, deltas = gates.scores(), gates.deltas()
+    weight, delta = scores[id(module.weight)].flatten(), gates._gated[0].delta.abs().flatten()
+    assert (deltas[id(module.weight)] != 0).sum() == 1
+    assert int(weight.argmax()) == 5
+    assert torch.equal(scores[id(module.bias)], deltas[id(module.bias)].abs())
+    others = torch.arange(len(weight)) != 5
+    assert torch.equal(weight[others].argsort(stable=True), delta[others].argsort(stable=True))
+    assert float(weight[others].max()) < min(float(weight[5]), float(scores[id(module.bias)].min()))
+
+
 def test_at_the_end_the_model_holds_the_kept_deltas_and_adamr_the_base():
     module = net()
     base = [p.detach().clone() for p in module.parameters()]
