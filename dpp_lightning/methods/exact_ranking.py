@@ -41,8 +41,8 @@ class RankThreshold:
     def positions(self, scores: Tensor, ties: int) -> tuple[Tensor, int]:
         """Kept positions in one block, sorted, and how many of the ``ties`` are left for the blocks after it."""
         bits = _bits(scores)
-        kept = true_positions(bits >= self.bits)
-        equal = (bits[kept] == self.bits).nonzero().flatten()
+        kept = true_positions(bits.numpy() >= self.bits)
+        equal = true_positions(bits[kept] == self.bits)
         if len(equal) > ties:
             keep = torch.ones(len(kept), dtype=torch.bool)
             keep[equal[ties:]] = False
@@ -57,11 +57,14 @@ class TopScores:
         count: how many are wanted, 1 or more.
         bound: a score that is likely to be below the least of them, see :meth:`bounded_by`.
         most: how many may be collected.
+
+    Attributes:
+        bound: as given.
     """
 
     def __init__(self, count: int, bound: float, most: int) -> None:
         self._count, self._most = count, most
-        self._bound = int(torch.tensor(bound, dtype=torch.float32).view(torch.int32))
+        self.bound = bound
         self._positions, self._bits_above = GrowingBuffer(torch.int64), GrowingBuffer(torch.int32)
 
     @classmethod
@@ -78,13 +81,16 @@ class TopScores:
         bound = float(np.partition(sample.numpy(), len(sample) - rank)[len(sample) - rank])
         return cls(count, bound, 4 * count + (1 << 16))
 
-    def add(self, start: int, scores: Tensor) -> bool:
-        """Collect from the next scores, the first of which is at position ``start``; False if there are too many."""
-        bits = _bits(scores)
-        found = true_positions(bits >= self._bound)  # NaN and infinity are above all
-        self._positions.append(found + start)
-        self._bits_above.append(bits[found])
+    def add(self, positions: Tensor, scores: Tensor) -> bool:
+        """Collect the next scores that are not below the bound, with their positions; False if there are too many."""
+        self._positions.append(positions)
+        self._bits_above.append(_bits(scores))
         return len(self._positions) <= self._most
+
+    def add_from(self, start: int, scores: Tensor) -> bool:
+        """The same from a block of all scores, the first of which is at position ``start``."""
+        found = true_positions(~(scores.numpy() < np.float32(self.bound)))  # and what is no number
+        return self.add(found + start, scores[found])
 
     def positions(self) -> Tensor | None:
         """The wanted positions, sorted, int64; where scores are equal, the first. None if too few were collected.
@@ -142,8 +148,9 @@ def inclusion_rate(blocks: Blocks, budget: float, sample: tuple[Tensor, Tensor] 
 def _in_one_pass(blocks: Blocks, budget: float, bound: float) -> tuple[float, int] | None:
     """:func:`inclusion_rate`, if no more than a few scores are above a bound and 1 / lambda is; else None."""
     large, below, positive = GrowingBuffer(torch.float32), 0.0, 0
+    limit = np.float32(min(bound, np.finfo(np.float32).max))
     for scores in blocks():
-        found = true_positions(~(scores < bound))  # and what is not a number
+        found = true_positions(~(scores.numpy() < limit))  # and what is not a number
         positive += int(scores.count_nonzero()) if positive <= budget else 0
         large.append(scores[found])
         below += float(scores.index_fill(0, found, 0.0).sum(dtype=torch.float64))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpp_lightning.sampling.sampler import exact_rate
@@ -31,13 +32,13 @@ def exact_count(numel: int, pruning_rate: float) -> int:
     return numel - int(exact_rate(pruning_rate) * numel)
 
 
-def true_positions(mask: Tensor) -> Tensor:
-    """Positions of what is true, int64; numpy finds them several times faster than torch.
+def true_positions(mask: Tensor | NDArray[np.bool_]) -> Tensor:
+    """Positions of what is true, int64; numpy finds them several times faster than torch, and compares faster too.
 
     Args:
         mask: bool, shape (n,).
     """
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.from_numpy(np.flatnonzero(mask.numpy() if isinstance(mask, Tensor) else mask))
 
 
 class GrowingBuffer:

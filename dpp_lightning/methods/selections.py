@@ -160,7 +160,8 @@ def _weighed(
     else:
         words = uniform_words(pair.name, seed, start, start + len(delta))
         # single precision leaves the few of which double precision then decides
-        near = true_positions(torch.from_numpy(words.astype("float32")) <= scores * (rate * 2.0**32 * _MARGIN))
+        limits = (scores * (rate * 2.0**32 * _MARGIN)).numpy()
+        near = true_positions(words.astype("float32") <= limits)
         drawn = torch.from_numpy(words[near.numpy()].astype("float64"))
         kept = at_least(scores[near], cap) | (drawn < scores[near].double() * (rate * 2.0**32))
         positions = near[kept]

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpp_lightning.methods.input_statistics import InputStatistics
+from dpp_lightning.methods.kept_entries import true_positions
 from dpp_lightning.tensors.factors import Factors
 from dpp_lightning.tensors.shards import full_tensor, is_dtensor
 
 _LEAST_INPUT = 0.01  # of the mean over features: an input that calibration never saw move still gets a chance
 
+_LEAST_APART = 32  # lengths of a run from one run of a sample to the next
 BLOCK = 1 << 19  # entries; a multiple of what the sampler draws at once
+_FEW = 32  # of so many entries one is computed by itself, of more the whole block
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class TensorPair:
         """Number of entries."""
         return self.finetuned.numel()
 
+    @property
+    def one_block(self) -> bool:
+        """Whether it is read as a single block."""
+        return self.numel <= BLOCK
+
     def deltas(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of theta - theta_0: first flat position, float32 on the CPU, shape (at most BLOCK,)."""
         delta = self._reader()
@@ -111,16 +121,51 @@ class TensorPair:
         for start, delta in self.deltas():
             yield start, delta, score(start, delta)
 
+    @property
+    def plain(self) -> bool:
+        """Whether :meth:`above` can read it: no shards, no product, one dtype of at most 32 bits, on the CPU."""
+        dtypes = {self.base.dtype, self.finetuned.dtype}
+        return (
+            self.factors is None and not is_dtensor(self.finetuned) and len(dtypes) == 1 and dtypes <= _BITS.keys()
+            and self.base.device.type == self.finetuned.device.type == "cpu"
+        )  # fmt: skip
+
+    def above(self, bound: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Entries with |delta| >= bound, and those that are not finite: flat positions, int64, and |delta|, float32.
+
+        Of a :attr:`plain` pair. The difference is taken in the tensors' own dtype, whose rounding keeps the order, so
+        that no entry is missed; only those found are computed in float32. One buffer serves all blocks: new memory for
+        each block costs more than the arithmetic.
+
+        Args:
+            bound: a float32 number >= 0.
+        """
+        dtype = self.base.dtype
+        room, limit = torch.empty(min(BLOCK, self.numel), dtype=dtype), torch.tensor(bound, dtype=torch.float32)
+        bits = room.view(_BITS[dtype]).numpy()
+        mask, least = np.iinfo(bits.dtype).max, int(limit.to(dtype).view(_BITS[dtype]))
+        for start in range(0, self.numel, BLOCK):
+            base, finetuned = self.base[start : start + BLOCK], self.finetuned[start : start + BLOCK]
+            torch.sub(finetuned, base, out=room[: len(base)])
+            size = np.bitwise_and(bits[: len(base)], mask, out=bits[: len(base)])
+            found = true_positions(size >= least)
+            if len(found) > len(base) // _FEW:
+                delta = (finetuned.float() - base.float()).abs()[found]
+            else:
+                delta = (finetuned[found].float() - base[found].float()).abs()
+            kept = true_positions(~(delta.numpy() < np.float32(bound)))
+            yield found[kept] + start, delta[kept]
+
     def sampled_scores(self, kind: str = "magnitude", runs: int = 64, length: int = 1024) -> Tensor:
         """Scores of a few of the entries, in runs at equal distances, float32, one-dimensional.
 
         Args:
             kind: as of :meth:`scores`.
-            runs: how many at most.
+            runs: how many at most; of a small tensor fewer.
             length: entries of a run.
         """
         delta, score = self._reader(), self._scorer(kind)
-        runs = max(min(runs, self.numel // length), 1)
+        runs = max(min(runs, self.numel // (_LEAST_APART * length)), 1)
         starts = [run * (self.numel // runs) for run in range(runs)]
         return torch.cat([score(start, delta(slice(start, min(start + length, self.numel)))) for start in starts])
 

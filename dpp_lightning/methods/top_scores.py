@@ -35,13 +35,17 @@ def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magn
 
 def _in_one_pass(pair: TensorPair, count: int, kind: str) -> Tensor | None:
     """The positions of the highest scores, read once; None where that is not known to be all of them."""
+    if kind == "magnitude" and pair.plain and not pair.one_block:
+        top = TopScores.bounded_by(pair.sampled_scores(), count, pair.numel)
+        enough = all(top.add(positions, scores) for positions, scores in pair.above(top.bound))
+        return top.positions() if enough else None
     top = None
     for start, _, scores in pair.scores(kind):
         if top is None:
-            whole = len(scores) == pair.numel
-            sample = scores[::_STRIDE] if whole or is_dtensor(pair.finetuned) else pair.sampled_scores(kind)
+            known = pair.one_block or is_dtensor(pair.finetuned)
+            sample = scores[::_STRIDE] if known else pair.sampled_scores(kind)
             top = TopScores.bounded_by(sample, count, pair.numel)
-        if not top.add(start, scores):
+        if not top.add_from(start, scores):
             return None
     return None if top is None else top.positions()
 

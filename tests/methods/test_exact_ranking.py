@@ -80,7 +80,7 @@ def test_one_pass_gives_those_of_sorting_or_nothing(case, share, stride):
     count = max(1, round(share * len(scores)))
     top = TopScores.bounded_by(scores[::stride].clone(), count, len(scores))
     for start in range(0, len(scores), block):
-        assert top.add(start, scores[start : start + block])
+        assert top.add_from(start, scores[start : start + block])
     found = top.positions()
     assert found is not None or len(scores[::stride]) < len(scores)
     if found is not None:
@@ -93,15 +93,15 @@ def test_one_pass_is_enough_for_most_streams_and_says_where_it_is_not():
     for share in (0.5, 0.1, 0.01, 0.001, 1e-5):
         count = max(1, round(share * len(scores)))
         top = TopScores.bounded_by(scores[::16], count, len(scores))
-        assert top.add(0, scores)
+        assert top.add_from(0, scores)
         assert torch.equal(top.positions(), kept_by_sorting(scores, count))
     misled = TopScores.bounded_by(torch.full((1000,), 9.0), 100, len(scores))
-    misled.add(0, scores)
+    misled.add_from(0, scores)
     assert misled.positions() is None
     flooded = TopScores.bounded_by(torch.zeros(1000), 100, len(scores))
-    assert not flooded.add(0, scores)
+    assert not flooded.add_from(0, scores)
     broken = TopScores.bounded_by(scores[:1000], 100, len(scores))
-    broken.add(0, torch.tensor([1.0, math.nan, math.inf]))
+    broken.add_from(0, torch.tensor([1.0, math.nan, math.inf]))
     with pytest.raises(ValueError, match="2 delta entries are not finite"):
         broken.positions()
 

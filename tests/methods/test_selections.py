@@ -68,6 +68,39 @@ def test_magnitude_keeps_what_sorting_keeps(made, rate, budget, block):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1000, 1 << 19])
+@pytest.mark.parametrize("scale", [1e-2, 1e-6, 1e4])
+def test_entries_above_a_bound_are_those_of_the_exact_difference(monkeypatch, dtype, block, scale):
+    """Differences are rounded to the tensors' dtype first, to halves of a step apart or out of its range."""
+    monkeypatch.setattr(tensor_pair, "BLOCK", block)
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(7001, generator=generator).to(dtype)
+    finetuned = (base.float() + scale * torch.randn(7001, generator=generator)).to(dtype)
+    finetuned[[5, 6000]] = torch.tensor([float("nan"), float("inf")], dtype=dtype)
+    pair = TensorPair.of("w", base, finetuned)
+    exact = (finetuned.float() - base.float()).abs()
+    assert pair.plain
+    for bound in (0.0, *exact.nan_to_num(0.0).quantile(torch.tensor([0.1, 0.5, 0.9, 0.99, 1.0])).tolist()):
+        found = list(pair.above(bound))
+        positions, sizes = torch.cat([p for p, _ in found]), torch.cat([s for _, s in found])
+        assert torch.equal(positions, (~(exact < bound)).nonzero().flatten())
+        torch.testing.assert_close(sizes, exact[positions], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.99, 0.9999])
+def test_a_tensor_of_several_blocks_is_ranked_as_by_sorting(monkeypatch, dtype, rate):
+    monkeypatch.setattr(tensor_pair, "BLOCK", 4096)
+    generator = torch.Generator().manual_seed(4)
+    base = torch.randn(300, 200, generator=generator).to(dtype)
+    finetuned = (base + 1e-2 * torch.randn(300, 200, generator=generator).to(dtype)).to(dtype)
+    (kept,) = chosen("magnitude", [TensorPair.of("w", base, finetuned)], rate)
+    size = (finetuned.float() - base.float()).abs().flatten()
+    expected = size.sort(descending=True, stable=True).indices[: count_kept(60_000, rate)].sort().values
+    assert torch.equal(kept.positions, expected)
+
+
 @pytest.mark.parametrize("rate", RATES)
 def test_random_keeps_what_the_sampler_draws(rate):
     made = [heavy(n, name=f"w{n}") for n in (70_000, 1, 0, 300)]
