@@ -23,7 +23,7 @@ Score = Literal["magnitude", "activation"]
 Where = Literal["linear", "all"]
 
 _MARGIN = 1 + 1e-6  # above what single precision can be wrong by
-_RUN = 256  # entries of a run of a sample
+_SAMPLE, _RUN = 1 << 19, 256  # entries of a sample of all tensors, about, and of one of its runs at most
 
 
 class Selection(Protocol):
@@ -145,8 +145,9 @@ def _sample(pairs: Sequence[TensorPair], kind: str) -> tuple[Tensor, Tensor] | N
     if any(is_dtensor(pair.finetuned) for pair in pairs):
         return None
     samples, weights = [], []
+    runs = min(max(_SAMPLE // (_RUN * max(len(pairs), 1)), 4), 64)
     for pair in (pair for pair in pairs if pair.numel):
-        samples.append(pair.sampled_scores(kind, length=_RUN))
+        samples.append(pair.sampled_scores(kind, runs, _RUN))
         weights.append(torch.full((len(samples[-1]),), pair.numel / len(samples[-1])))
     return (torch.cat(samples), torch.cat(weights)) if samples else None
 

@@ -98,6 +98,10 @@ class TensorPair:
         if is_dtensor(self.finetuned):
             delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
             return lambda block: self._without_product(delta[block].cpu(), block)
+        if self.finetuned.dtype.itemsize == 2:  # float() gives new memory
+            return lambda block: self._without_product(
+                self.finetuned[block].cpu().float().sub_(self.base[block].cpu().float()), block
+            )
         return lambda block: self._without_product(
             self.finetuned[block].cpu().float() - self.base[block].cpu().float(), block
         )
@@ -164,9 +168,13 @@ class TensorPair:
             runs: how many at most; of a small tensor fewer.
             length: entries of a run.
         """
-        delta, score = self._reader(), self._scorer(kind)
         runs = max(min(runs, self.numel // (_LEAST_APART * length)), 1)
-        starts = [run * (self.numel // runs) for run in range(runs)]
+        apart = self.numel // runs
+        if kind == "magnitude" and self.plain:
+            base, finetuned = (t[: runs * apart].view(runs, apart)[:, :length] for t in (self.base, self.finetuned))
+            return (finetuned.float() - base.float()).abs().reshape(-1)
+        delta, score = self._reader(), self._scorer(kind)
+        starts = [run * apart for run in range(runs)]
         return torch.cat([score(start, delta(slice(start, min(start + length, self.numel)))) for start in starts])
 
     def _scorer(self, kind: str) -> Callable[[int, Tensor], Tensor]:

@@ -2,8 +2,8 @@
 
 python tests/benchmarks/bench_stream.py [--billions 0.1 0.3 1 3] [--rate 0.99] [--folder DIR]
 
-Every size needs about 8 bytes of disk a parameter while it runs; everything is deleted after. The peer in the same run
-is reading both models' files once. Memory is the peak of RssAnon (private memory; pages mapped from files are apart)
+Every size needs about 8 bytes of disk a parameter while it runs; everything is deleted after. The peers in the same run
+are reading both models' files once and, for dpp apply, writing and syncing as many bytes as it writes. Memory is the peak of RssAnon (private memory; pages mapped from files are apart)
 above that of the interpreter with the library imported, sampled every 5 ms in a process of its own.
 """
 
@@ -73,8 +73,9 @@ def build(folder: Path, billions: float) -> int:
         (folder / side / "config.json").write_text("{}")
         with ShardedWriter(folder / side, entries) as writer:
             for shift, entry in enumerate(entries):
+                own = noise.roll(shift)  # two tensors that begin alike are compared, and may be tied
                 for block in blocks(torch.Size(entry.shape).numel()):
-                    values = noise[:block] if side == "base" else noise[:block] + step.roll(shift)[:block]
+                    values = own[:block] if side == "base" else own[:block] + step.roll(shift)[:block]
                     writer.write(values.bfloat16())
     os.sync()
     return sum(torch.Size(entry.shape).numel() for entry in entries)
@@ -107,6 +108,19 @@ def read(folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def write(folder: Path) -> float:
+    """As many bytes as the base's files have, and synced."""
+    size, piece = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors")), bytes(1 << 23)
+    start = time.perf_counter()
+    with (folder / "written").open("wb", buffering=0) as file:
+        for first in range(0, size, len(piece)):
+            file.write(piece[: size - first])
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    (folder / "written").unlink()
+    return seconds
+
+
 def work(what: str, *arguments: object) -> tuple[float, float, float]:
     call = json.dumps([what, [str(a) if isinstance(a, Path) else a for a in arguments]])
     done = subprocess.run([sys.executable, "-c", _WORKER, call], check=True, capture_output=True, text=True)
@@ -137,10 +151,20 @@ def measure(folder: Path, parameters: int, rate: float, repeats: int, *, cold: b
             flush=True,
         )
     if not cold:
-        shutil.rmtree(folder / "dense", ignore_errors=True)
-        seconds, _, peak = work("apply", folder / "base", folder / "dare", folder / "dense")
-        print(f"{start} apply, dare | {seconds:.2f} | {seconds / reading:.2f} | {peak:.0f} | |", flush=True)
+        apply(folder, start, repeats)
+
+
+def apply(folder: Path, start: str, repeats: int) -> None:
+    """The delta by ``dare``, against writing as many bytes."""
+    writes, runs = [], []
+    for _ in range(repeats):
+        writes.append(write(folder))
+        runs.append(work("apply", folder / "base", folder / "dare", folder / "dense"))
         shutil.rmtree(folder / "dense")
+    writing, seconds = statistics.median(writes), statistics.median(r[0] for r in runs)
+    print(f"{start} writing the output once | {writing:.2f} | | | |")
+    peak = max(r[2] for r in runs)
+    print(f"{start} apply, dare | {seconds:.2f} | {seconds / writing:.2f} of writing | {peak:.0f} | |", flush=True)
 
 
 def main() -> None:
