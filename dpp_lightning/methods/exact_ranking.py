@@ -148,7 +148,7 @@ def inclusion_rate(blocks: Blocks, budget: float, sample: tuple[Tensor, Tensor] 
 def _in_one_pass(blocks: Blocks, budget: float, bound: float) -> tuple[float, int] | None:
     """:func:`inclusion_rate`, if no more than a few scores are above a bound and 1 / lambda is; else None."""
     large, below, positive = GrowingBuffer(torch.float32), 0.0, 0
-    limit = np.float32(min(bound, np.finfo(np.float32).max))
+    limit = np.float32(min(bound, float(np.finfo(np.float32).max)))
     for scores in blocks():
         found = true_positions(~(scores.numpy() < limit))  # and what is not a number
         positive += int(scores.count_nonzero()) if positive <= budget else 0

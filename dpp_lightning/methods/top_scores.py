@@ -35,11 +35,10 @@ def ranked(pairs: Sequence[TensorPair], counts: Iterable[int], kind: str = "magn
 
 def _in_one_pass(pair: TensorPair, count: int, kind: str) -> Tensor | None:
     """The positions of the highest scores, read once; None where that is not known to be all of them."""
+    top: TopScores | None = None
     if kind == "magnitude" and pair.plain and not pair.one_block:
         top = TopScores.bounded_by(pair.sampled_scores(), count, pair.numel)
-        enough = all(top.add(positions, scores) for positions, scores in pair.above(top.bound))
-        return top.positions() if enough else None
-    top = None
+        return top.positions() if all(top.add(*found) for found in pair.above(top.bound)) else None
     for start, _, scores in pair.scores(kind):
         if top is None:
             known = pair.one_block or is_dtensor(pair.finetuned)
