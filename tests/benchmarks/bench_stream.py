@@ -49,7 +49,7 @@ print(json.dumps([seconds, idle, peak[0] - idle]))
 
 def shapes(billions: float, vocabulary: int = 32000) -> dict[str, tuple[int, ...]]:
     """A Llama of about that many parameters: width a multiple of 128, ffn 2.75 times, as many layers as fit."""
-    width = {0.1: 640, 0.3: 1024, 1.0: 2048, 3.0: 3072}.get(billions, 4096)
+    width = {0.02: 256, 0.1: 640, 0.3: 1024, 1.0: 2048, 3.0: 3072}.get(billions, 4096)
     ffn = width * 11 // 4
     layer = {f"self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
     layer |= {"mlp.gate_proj.weight": (ffn, width), "mlp.up_proj.weight": (ffn, width)}
