@@ -19,6 +19,7 @@ from dpp_lightning.storage.model_folder import dense_side_files
 from dpp_lightning.storage.output_folder import DENSE, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.source_kind import check_model
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.name_matching import dense_names
 from dpp_lightning.tensors.names import named_tensors
@@ -139,7 +140,7 @@ def _dense_blocks(
 
 def _overwritten_blocks(name: str, base: Tensor, sparse: SparseTensor, values: Tensor) -> Iterator[Tensor]:
     """The base's entries with the kept ones replaced by ``values``, in flat blocks."""
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype}")
     numel = torch.Size(sparse.shape).numel()
     if sparse.factors is not None:  # every entry is overwritten

@@ -26,6 +26,7 @@ from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.dtypes import FLOATS
 from dpp_lightning.tensors.factors import Factors
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, named_tensors
@@ -283,7 +284,7 @@ def _sides(module: nn.Module, factors: Factors | None) -> tuple[Tensor, Tensor]:
 
 def _cast(numbers: Tensor, dtype: torch.dtype, module: str) -> Tensor:
     cast = numbers.to(dtype).contiguous()
-    if not bool(torch.isfinite(cast).all()):
+    if not is_finite(cast):
         raise ValueError(f"{module}: the factors are not finite in {dtype}; take --dtype bfloat16 or float32")
     return cast
 

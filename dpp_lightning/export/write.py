@@ -20,6 +20,7 @@ from dpp_lightning.storage.output_folder import DELTA, DENSE, Inputs, output_fol
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.same_place import real_path
 from dpp_lightning.storage.stored_tensor import StoredTensor
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.hf_architecture import Architecture
 from dpp_lightning.tensors.hf_layout import FilePlace, Layout
 
@@ -116,7 +117,7 @@ class Export:
 
     def _cast(self, name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         cast = block.to(dtype)
-        if cast.dtype != block.dtype and not torch.isfinite(cast).all() and torch.isfinite(block).all():
+        if cast.dtype != block.dtype and not is_finite(cast) and is_finite(block):
             raise ValueError(f"{name} has values too large for {dtype}; take --dtype bfloat16 or leave it out")
         return cast
 

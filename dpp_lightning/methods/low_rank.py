@@ -21,6 +21,7 @@ from dpp_lightning.methods.selections import importance
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.sampling.sampler import exact_rate
 from dpp_lightning.tensors.factors import Factors, matrix_shape, stored_numbers
+from dpp_lightning.tensors.finite import is_finite
 
 Spread = Literal["auto", "even", "energy"]
 FactorsDtype = Literal["int4", "int8", "bfloat16", "float16", "float32"]
@@ -180,7 +181,7 @@ def _matrix(pair: TensorPair) -> Tensor:
         ValueError: NaN or infinity in it.
     """
     delta = pair.delta().view(matrix_shape(pair.shape))
-    if not bool(torch.isfinite(delta).all()):
+    if not is_finite(delta):
         raise ValueError(f"{pair.name}: the delta is not finite, so that it has no directions")
     return delta
 

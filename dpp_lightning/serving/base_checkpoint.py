@@ -23,6 +23,7 @@ from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.storage.source_kind import check_model
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
 from dpp_lightning.tensors.names import named_tensors
 
@@ -166,7 +167,7 @@ class BaseCheckpoint:
 def _change(name: str, base: Tensor, held: Tensor, sparse: SparseTensor, info: DeltaInfo) -> TensorChange:
     """The change of one pruned tensor; that by a product is dense, so it is computed again when it is asked for."""
     values = add_rescaled(held, *sparse.change(info.q))
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype} at q={info.q:g}; use a larger q")
     if sparse.factors is None:
         return TensorChange(sparse.indices.long(), lambda: values, held)

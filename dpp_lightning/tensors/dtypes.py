@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpp_lightning.tensors.finite import is_finite
+
 FLOATS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -46,7 +48,7 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
     else:
         default = like.dtype if like.dtype in FLOATS.values() and like.dtype.itemsize <= 4 else torch.float32
         cast = values.to(FLOATS[dtype] if dtype else default)
-    if not bool(torch.isfinite(cast).all()):
+    if not is_finite(cast):
         raise ValueError(
             f"{name}: kept values are not finite in {dtype or cast.dtype}; check the weights or choose a wider dtype"
         )

@@ -9,6 +9,7 @@ import xxhash
 from torch import Tensor
 
 from dpp_lightning.tensors.fingerprint import raw_bytes
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.shards import gather_from_shards, is_dtensor, scatter_to_shards
 
 
@@ -100,7 +101,7 @@ def check_finite(sums: Mapping[str, Tensor], q: float) -> None:
         ValueError: one is not finite.
     """
     for name, values in sums.items():
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise ValueError(
                 f"{name}: theta_0 + value / q is not finite in {values.dtype} at q={q:g}; "
                 "use a wider dtype or a larger q"

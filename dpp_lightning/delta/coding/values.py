@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpp_lightning.delta.coding.positions import ByteArray
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS, dequantize, quantize
+from dpp_lightning.tensors.finite import is_finite
 
 UnsignedArray = npt.NDArray[Any]  # of unsigned integers as wide as the floats
 
@@ -75,7 +76,7 @@ def decode_values(dtype: str, form: int, streams: list[ByteArray], counts: list[
         groups = [-(-c // INTEGERS[dtype][1]) for c in counts]
         pairs = zip(integers.split(counts), scales.split(groups), strict=True)
         values = torch.cat([dequantize(i, s, dtype) for i, s in pairs])
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise ValueError(f"values of {dtype} that are not finite")
         return values
     if dtype in INTEGERS:
