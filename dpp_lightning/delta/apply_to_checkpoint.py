@@ -24,7 +24,7 @@ from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather
 from dpp_lightning.tensors.name_matching import dense_names
 from dpp_lightning.tensors.names import named_tensors
 
-_BLOCK = 1 << 24  # entries of a dense tensor that are in memory at once
+_BLOCK = 1 << 20  # entries of a dense tensor that are in memory at once, few enough for a core's cache
 _SHARD_BYTES = 5_000_000_000
 
 
@@ -139,7 +139,7 @@ def _dense_blocks(
 
 
 def _overwritten_blocks(name: str, base: Tensor, sparse: SparseTensor, values: Tensor) -> Iterator[Tensor]:
-    """The base's entries with the kept ones replaced by ``values``, in flat blocks."""
+    """The base's entries with the kept ones replaced by ``values``, in flat blocks, each in the place of the last."""
     if not is_finite(values):
         raise ValueError(f"{name}: theta_0 + value / q is not finite in {base.dtype}")
     numel = torch.Size(sparse.shape).numel()
@@ -148,6 +148,8 @@ def _overwritten_blocks(name: str, base: Tensor, sparse: SparseTensor, values: T
         return
     flat = base.reshape(-1)[:numel]
     cuts = torch.searchsorted(sparse.indices.long(), torch.arange(0, numel + _BLOCK, _BLOCK)).tolist()
+    room = torch.empty(min(_BLOCK, numel), dtype=base.dtype)
     for number, start in enumerate(range(0, numel, _BLOCK)):
-        block, first, last = flat[start : start + _BLOCK].clone(), cuts[number], cuts[number + 1]
+        old, first, last = flat[start : start + _BLOCK], cuts[number], cuts[number + 1]
+        block = room[: len(old)].copy_(old)
         yield block.index_copy_(0, sparse.indices[first:last].long() - start, values[first:last])
