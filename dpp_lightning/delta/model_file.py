@@ -46,11 +46,11 @@ def write_model(
         SpooledTemporaryFile(max_size=_SPILL_BYTES, dir=spill_folder) as kept,
         SpooledTemporaryFile(max_size=_SPILL_BYTES, dir=spill_folder) as factors,
     ):
-        table = _chunked(
-            contents,
-            ChunkWriter(cast(BinaryIO, kept), seeded=seeded, dtype=dtype),
-            FactorWriter(cast(BinaryIO, factors), factors_dtype),
-        )
+        with (
+            ChunkWriter(cast(BinaryIO, kept), seeded=seeded, dtype=dtype) as chunks,
+            FactorWriter(cast(BinaryIO, factors), factors_dtype) as products,
+        ):
+            table = _chunked(contents, chunks, products)
         blobs: dict[str, IO[bytes]] = {TABLE: BytesIO(write_table(table))}
         if table.has_factors:
             blobs[FACTORS] = factors

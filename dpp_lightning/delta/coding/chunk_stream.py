@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 from math import prod, sqrt
+from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -33,7 +35,9 @@ _MOST_TOTAL = 1 << 42  # entries of all tensors: more than any model has, few en
 
 
 class ChunkWriter:
-    """Appends tensors to a file of chunks.
+    """Appends tensors to a file of chunks, each encoded and written in a thread while the next tensors are made.
+
+    As a context it ends that thread, after an error too.
 
     Args:
         sink: where the chunks go.
@@ -54,6 +58,16 @@ class ChunkWriter:
         self._chunk_dtype, self._span, self._kept = "float32", 0, 0
         self._stored, self._memory = 0, 0  # bytes of all chunks so far, in the file and when they are read
         self._blocks = 0  # of the sampler, in all tensors so far
+        self._pool, self._writing = ThreadPoolExecutor(1), Future[None]()
+        self._writing.set_result(None)
+
+    def __enter__(self) -> ChunkWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
 
     def add(self, name: str, tensor: SparseTensor) -> None:
         """The next tensor; its factors are not written here.
@@ -90,25 +104,31 @@ class ChunkWriter:
         """Write what is left.
 
         Raises:
+            OSError: the file cannot be written.
             ValueError: positions that follow from a seed, so few in so many entries that no reader would draw them.
         """
         if self._span:
             self._flush()
+        self._writing.result()
         if self.seeded and self._blocks > most_blocks(self._stored):
             raise ValueError(
                 f"a seed that draws from {self._blocks:,} blocks for {self._stored:,} bytes: give positions='index'"
             )
 
     def _flush(self) -> None:
-        positions = np.concatenate(self._positions)
-        encode = partial(encode_chunk, self._span, positions, self._values, self._chunk_dtype, seeded=self.seeded)
+        self._writing.result()  # one at a time, in order
+        chunk = self._span, self._positions, self._values, self._chunk_dtype, self._kept
+        self._writing = self._pool.submit(self._write, *chunk)
+        self._positions, self._values, self._span, self._kept = [], [], 0, 0
+
+    def _write(self, span: int, positions: list[Int64Array], values: list[Tensor], chunk_dtype: str, kept: int) -> None:
+        encode = partial(encode_chunk, span, np.concatenate(positions), values, chunk_dtype, seeded=self.seeded)
         data = encode()
-        self._memory += memory_of(self._kept, self._chunk_dtype)
+        self._memory += memory_of(kept, chunk_dtype)
         if self._memory > most_memory(self._stored + len(data)):
             data = encode(compressed=False)
         self._stored += len(data)
         self.sink.write(data)
-        self._positions, self._values, self._span, self._kept = [], [], 0, 0
 
 
 class ChunkReader:

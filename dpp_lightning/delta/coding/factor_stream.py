@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -34,7 +35,7 @@ def least_rank(shape: tuple[int, ...]) -> int:
 
 
 class FactorWriter:
-    """Appends the factors of tensors to a file of chunks.
+    """Appends the factors of tensors to a file of chunks; a context, as :class:`ChunkWriter`.
 
     Args:
         sink: where the chunks go.
@@ -48,6 +49,14 @@ class FactorWriter:
         self.ranks: list[int | None] = []
         self._dtype = dtype or _DEFAULT_DTYPE
         self._chunks = ChunkWriter(sink, seeded=False, dtype=self._dtype, least=SEEDED_LEAST)
+
+    def __enter__(self) -> FactorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._chunks.__exit__(kind, error, trace)
 
     def add(self, name: str, shape: tuple[int, ...], factors: Factors | None) -> None:
         """The next tensor's.
