@@ -1,6 +1,8 @@
 """Lines of chunks and whole deltas: read back as written, in files that stay readable for ever."""
 
+import errno
 import json
+import threading
 from dataclasses import replace
 from io import BytesIO
 from math import prod
@@ -253,3 +255,35 @@ def test_chunks_written_today_are_read_for_ever():
         chunk = decode_chunk(blob, head, lambda stored, case=case: np.split(stored, case["cuts"]))
         assert np.concatenate(chunk.positions).tolist() == case["positions"]
         assert chunk.values.float().view(torch.int32).tolist() == case["bits"]
+
+
+class Full(BytesIO):
+    """A disk without room."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def write_three(sink, error=None):
+    some = kept_entries((300, 300), 0.1, torch.float32, np.random.default_rng(0))
+    with ChunkWriter(sink, seeded=False, dtype=None, least=1) as writer:
+        writer.add("a", some)
+        if error:
+            raise error
+        writer.add("b", some)
+        writer.close()
+
+
+def test_a_chunk_that_cannot_be_written_is_an_error_of_the_writer_and_leaves_no_thread():
+    threads = threading.active_count()
+    with pytest.raises(OSError, match="no space left"):
+        write_three(Full())
+    assert threading.active_count() == threads
+
+
+def test_an_error_between_two_tensors_waits_for_the_chunk_that_is_being_written():
+    sink, threads = BytesIO(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        write_three(sink, KeyboardInterrupt())
+    assert sink.getbuffer().nbytes > 0
+    assert threading.active_count() == threads
