@@ -44,6 +44,7 @@ from dpp_lightning.experiments.run_lock import alone_in
 from dpp_lightning.experiments.sweep_worker import Worker
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.pruning.coverage import check_rates
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
 from dpp_lightning.tensors.names import buffer_names, canonical_tensors
@@ -405,13 +406,15 @@ class DeltaPruneCallback(pl.Callback):
         return adapter_view(module, self._base, self.settings.lora, keep=keep)
 
     def _check_scope(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> None:
-        """Refuse a scope that leaves nothing to prune, and a method by blocks if none of what is trained is in one."""
+        """Refuse a scope that leaves nothing to prune, a method by blocks if none of what is trained is in one, and
+        a rate that leaves a method nothing to hold."""
         scope, tensors = self._scope(trainer, module), canonical_tensors(module)
         pruned = {n: tensors[n] for n, fate in scope.fates(base.tensors, tensors).items() if fate == "prune"}
         trained = {} if self.settings.lora == "merged" else {n: t for n, t in pruned.items() if t.requires_grad}
         for method in self.settings.methods:
             if METHODS[method].by_blocks:
                 check_method(f"{method} goes", scope.placed(trained or pruned))
+        check_rates(self.settings.specs, {name: tuple(tensor.shape) for name, tensor in pruned.items()})
 
     def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
         """The scope with buffers, and heads that were new in this training, carried."""

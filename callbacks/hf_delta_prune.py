@@ -35,6 +35,7 @@ from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.run_lock import alone_in
 from dpp_lightning.methods.block_checks import check_method
 from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.pruning.coverage import check_rates
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
 from dpp_lightning.tensors.names import buffer_names, canonical_tensors
@@ -292,12 +293,14 @@ class HFDeltaPruneCallback(TrainerCallback):
         return self.settings.scope.carrying(new_names(model, self._optimizers()) | buffer_names(model))
 
     def _check_scope(self, base: BaseWeights) -> None:
-        """Refuse a scope that leaves nothing to prune, and a method by blocks if none of what is trained is in one."""
+        """Refuse a scope that leaves nothing to prune, a method by blocks if none of what is trained is in one, and
+        a rate that leaves a method nothing to hold."""
         scope, tensors = self._scope(), canonical_tensors(self._model)
         pruned = {n: tensors[n] for n, fate in scope.fates(base.tensors, tensors).items() if fate == "prune"}
         for method in self.settings.methods:
             if METHODS[method].by_blocks:
                 check_method(f"{method} goes", scope.placed(pruned))
+        check_rates(self.settings.specs, {name: tuple(tensor.shape) for name, tensor in pruned.items()})
 
     def _check_output(self, trainer: Trainer) -> None:
         """Refuse a folder that cannot be written or that another callback writes into, and an upload that must fail."""

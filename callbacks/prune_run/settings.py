@@ -14,6 +14,7 @@ from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn
 from dpp_lightning.callbacks.prune_run.hub_upload import repository_ids
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView
 from dpp_lightning.experiments.row_groups import Row, grid
+from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS, get_method
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import exact_rate, stream_key
@@ -84,6 +85,15 @@ class PruneSettings:
     def rows(self) -> list[Row]:
         """Every (method, pruning rate, seed) to be pruned, in order; one seed for a method that draws nothing."""
         return grid(self.methods, self.rates, self.seeds)
+
+    @property
+    def specs(self) -> list[PruningSpec]:
+        """What every method does at every pruning rate, of one seed."""
+        return [
+            PruningSpec(method, rate, self.seeds[0], method_settings=self.method_settings.get(method, {}))
+            for method in self.methods
+            for rate in self.rates
+        ]
 
     @property
     def repositories(self) -> dict[str, str]:

@@ -149,8 +149,8 @@ def numbers_at(shapes: Sequence[tuple[int, int]], pruning_rate: float, rank: int
     budget = float((1 - exact_rate(pruning_rate)) * sum(rows * columns for rows, columns in shapes)) - whole
     if budget <= 0:
         raise ValueError(
-            f"pruning_rate={pruning_rate:g} leaves fewer numbers than the biases and norms have ({whole:,}): take a "
-            "lower rate, or a method that samples entries, such as 'refit' or 'importance'"
+            f"a rate of {pruning_rate:g} among maps, biases and norms leaves fewer numbers than biases and norms have "
+            f"({whole:,}): take a lower rate, or a method that samples entries, such as 'refit' or 'importance'"
         )
     return budget
 

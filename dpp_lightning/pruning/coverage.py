@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from math import prod
 
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.sampling.sampler import exact_rate
@@ -52,3 +53,26 @@ def rate_among(spec: PruningSpec, covered: int, in_scope: int) -> float:
             f"{spec.method} covers: take a rate of {1 - covered / in_scope:.3g} or more, or another method"
         )
     return rate
+
+
+def check_rates(specs: Iterable[PruningSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a rate that leaves a method nothing to hold, as the shapes alone tell it.
+
+    Args:
+        specs: what will be pruned.
+        shapes: canonical name to shape of the tensors in scope.
+
+    Raises:
+        ValueError: a method covers no tensor, or its rate keeps more than these have, or less than it needs.
+    """
+    for spec in specs:
+        if spec.row.covers is None:
+            continue
+        left_out = set(uncovered(spec, shapes, ()))
+        covered = [shape for name, shape in shapes.items() if name not in left_out]
+        try:
+            rate = rate_among(spec, sum(map(prod, covered)), sum(map(prod, shapes.values())))
+            if spec.row.numbers is not None:
+                spec.row.numbers(covered, rate, spec.method_settings)
+        except ValueError as error:
+            raise ValueError(f"{spec.method} at pruning_rate={spec.pruning_rate:g}: {error}") from error

@@ -93,6 +93,14 @@ def test_a_method_by_blocks_refuses_a_model_without_before_training(tmp_path, me
     )
 
 
+def test_a_rate_that_leaves_low_rank_nothing_is_refused_before_training(tmp_path):
+    methods, folder = ["dare", "lowrank"], str(tmp_path)
+    callback = DeltaPruneCallback(methods, [0.9, 0.9999], monitor="acc", output_dir=folder, forward_fn=logits)
+    unchanged_by_a_refusal(
+        callback, "^lowrank at pruning_rate=0.9999: a rate of .* fewer numbers than biases and norms"
+    )
+
+
 def test_a_method_by_blocks_refuses_blocks_that_are_not_trained(tmp_path):
     callback = DeltaPruneCallback("owl", 0.8, monitor="acc", output_dir=str(tmp_path), blocks=["[03]"])
     module = Foreign()

@@ -111,7 +111,7 @@ def test_the_rate_counts_the_numbers_of_the_factors():
         ({"rest": 0.0}, "rest must be"),
         ({"damping": 2.0}, "damping must be"),
         ({"factors_dtype": "int2"}, "factors_dtype must be one of"),
-        ({"pruning_rate": 0.9999}, "leaves fewer numbers than the biases"),
+        ({"pruning_rate": 0.9999}, "leaves fewer numbers than biases"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(settings, message):
