@@ -39,7 +39,7 @@ LINES = {
     "serve": "b sst2=d --task text-generation --force --port 8001 --host 0.0.0.0 --memory 1GB --max_batch_size 2 "
     "--batch_timeout 0.5 --device cpu",
     "reproduce": "darex-table2 --base b --data glue=d --scale small --columns A B --rows C --training_seeds 1 2 --output o "
-    "--download --dry_run",
+    "--precision bf16-mixed --download --dry_run",
     "push": "d me/delta --revision v --private --commit_message hello",
     "plan": "m --revision v --parameters 7e9 --blocks 2 --outside 3 --devices 1 2 --device_gib 80 --weights bfloat16 "
     "--compute float32 --pruning_rate 0.5",
