@@ -19,7 +19,7 @@ def make_inputs(place):
             for p in model.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         model.save_pretrained(place / name)
-        prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5))
+        prune_checkpoint(base, place / name, place / "ab"[k], PruningSpec("dare", 0.5, seed=k))
     tuned = BertForSequenceClassification.from_pretrained(place / "tuned")
     state = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"pretrained": "tuned"}}, place / "last.ckpt")
