@@ -98,13 +98,14 @@ class TensorPair:
         if is_dtensor(self.finetuned):
             delta = full_tensor(self.finetuned.float() - self.base.float()).reshape(-1)
             return lambda block: self._without_product(delta[block].cpu(), block)
-        if self.finetuned.dtype.itemsize == 2:  # float() gives new memory
-            return lambda block: self._without_product(
-                self.finetuned[block].cpu().float().sub_(self.base[block].cpu().float()), block
-            )
-        return lambda block: self._without_product(
-            self.finetuned[block].cpu().float() - self.base[block].cpu().float(), block
-        )
+
+        def difference(block: slice) -> Tensor:
+            finetuned, base = self.finetuned[block].cpu(), self.base[block].cpu().float()
+            wide = finetuned.float()
+            delta = wide - base if wide is finetuned else wide.sub_(base)  # new memory is used again
+            return self._without_product(delta, block)
+
+        return difference
 
     def _without_product(self, delta: Tensor, block: slice) -> Tensor:
         """A range of the delta less that of the product of the factors."""

@@ -9,20 +9,19 @@ of the least-squares line through the logarithms: 1 is a straight line through z
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from math import log
+from math import log, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from bench_stream import build
+from measured_process import measured
 
-_WORKER = """
-import json, resource, sys, threading, time, warnings
+_CALLS = """
+import warnings
 import lightning.pytorch as pl, torch
 from pathlib import Path
 from dpp_lightning.callbacks import DeltaPruneCallback
@@ -58,34 +57,14 @@ def sweep(folder, count):
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     pl.Trainer(accelerator="cpu", callbacks=[callback], **quiet).validate(
         module, torch.utils.data.DataLoader(data, batch_size=64), verbose=False)
-def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
-def spent():
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-act, arguments = json.loads(sys.argv[1])
-idle, peak, going = anonymous(), [0.0], [True]
-def watch():
-    while going:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.01)
-thread = threading.Thread(target=watch); thread.start()
-start = spent()
-globals()[act](*arguments)
-seconds = spent() - start
-going.clear(); thread.join()
-print("\\n" + json.dumps([seconds, peak[0] - idle]))
 """
 Line = dict[float, tuple[float, float]]  # CPU seconds and MiB by what is varied
 
 
-def work(act: str, *arguments: object) -> tuple[float, float]:
-    call = json.dumps([act, arguments], default=str)
-    done = subprocess.run([sys.executable, "-c", _WORKER, call], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+def work(function: str, *arguments: object) -> tuple[float, float]:
+    """CPU seconds and MiB."""
+    found = measured(_CALLS, function, *arguments)
+    return found.cpu, found.peak
 
 
 def repeated(repeats: int, run: Callable[[int], tuple[float, float]]) -> tuple[float, float]:
@@ -139,7 +118,9 @@ def show(name: str, x: float, measured: tuple[float, float]) -> None:
 
 
 def exponent(line: Line, which: int) -> float:
-    """Slope of the least-squares line through the logarithms."""
+    """Slope of the least-squares line through the logarithms; NaN of a single point."""
+    if len(line) < 2:
+        return nan
     xs, ys = [log(x) for x in line], [log(max(values[which], 1e-9)) for values in line.values()]
     slope, _ = statistics.linear_regression(xs, ys)
     return slope

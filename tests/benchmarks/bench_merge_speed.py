@@ -8,18 +8,16 @@ a delta folder, and in a second row a dense model too. Each run is a process of 
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from bench_stream import blocks, shapes
+from measured_process import measured
 from transformers import LlamaConfig
 
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
@@ -27,36 +25,22 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
-_WORKER = """
-import json, sys, threading, time
-what, arguments = json.loads(sys.argv[1])
-if what == "mergekit":
-    import yaml
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-    options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True, write_model_card=False)
-    act = lambda config, output: run_merge(MergeConfiguration.model_validate(yaml.safe_load(config)), output, options)
-else:
-    from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
-    from dpp_lightning.merging.merge_deltas import merge_checkpoints
-    def act(base, deltas, output, method, weight, dense):
-        merge_checkpoints(base, deltas, output, method, weight, tasks=["a", "b"], dtype="bfloat16")
-        if dense:
-            apply_checkpoint(base, output, dense)
-def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
-idle, peak, going = anonymous(), [0.0], [True]
-def watch():
-    while going:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.005)
-thread = threading.Thread(target=watch); thread.start()
-start = time.perf_counter()
-act(*arguments)
-seconds = time.perf_counter() - start
-going.clear(); thread.join()
-print(json.dumps([seconds, peak[0] - idle]))
+_OURS = """
+from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.merging.merge_deltas import merge_checkpoints
+def merge(base, deltas, output, method, weight, dense):
+    merge_checkpoints(base, deltas, output, method, weight, tasks=["a", "b"], dtype="bfloat16")
+    if dense:
+        apply_checkpoint(base, output, dense)
+"""
+_PEERS = """
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True, write_model_card=False)
+def merge(config, output):
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(config)), output, options)
 """
 _MERGEKIT = {"task-arithmetic": "task_arithmetic", "ties": "ties"}
 
@@ -88,15 +72,6 @@ def build(folder: Path, billions: float) -> None:
                     writer.write((own if step is None else own + step.roll(shift)[:block]).bfloat16())
 
 
-def work(what: str, *arguments: object) -> tuple[float, float]:
-    call = json.dumps([what, arguments], default=str)
-    done = subprocess.run([sys.executable, "-c", _WORKER, call], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
-
-
 def mergekit_config(folder: Path, method: str, rate: float) -> str:
     """What a mergekit user writes for the same merge."""
     models = "".join(
@@ -125,15 +100,17 @@ def measure(folder: Path, billions: float, rate: float, repeats: int) -> None:
                     shutil.rmtree(folder / made, ignore_errors=True)
                 dense = folder / "dense" if name.endswith("--dense") else None
                 if name == "mergekit":
-                    results.append(work("mergekit", mergekit_config(folder, method, rate), folder / "dense"))
+                    results.append(measured(_PEERS, "merge", mergekit_config(folder, method, rate), folder / "dense"))
                 else:
-                    results.append(work("dpp", folder / "base", deltas, folder / "merged", method, 0.5, dense))
-        peer = statistics.median(r[0] for r in runs["mergekit"]) if "mergekit" in runs else float("nan")
+                    results.append(
+                        measured(_OURS, "merge", folder / "base", deltas, folder / "merged", method, 0.5, dense)
+                    )
+        peer = statistics.median(r.wall for r in runs["mergekit"]) if "mergekit" in runs else float("nan")
         for name, results in runs.items():
-            seconds = statistics.median(r[0] for r in results)
+            seconds = statistics.median(r.wall for r in results)
             print(
                 f"| {billions} | {rate} | {method} | {name} | {seconds:.2f} | {seconds / peer:.2f} | "
-                f"{max(r[1] for r in results):.0f} |",
+                f"{max(r.peak for r in results):.0f} |",
                 flush=True,
             )
 

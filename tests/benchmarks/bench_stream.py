@@ -3,47 +3,31 @@
 python tests/benchmarks/bench_stream.py [--billions 0.1 0.3 1 3] [--rate 0.99] [--folder DIR]
 
 Every size needs about 8 bytes of disk a parameter while it runs; everything is deleted after. The peers in the same run
-are reading both models' files once and, for dpp apply, writing and syncing as many bytes as it writes. Memory is the peak of RssAnon (private memory; pages mapped from files are apart)
-above that of the interpreter with the library imported, sampled every 5 ms in a process of its own.
+are reading both models' files once and, for dpp apply, writing and syncing as many bytes as it writes. Memory is the peak
+of RssAnon (private memory; pages mapped from files are apart) above that of the interpreter with the library imported,
+sampled every 5 ms in a process of its own.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measured_process import measured
 
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 
-_WORKER = """
-import json, sys, threading, time
+_CALLS = """
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 def prune(base, finetuned, output, method, rate):
     prune_checkpoint(base, finetuned, output, PruningSpec(method, rate))
-def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
-idle, peak, going = anonymous(), [0.0], [True]
-def watch():
-    while going:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.005)
-thread = threading.Thread(target=watch); thread.start()
-start = time.perf_counter()
-what, arguments = json.loads(sys.argv[1])
-(prune if what == "prune" else apply_checkpoint)(*arguments)
-seconds = time.perf_counter() - start
-going.clear(); thread.join()
-print(json.dumps([seconds, idle, peak[0] - idle]))
 """
 
 
@@ -121,13 +105,6 @@ def write(folder: Path) -> float:
     return seconds
 
 
-def work(what: str, *arguments: object) -> tuple[float, float, float]:
-    call = json.dumps([what, [str(a) if isinstance(a, Path) else a for a in arguments]])
-    done = subprocess.run([sys.executable, "-c", _WORKER, call], check=True, capture_output=True, text=True)
-    seconds, idle, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, idle, peak
-
-
 def measure(folder: Path, parameters: int, rate: float, repeats: int, *, cold: bool) -> None:
     methods = ("dare",) if cold else ("dare", "magnitude", "importance")
     reads, runs = [], {name: [] for name in methods}
@@ -139,13 +116,15 @@ def measure(folder: Path, parameters: int, rate: float, repeats: int, *, cold: b
             if cold:
                 forget(folder)
             shutil.rmtree(folder / method, ignore_errors=True)
-            runs[method].append(work("prune", folder / "base", folder / "tuned", folder / method, method, rate))
+            runs[method].append(
+                measured(_CALLS, "prune", folder / "base", folder / "tuned", folder / method, method, rate)
+            )
     reading, start = statistics.median(reads), f"| {parameters / 1e9:.2f} | {'cold' if cold else 'warm'} |"
     print(f"{start} reading both once | {reading:.2f} | 1 | | |", flush=True)
     for method, results in runs.items():
-        seconds = statistics.median(r[0] for r in results)
+        seconds = statistics.median(r.wall for r in results)
         size = sum(f.stat().st_size for f in (folder / method).glob("delta_*"))
-        peak = max(r[2] for r in results)
+        peak = max(r.peak for r in results)
         print(
             f"{start} prune, {method} | {seconds:.2f} | {seconds / reading:.2f} | {peak:.0f} | {size / 1e6:.1f} |",
             flush=True,
@@ -159,11 +138,11 @@ def apply(folder: Path, start: str, repeats: int) -> None:
     writes, runs = [], []
     for _ in range(repeats):
         writes.append(write(folder))
-        runs.append(work("apply", folder / "base", folder / "dare", folder / "dense"))
+        runs.append(measured(_CALLS, "apply_checkpoint", folder / "base", folder / "dare", folder / "dense"))
         shutil.rmtree(folder / "dense")
-    writing, seconds = statistics.median(writes), statistics.median(r[0] for r in runs)
+    writing, seconds = statistics.median(writes), statistics.median(r.wall for r in runs)
     print(f"{start} writing the output once | {writing:.2f} | | | |")
-    peak = max(r[2] for r in runs)
+    peak = max(r.peak for r in runs)
     print(f"{start} apply, dare | {seconds:.2f} | {seconds / writing:.2f} of writing | {peak:.0f} | |", flush=True)
 
 
