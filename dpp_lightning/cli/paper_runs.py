@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 
 from dpp_lightning.cli import packaged_configs
-from dpp_lightning.cli.child_command import run_command
+from dpp_lightning.cli.child_command import CommandFailed, run_command
 from dpp_lightning.experiments.claims import Claims
 from dpp_lightning.experiments.grid import Result, delta_name
 from dpp_lightning.experiments.paper_report import Measured
@@ -85,6 +86,7 @@ class PaperRuns:
     relative: bool = False
     _steps: int = field(default=0, init=False)
     _all_steps: int = field(default=0, init=False)
+    _failures: list[str] = field(default_factory=list, init=False)
 
     def trainings(self) -> list[Training]:
         """Every training once, in the order of the cells."""
@@ -112,14 +114,14 @@ class PaperRuns:
         return rows
 
     def run(self) -> None:
-        """Train, prune, merge and score what is missing.
+        """Train, prune, merge and score what is missing. A command that fails stops only what needs its result.
 
         Raises:
-            CommandFailed: a command ended with an error.
+            CommandFailed: commands ended with an error, all of which are named; everything else is made.
             OSError: the folder cannot be written.
         """
-        sweeps = self.sweeps()
-        waiting = self.trainings()
+        sweeps, waiting = self.sweeps(), self.trainings()
+        self._failures.clear()
         self._steps, self._all_steps = 0, self._count_steps(sweeps)
         claims = Claims(self.folder / ".claims")
         try:
@@ -128,16 +130,26 @@ class PaperRuns:
                 for training in list(waiting):
                     if self._train(training, claims):
                         waiting.remove(training)
-                        for sweep in [s for s in sweeps if s.training == training]:
+                        for sweep in [s for s in sweeps if s.training == training and self._is_trained(training)]:
                             self._sweep(sweep, sweeps[sweep])
                 if len(waiting) == began:  # other processes are at them
                     time.sleep(_POLL)
         finally:
             claims.let_all_go()
         for cell in self.cells:
-            for index, merge in enumerate(cell.merges):
-                self._merge(cell, merge, index)
+            for merge in cell.merges:
+                self._tried(f"merging {', '.join(merge.trainings)}", partial(self._merge, cell, merge))
                 self.made()
+        if self._failures:
+            raise CommandFailed("; ".join(self._failures))
+
+    def _tried(self, what: str, make: Callable[[], object], final: bool = True) -> None:
+        """Make it; a command that fails is told, and remembered where it is not to be tried again."""
+        try:
+            make()
+        except CommandFailed as error:
+            self.progress(f"failed, and the rest goes on: {what}: {error}")
+            self._failures += [f"{what}: {error}"] if final else []
 
     def _say(self, text: str) -> None:
         self._steps += 1
@@ -174,14 +186,14 @@ class PaperRuns:
         return (self.of_training(training) / _DONE).exists()
 
     def _train(self, training: Training, claims: Claims) -> bool:
-        """Fine-tune, if that is not done and no other process is at it; whether it is done now."""
+        """Fine-tune, if that is not done and no other process is at it; whether it is done, or failed."""
         if self._is_trained(training):
             return True
         if not claims.take(training.key):
             return False
         try:
             if not self._is_trained(training):  # or by one that has just ended
-                self._fit(training)
+                self._tried(f"training {training.key}", lambda: self._fit(training))
         finally:
             claims.let_go(training.key)
         return True
@@ -201,17 +213,26 @@ class PaperRuns:
         _write(folder / _DONE, json.dumps({"seconds": round(seconds, 1)}) + "\n")
 
     def _sweep(self, sweep: Sweep, rows: Collection[Row]) -> None:
-        """Make the missing rows, in as few commands as there are different sets of methods and seeds."""
-        folder = self.of_training(sweep.training)
+        """Make the missing rows, in as few commands as there are different sets of methods and seeds.
+
+        Where a command fails, each of its methods is tried alone.
+        """
         for methods, rates, seeds in self._missing_grids(sweep, rows):
-            self._say(f"pruning {sweep.training.name}, seed {sweep.training.seed}: {', '.join(methods)}")
-            config = folder / f"{sweep.name}.yaml"
-            _write(config, yaml.safe_dump(sweep_config(sweep, folder), sort_keys=False))
-            words = ["sweep", "--config", str(config), "--ckpt_path", str(folder / "last.ckpt")]
-            words += ["--methods", *methods, "--rates", *map(repr, rates), "--seeds", *map(str, seeds)]
-            words += ["--output", str(folder / sweep.name)] + ([] if sweep.deltas else ["--no_deltas"])
-            run_command(words, folder / _LOG)
+            what, together = f"pruning {sweep.training.key} by ", len(methods) > 1
+            for some in [methods, *([method] for method in methods)] if together else [methods]:
+                if not self._rows(sweep).issuperset(grid(some, rates, seeds)):
+                    self._tried(what + ", ".join(some), partial(self._prune, sweep, some, rates, seeds), len(some) == 1)
             self.made()
+
+    def _prune(self, sweep: Sweep, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> None:
+        folder = self.of_training(sweep.training)
+        self._say(f"pruning {sweep.training.name}, seed {sweep.training.seed}: {', '.join(methods)}")
+        config = folder / f"{sweep.name}.yaml"
+        _write(config, yaml.safe_dump(sweep_config(sweep, folder), sort_keys=False))
+        words = ["sweep", "--config", str(config), "--ckpt_path", str(folder / "last.ckpt")]
+        words += ["--methods", *methods, "--rates", *map(repr, rates), "--seeds", *map(str, seeds)]
+        words += ["--output", str(folder / sweep.name)] + ([] if sweep.deltas else ["--no_deltas"])
+        run_command(words, folder / _LOG)
 
     def _missing_grids(self, sweep: Sweep, rows: Collection[Row]) -> list[tuple[list[str], list[float], list[int]]]:
         """The grids of a sweep of which rows are still to be made; each begins with the seed that q is found on."""
@@ -224,7 +245,7 @@ class PaperRuns:
     def _results(self, sweep: Sweep) -> list[Result]:
         return read_results(self.of_training(sweep.training) / sweep.name / _RESULTS)
 
-    def _merge(self, cell: Cell, merge: Merge, index: int) -> None:
+    def _merge(self, cell: Cell, merge: Merge) -> None:
         """Merge the deltas of every mask seed, and score the cell's task."""
         for number in range(len(cell.seeds)):
             folder = self._merge_folder(cell, merge, number)

@@ -83,7 +83,8 @@ def reproduce(
     except KeyboardInterrupt:
         say("dpp reproduce: stopped. To go on where it was, repeat the command")
         raise
-    written = write()
+    finally:
+        written = write()
     sys.stdout.write(written[0].read_text(encoding="utf-8"))
     say("\n".join(map(str, written)))
 

@@ -12,6 +12,7 @@ import yaml
 from tiny_glue import make_data, make_model
 
 from dpp_lightning.cli import child_command, main, paper_runs, reproduce
+from dpp_lightning.cli.child_command import CommandFailed
 from dpp_lightning.cli.paper_runs import Sweep, _grids
 from dpp_lightning.experiments.row_groups import grid
 
@@ -169,6 +170,27 @@ def test_rows_become_the_grids_that_make_exactly_them():
 def test_a_command_that_fails_is_told_with_its_own_words(tmp_path):
     with pytest.raises(child_command.CommandFailed, match=r"dpp configs ended with code 2: .*no packaged config"):
         child_command.run_command(["configs", "absent"], tmp_path / "log.txt")
+
+
+def test_what_fails_is_named_at_the_end_and_stops_only_what_needs_it(sources, monkeypatch, tmp_path, capsys):
+    """A training of one task, and one method of a sweep, fail; all else of the table is made."""
+
+    def run_command(words, log):
+        if (words[0] == "fit" and "mrpc" in str(log)) or (words[0] == "sweep" and "magnitude" in words):
+            raise CommandFailed(f"{words[0]} ended with code 1: no memory")
+        assert main(list(words)) == 0
+
+    monkeypatch.setattr(paper_runs, "run_command", run_command)
+    columns = [{"label": "MRPC", "task": "mrpc"}, {"label": "SST-2", "task": "sst2"}]
+    rows = [{"label": "no pruning"}] + [{"label": m, "method": m, "rate": 0.5} for m in ("magnitude", "dare")]
+    words = ["reproduce", write_table(tmp_path, rows=rows, columns=columns), *sources]
+    assert main([*words, "--output", str(tmp_path / "out")]) != 0
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("dpp reproduce: error")]
+    assert "training bert_mrpc" in line
+    assert "by magnitude: sweep ended with code 1: no memory" in line
+    made = {key for key, cell in cells(tmp_path / "out").items() if cell["measured"]}
+    assert made == {("no pruning", "SST-2"), ("dare", "SST-2")}
 
 
 @pytest.mark.slow
