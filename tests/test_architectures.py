@@ -1,7 +1,7 @@
 """Models of transformers on every road from two models to a pruned one: by folders, modules, the callback, a .ckpt."""
 
 import pytest
-from architecture_checks import CALIBRATED, CHECKS, METHODS, Cell, run_checks
+from architecture_checks import CALIBRATED, CHECKS, METHODS, TRAINED, Cell, run_checks
 from architectures import ARCHITECTURES
 
 # one architecture for each way in which the names in memory and those in the files differ
@@ -15,7 +15,10 @@ DEFAULT = (
     "siglip",  # two towers, each with a prefix of its own
     "llava",  # a model in a model, renamed
 )
-OTHERS = {*METHODS, *CALIBRATED, "inspect", "merge"} - {"wanda"}  # not in the default tests
+OTHERS = {*METHODS, *CALIBRATED, *TRAINED, "inspect", "merge"} - {
+    "wanda",
+    "lowrank by block",
+}  # not in the default tests
 ROADS = tuple(name for name in CHECKS if name not in OTHERS)
 
 

@@ -52,21 +52,29 @@ class FitMemory:
     """Bytes, whole numbers >= 0.
 
     Attributes:
-        weights: of the model, or with ``loss="block"`` of one block.
+        weights: on the device: of the model, or of one block and of what is in no block.
         trained: values, gradients, both moments and positions of the trained numbers.
-        activations: with gradient checkpointing: the inputs of all blocks, and what one block holds inside.
+        activations: what one block holds inside, and end to end, with gradient checkpointing, the inputs of all blocks.
         teacher: outputs of the fine-tuned model, in the host's memory.
+        streamed: weights in the host's memory, from where blocks go to the device as they run; the trained numbers are
+            with them.
     """
 
     weights: int
     trained: int
     activations: int
     teacher: int
+    streamed: int = 0
 
     @property
     def device(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.trained + self.activations
+        return self.weights + self.activations + (0 if self.streamed else self.trained)
+
+    @property
+    def host(self) -> int:
+        """Bytes in the host's memory."""
+        return self.teacher + self.streamed + (self.trained if self.streamed else 0)
 
 
 def plan_fit_memory(
@@ -88,8 +96,8 @@ def plan_fit_memory(
         length: tokens of a text.
         step_texts: texts of a step.
         weights: dtype of weights, activations and of the fine-tuned model's hidden states.
-        loss: ``model`` trains all blocks end to end against logits and hidden states; ``block`` one block after the
-            other against its own outputs on its own inputs, with no more than that block in memory.
+        loss: ``model`` trains all blocks end to end against logits and hidden states; ``block`` each against the hidden
+            states after it, with no more of the blocks on the device than the one that runs.
 
     Raises:
         ValueError: a number outside its range, or an unknown dtype or loss.
@@ -101,19 +109,17 @@ def plan_fit_memory(
     for name, count in (("texts", texts), ("length", length), ("step_texts", step_texts), ("blocks", shape.blocks)):
         if count < 1:
             raise ValueError(f"{name} must be a whole number, at least 1, got {count!r}")
-    size, at_work = BYTES[weights], shape.blocks if loss == "model" else 1
-    of_block = (shape.parameters - shape.outside) / shape.blocks
-    held = shape.parameters if loss == "model" else of_block
-    kept = (1 - Fraction(str(pruning_rate))) * ceil(shape.parameters)
-    numbers = ceil(kept if loss == "model" else kept / shape.blocks)
+    size, by_block = BYTES[weights], loss == "block"
+    in_blocks = shape.parameters - shape.outside
+    held = shape.outside + in_blocks / shape.blocks if by_block else shape.parameters
+    numbers = ceil((1 - Fraction(str(pruning_rate))) * ceil(shape.parameters))
     tokens, step_tokens = texts * length, step_texts * length
-    states = shape.blocks if loss == "model" else 2  # a block's outputs, and its inputs from the blocks before
-    logits = tokens * TOP_LOGITS * (size + 8) if loss == "model" else 0
     return FitMemory(
         weights=ceil(held) * size,
         trained=numbers * (_STATE_BYTES + _PLACE_BYTES),
-        activations=step_tokens * shape.hidden * size * (at_work + _INNER),
-        teacher=tokens * shape.hidden * size * states + logits,
+        activations=step_tokens * shape.hidden * size * ((1 if by_block else shape.blocks) + _INNER),
+        teacher=tokens * (shape.hidden * size * shape.blocks + TOP_LOGITS * (size + 8)),
+        streamed=ceil(in_blocks) * size if by_block else 0,
     )
 
 
@@ -130,8 +136,8 @@ def table(
         ValueError: as :func:`plan_fit_memory`.
     """
     lines = [
-        "| model | full fine-tuning | end to end: device (weights, trained, activations) | host (outputs of the "
-        "fine-tuned model) | block by block: device | host |",
+        "| model | full fine-tuning | end to end: device (weights, trained, activations) | host | block by block: "
+        "device (weights, activations) | host (weights, trained, outputs of the fine-tuned model) |",
         "|---" * 6 + "|",
     ]
     for label, shape in models.items():
@@ -141,8 +147,10 @@ def table(
         )
         full = ceil(shape.parameters) * (2 + 2 + 2 * 2) + whole.activations
         parts = ", ".join(_gib(size) for size in (whole.weights, whole.trained, whole.activations))
-        cells = [_gib(full), f"{_gib(whole.device)} ({parts})", _gib(whole.teacher), _gib(block.device)]
-        lines.append(f"| {label} | {' | '.join([*cells, _gib(block.teacher)])} |")
+        there = ", ".join(_gib(size) for size in (block.weights, block.activations))
+        here = ", ".join(_gib(size) for size in (block.streamed, block.trained, block.teacher))
+        cells = [_gib(full), f"{_gib(whole.device)} ({parts})", _gib(whole.host), f"{_gib(block.device)} ({there})"]
+        lines.append(f"| {label} | {' | '.join([*cells, f'{_gib(block.host)} ({here})'])} |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dpp_lightning.calibration.teacher import Forward, Teacher
+from dpp_lightning.calibration.teacher import Forward, Teacher, take_gradients
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.sparse_delta import SparseDelta
@@ -41,6 +42,7 @@ class TrainingSettings:
         dtype: that kept values are rounded to in the loop, straight through; None for none.
         factors_dtype: the same of factors.
         checkpointing: recompute every block in the backward pass, for less memory.
+        by_block: every block has the gradient of its own error alone, which takes less memory too.
     """
 
     steps: int = 200
@@ -49,19 +51,35 @@ class TrainingSettings:
     dtype: str | None = None
     factors_dtype: str | None = None
     checkpointing: bool = False
+    by_block: bool = False
 
     @classmethod
-    def of(cls, info: DeltaInfo, steps: int, learning_rate: float, **dtypes: str | None) -> TrainingSettings:
+    def of(
+        cls,
+        info: DeltaInfo,
+        steps: int,
+        learning_rate: float,
+        *,
+        dtype: str | None = None,
+        factors_dtype: str | None = None,
+    ) -> TrainingSettings:
         """The method's own, unless the delta's settings say otherwise (:mod:`dpp_lightning.methods.training`).
 
         Args:
             info: of the delta that is trained.
             steps, learning_rate: the method's own.
-            dtypes: ``dtype`` and ``factors_dtype``.
+            dtype, factors_dtype: of the file.
         """
         given = Training.of(info.settings)
-        recomputed = given.activations == "recomputed"
-        return cls(int(given.steps) or steps, learning_rate, info.seed, checkpointing=recomputed, **dtypes)
+        return cls(
+            int(given.steps) or steps,
+            learning_rate,
+            info.seed,
+            dtype,
+            factors_dtype,
+            checkpointing=given.activations == "recomputed",
+            by_block=given.loss == "block",
+        )
 
 
 class Distillation:
@@ -149,22 +167,30 @@ class Distillation:
             best, tried = tensors.numbers(), [(0.0, self._held_out_in_training())]
             optimizer = torch.optim.Adam(tensors.groups(settings.learning_rate), betas=BETAS, eps=EPSILON)
             rates = [group["lr"] for group in optimizer.param_groups]
+            leaves = tensors.leaves_in(self.teacher.blocks) if settings.by_block else None
             for step, number in enumerate(self._order(settings), 1):
                 share = _schedule(step, settings.steps)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * share
-                loss = self.teacher.loss(self.pieces[number], number)
-                tensors.backward(loss)
+                loss = tensors.backward(partial(self._backward, number, leaves))
                 optimizer.step()
                 tensors.write()
                 if report:
-                    report(step, settings.steps, float(loss.detach()))
+                    report(step, settings.steps, loss)
                 if step % CHECK_EVERY == 0 or step == settings.steps:
                     tried.append((float(step), self._held_out_in_training()))
                     if tried[-1][1] == min(value for _, value in tried):
                         best = tensors.numbers()
             tensors.set_numbers(best)
         return tuple(tried)
+
+    def _backward(self, number: int, leaves: Sequence[Sequence[Tensor]] | None) -> Tensor:
+        """Gradients of the loss on one piece, and the loss; block by block where the leaves of all are given."""
+        if leaves is not None:
+            return self.teacher.backward_by_block(self.pieces[number], number, leaves)
+        loss = self.teacher.loss(self.pieces[number], number)
+        take_gradients(loss)
+        return loss
 
     def _order(self, settings: TrainingSettings) -> Iterator[int]:
         """Numbers of the pieces of every step: all of them in a random order, again and again."""

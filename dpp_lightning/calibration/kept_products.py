@@ -22,6 +22,7 @@ _DENSE_FROM = 1 / 40  # of the entries kept: then the product of the matrices is
 _AT_ONCE = 1 << 16  # kept entries whose products with all tokens are in memory together
 _LOOKS = (F.embedding, torch.embedding)
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TURNED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))  # attributes that are products to be
 # the first arguments of every call that is known, in order
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
@@ -35,7 +36,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 @dataclass
 class TrainedWeight:
-    """The numbers of one weight that are trained.
+    """The numbers of one weight that are trained; they may be on another device than the weight while that is used.
 
     Attributes:
         positions: flat positions of the kept entries, int64, sorted, shape (kept,).
@@ -53,18 +54,19 @@ class TrainedWeight:
         """The product of the factors, of the weight's shape and dtype."""
         assert self.left is not None
         assert self.right is not None
-        return (self.left @ self.right).view(weight.shape).to(weight.dtype)
+        return (self.left @ self.right).view(weight.shape).to(weight)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
         """``x @ weight.T + bias``, or ``x @ weight + bias`` for a weight of shape (in, out)."""
         if self.values is None:
             y = F.linear(x, weight if transposed else weight.t(), bias)
-        else:
-            y = _KeptProduct.apply(x, weight, bias, self.values, self.positions, transposed)
+        else:  # a matrix, no view of one, as a caller may change it in place
+            rows = _KeptProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, self.values, self.positions, transposed)
+            y = rows.view(*x.shape[:-1], rows.shape[-1])
         if self.left is None or self.right is None:
             return y
         first, second = (self.right, self.left) if transposed else (self.left.t(), self.right.t())
-        return y + F.linear(F.linear(x, first.to(x.dtype)), second.to(x.dtype))
+        return y + F.linear(F.linear(x, first.to(x)), second.to(x))
 
     def looked_up(self, rows: Tensor, weight: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows of the weight; ``call`` looks them up in a table."""
@@ -73,14 +75,14 @@ class TrainedWeight:
             y = _KeptRows.apply(y, rows, weight.shape, self.values, self.positions)
         if self.left is None or self.right is None:
             return y
-        return y + (F.embedding(rows, self.left) @ self.right).to(y.dtype)
+        return y + (F.embedding(rows, self.left.to(y.device)) @ self.right.to(y.device)).to(y.dtype)
 
     def kernel(self, weight: Tensor) -> Tensor:
         """The weight of a convolution with gradients to the trained numbers, by way of one dense gradient at a time."""
         if self.values is not None:
-            change = (self.values - self.values.detach()).to(weight.dtype)
+            change = (self.values - self.values.detach()).to(weight)
             zeros = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-            weight = weight + zeros.index_add(0, self.positions, change).view(weight.shape)
+            weight = weight + zeros.index_add(0, self.positions.to(weight.device), change).view(weight.shape)
         return weight if self.left is None else weight + self.product(weight)
 
 
@@ -129,7 +131,7 @@ class KeptProducts(TorchFunctionMode):
         known = self._known(func, args, kwargs)
         if known is not None:
             return known()
-        if self._watched and getattr(func, "__name__", "") != "__get__":
+        if self._watched and (func in _TURNED or getattr(func, "__name__", "") != "__get__"):
             self._unknown |= {id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} & self._watched
         return func(*args, **kwargs)
 
@@ -177,7 +179,7 @@ class _KeptProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight, positions)
-        ctx.transposed, ctx.dtype = transposed, values.dtype
+        ctx.transposed, ctx.like = transposed, (values.device, values.dtype)
         return F.linear(x, weight if transposed else weight.t(), bias)
 
     @staticmethod
@@ -188,12 +190,11 @@ class _KeptProduct(torch.autograd.Function):
         of_x = of_bias = of_values = None
         if ctx.needs_input_grad[0]:
             of_x = gy @ weight if ctx.transposed else gy @ weight.t()
-        flat_gy, flat_x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
-            of_bias = flat_gy.sum(0)
+            of_bias = gy.sum(0)
         if ctx.needs_input_grad[3]:
-            rows, columns = (flat_gy, flat_x) if ctx.transposed else (flat_x, flat_gy)
-            of_values = products_at(rows, columns, positions).to(ctx.dtype)
+            rows, columns = (gy, x) if ctx.transposed else (x, gy)
+            of_values = products_at(rows, columns, positions.to(gy.device)).to(*ctx.like)
         return of_x, None, of_bias, of_values, None, None
 
 
@@ -202,9 +203,9 @@ class _KeptRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: Tensor, shape: torch.Size, values: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, positions)
-        ctx.columns, ctx.dtype = shape[1], values.dtype
-        return y.view_as(y)
+        ctx.save_for_backward(rows, positions.to(y.device))
+        ctx.columns, ctx.like = shape[1], (values.device, values.dtype)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
@@ -215,7 +216,7 @@ class _KeptRows(torch.autograd.Function):
         row, column = positions // ctx.columns, positions % ctx.columns
         at = torch.searchsorted(used, row).clamp_(max=len(used) - 1)
         found = torch.where(used[at] == row, sums[at, column], torch.zeros((), dtype=sums.dtype, device=sums.device))
-        return gradients[0], None, None, found.to(ctx.dtype), None
+        return gradients[0], None, None, found.to(*ctx.like), None
 
 
 def products_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dpp_lightning.calibration.padding import Padding
 from dpp_lightning.tensors.blocks import block_of
@@ -20,17 +21,21 @@ _LEAST = 1e-12  # of a normaliser: a part of the model in which nothing was trai
 Forward = Callable[[Any], Tensor | Sequence[Tensor]]
 
 
+class CannotTrain(ValueError):
+    """A model of which gradients cannot be taken in the way that is asked for."""
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What a model says on one piece: outputs and hidden states without padding.
 
     Attributes:
         outputs: as the forward gives them, each (..., classes).
-        states: after every block, each (tokens, hidden).
+        states: number of a block to what is after it, (tokens, hidden), in the order in which the blocks ran.
     """
 
     outputs: list[Tensor]
-    states: list[Tensor]
+    states: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class _Reference:
     """The fine-tuned model's outputs on one piece, the largest of many classes with their places."""
 
     outputs: list[tuple[Tensor, Tensor | None]]
-    states: list[Tensor]
+    states: dict[int, Tensor]
 
 
 @dataclass
@@ -61,7 +66,8 @@ class Teacher:
     blocks: list[nn.Module] = field(default_factory=list)
     _references: list[_Reference] = field(default_factory=list)
     _of_outputs: float = 1.0
-    _of_states: list[float] = field(default_factory=list)
+    _of_states: dict[int, float] = field(default_factory=dict)
+    _repeated: bool = False
 
     def learn(self, pieces: Sequence[Any]) -> None:
         """Take the outputs of all pieces; the module holds the fine-tuned weights.
@@ -89,8 +95,8 @@ class Teacher:
         with torch.no_grad():
             parts = [self._errors(self.run(piece), number) for piece, number in zip(pieces, numbers, strict=True)]
         self._of_outputs = max(_LEAST, sum(float(outputs) for outputs, _ in parts) / len(parts))
-        sums = [sum(float(states[i]) for _, states in parts) for i in range(len(parts[0][1]))]
-        self._of_states = [max(_LEAST, total / len(parts)) for total in sums]
+        sums = {i: sum(float(states[i]) for _, states in parts) for i in parts[0][1]}
+        self._of_states = {i: max(_LEAST, total / len(parts)) for i, total in sums.items()}
 
     def loss(self, piece: Any, number: int) -> Tensor:
         """The error of the module as it stands on one piece, a scalar through which gradients flow.
@@ -99,20 +105,69 @@ class Teacher:
             piece: of calibration data.
             number: which of those that were learnt it is.
         """
-        outputs, states = self._errors(self.run(piece), number)
+        return self._sum(*self._errors(self.run(piece), number))
+
+    def backward_by_block(self, piece: Any, number: int, leaves: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Gradients of the error, every block's from the states after it alone.
+
+        The pass backward through a block follows the one forward at once, so that no more than one block is held. What
+        is in no block has gradients from the first block's states and from the outputs, not by way of other blocks.
+
+        Args:
+            piece, number: as in :meth:`loss`.
+            leaves: what is trained in each of the blocks, and last what is trained outside of them.
+
+        Returns:
+            The error, as :meth:`loss` gives it.
+
+        Raises:
+            CannotTrain: a model whose blocks are not found, or of which one runs several times.
+        """
+        known, keep = self._references[number].states, _tokens_of(piece)
+        if not known or self._repeated:
+            why = "of which a block runs several times" if known else "whose blocks go by no known names"
+            raise CannotTrain(f"loss=block is not for {type(self.module).__name__}, {why}: leave it out")
+        first, errors = next(iter(known)), dict[int, Tensor]()
+
+        def hook(index: int, output: Any) -> Any:
+            state = _state_of(output)
+            if state is None or index not in known:
+                return None
+            error = _squared_error(_without_padding(state, keep), known[index])
+            of_block = [*leaves[index], *(leaves[-1] if index == first else ())]
+            take_gradients(error / self._of_states[index] / len(known), of_block)
+            errors[index] = error.detach()
+            return _detached(output)
+
+        others = [block for index, block in enumerate(self.blocks) if index != first]
+        with _hooked(self.blocks, hook), _given_constants(others):
+            found = self.run(piece)
+        outputs, _ = self._errors(Outputs(found.outputs, {}), number)
+        take_gradients(outputs / self._of_outputs, leaves[-1])
+        return self._sum(outputs, errors).detach()
+
+    def _sum(self, outputs: Tensor, states: Mapping[int, Tensor]) -> Tensor:
         loss = outputs / self._of_outputs
         if states:
-            loss = loss + sum(e / n for e, n in zip(states, self._of_states, strict=True)) / len(states)
+            loss = loss + sum(error / self._of_states[i] for i, error in states.items()) / len(states)
         return loss
 
     def run(self, piece: Any) -> Outputs:
         """The module's outputs on a piece, without padding."""
-        with _states_of(self.blocks) as states:
+        states: dict[int, Tensor] = {}
+
+        def note(index: int, output: Any) -> None:
+            state = _state_of(output)
+            if state is not None:
+                self._repeated |= states.pop(index, None) is not None  # the last run of a block counts
+                states[index] = state
+
+        with _hooked(self.blocks, note):
             outputs = self.forward(piece)
         keep = _tokens_of(piece)
         return Outputs(
             [outputs] if isinstance(outputs, Tensor) else list(outputs),
-            [_without_padding(state, keep) for state in states if state is not None],
+            {index: _without_padding(state, keep) for index, state in states.items()},
         )
 
     def _referred(self, found: Outputs) -> _Reference:
@@ -123,19 +178,16 @@ class Teacher:
                 outputs.append((top.values.cpu(), top.indices.to(torch.int32).cpu()))
             else:
                 outputs.append((output.float().cpu(), None))
-        return _Reference(outputs, [state.cpu() for state in found.states])
+        return _Reference(outputs, {index: state.cpu() for index, state in found.states.items()})
 
-    def _errors(self, found: Outputs, number: int) -> tuple[Tensor, list[Tensor]]:
+    def _errors(self, found: Outputs, number: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Mean squared errors of outputs, and of the states after every block."""
         reference = self._references[number]
         errors = []
         for output, (values, places) in zip(found.outputs, reference.outputs, strict=True):
             taken = output if places is None else output.gather(-1, places.to(output.device, torch.int64))
-            errors.append((taken.float() - values.to(output.device)).square().mean())
-        states = [
-            (state.float() - known.to(state.device).float()).square().mean()
-            for state, known in zip(found.states, reference.states, strict=True)
-        ]
+            errors.append(_squared_error(taken, values))
+        states = {index: _squared_error(state, reference.states[index]) for index, state in found.states.items()}
         return torch.stack(errors).mean(), states
 
 
@@ -145,24 +197,72 @@ def blocks_in(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _states_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
-    """What every block returns first, in the forward pass inside the block; None of one that did not run."""
-    states: list[Tensor | None] = [None] * len(blocks)
+def _hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Call a hook with the number and the output of every block that runs, before all other hooks of the block; what it
+    returns, if not None, is taken in place of the output."""
 
-    def note(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            first = output if isinstance(output, Tensor) else _first_tensor(output)
-            if first is not None and first.is_floating_point() and first.dim() > 1:
-                states[index] = first
+    def of(index: int) -> Callable[..., Any]:
+        return lambda _module, _inputs, output: hook(index, output)
 
-        return hook
-
-    handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(of(index), prepend=True) for index, block in enumerate(blocks)]
     try:
-        yield states
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _given_constants(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let no gradient through to what these blocks are given: states, positions, an encoder's states."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        return _detached(args), _detached(kwargs)
+
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _detached(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def take_gradients(error: Tensor, leaves: Sequence[Tensor] | None = None) -> None:
+    """The pass backward.
+
+    Args:
+        error: a scalar.
+        leaves: what gradients are taken of; of all by default.
+
+    Raises:
+        CannotTrain: the model changes in place what its gradients need.
+    """
+    if leaves is not None and not (leaves and error.requires_grad):
+        return
+    try:
+        error.backward(inputs=leaves)
+    except RuntimeError as refusal:
+        if "inplace operation" not in str(refusal):
+            raise
+        raise CannotTrain(
+            "the model cannot be trained, as it changes in place what its gradients need: take a method that does not "
+            "train, such as 'importance'"
+        ) from refusal
+
+
+def _squared_error(found: Tensor, known: Tensor) -> Tensor:
+    """The mean over all numbers."""
+    return (found.float() - known.to(found.device).float()).square().mean()
+
+
+def _state_of(output: Any) -> Tensor | None:
+    """The hidden state, which a block returns first; None where that is something else."""
+    first = output if isinstance(output, Tensor) else _first_tensor(output)
+    return first if first is not None and first.is_floating_point() and first.dim() > 1 else None
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,12 +177,16 @@ class TrainedTensors:
             values = self._values(trained).cpu()
         return SparseTensor(trained.start.shape, trained.start.indices, values, factors)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss into the leaves, those of whole weights by way of theirs."""
+    def backward(self, backward: Callable[[], Tensor]) -> float:
+        """Gradients into the leaves, those of whole weights by way of theirs.
+
+        Args:
+            backward: runs the module and the pass backward, and returns the loss.
+        """
         for trained in self.tensors.values():
             for leaf in trained.leaves.values():
                 leaf.grad = None
-        loss.backward()
+        loss = float(backward().detach())
         owners = {id(o): o for t in self.tensors.values() if t.whole for o, _ in t.named.pieces}
         gradients = {key: owner.grad for key, owner in owners.items() if owner.grad is not None}
         for trained in self.tensors.values():
@@ -190,6 +194,7 @@ class TrainedTensors:
                 self._spread(trained, trained.named.of(gradients).float())
         for owner in owners.values():
             owner.grad = None
+        return loss
 
     def _spread(self, trained: _Trained, gradient: Tensor) -> None:
         """The gradient of a whole tensor as those of its trained numbers."""
@@ -198,10 +203,21 @@ class TrainedTensors:
             leaves["values"].grad = gradient.reshape(-1)[trained.start.indices.long()].to(leaves["values"])
         if "right" in leaves:
             left, right = leaves["left"].detach(), leaves["right"].detach()
-            matrix = gradient.reshape(left.shape[0], right.shape[1])
+            matrix = gradient.reshape(left.shape[0], right.shape[1]).to(left.device)
             leaves["left"].grad, leaves["right"].grad = matrix @ right.t(), left.t() @ matrix
         elif "left" in leaves:
-            leaves["left"].grad = gradient.reshape(-1, 1)
+            leaves["left"].grad = gradient.reshape(-1, 1).to(leaves["left"].device)
+
+    def leaves_in(self, parts: Sequence[nn.Module]) -> list[list[Tensor]]:
+        """What is trained in each of some parts of the module, and last what is trained in none of them."""
+        owners = [{id(p) for p in part.parameters()} for part in parts]
+        found: list[list[Tensor]] = [[] for _ in range(len(parts) + 1)]
+        for trained in self.tensors.values():
+            for owner, _ in trained.named.pieces:
+                holding = [i for i, ids in enumerate(owners) if id(owner) in ids] or [len(parts)]
+                for i in holding:
+                    found[i] += [owner] if trained.whole else trained.leaves.values()
+        return [list({id(leaf): leaf for leaf in leaves}.values()) for leaves in found]
 
     def numbers(self) -> dict[str, dict[str, Tensor]]:
         """A copy of all trained numbers."""

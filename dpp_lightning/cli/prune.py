@@ -11,6 +11,7 @@ from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.folder import DeltaReader, delta_bytes, further_bytes
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.methods.training import Training
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.byte_count import number_of_bytes
@@ -46,6 +47,7 @@ def prune_to_folder(
     blocks: Sequence[str] = (),
     calibration: str | None = None,
     calibration_samples: int | None = None,
+    device: str = "cpu",
     base_revision: str | None = None,
     finetuned_revision: str | None = None,
     prefix: str | None = None,
@@ -79,6 +81,8 @@ def prune_to_folder(
             train or weigh by data; never what the model is scored on
         calibration_samples: how many of its examples are used at most; null for 64, 512 for methods that train,
             1024 for auto
+        device: where the model runs on them, such as cuda; with --settings loss=block no more of it than one block at a
+            time is there
         base_revision: branch, tag or commit where the base is a hub id
         finetuned_revision: likewise of the fine-tuned model
         prefix: what stands before the names of the model that is meant, such as student., where FINETUNED is a
@@ -91,7 +95,8 @@ def prune_to_folder(
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     check_model(base, "BASE", base_revision, order=_ORDER)
     check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
-    data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision)
+    place = {"device": device, "streamed": Training.of(all_settings).loss == "block"}
+    data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision, **place)
     with progress_bar("pruning") as progress:
         folder = prune_checkpoint(
             base,
@@ -139,11 +144,13 @@ def _named(settings: Sequence[str]) -> dict[str, float | str]:
 
 
 def _read_calibration(
-    spec: PruningSpec, file: str | None, samples: int | None, finetuned: str, revision: str | None
+    spec: PruningSpec, file: str | None, samples: int | None, finetuned: str, revision: str | None, **place: Any
 ) -> Any | None:
     """The calibration data of a file; what the method cannot do without, or has no use for, is refused."""
     if file is None:
         spec.check_calibration(objective=False, inputs=False)
+        if place["device"] != "cpu":
+            raise ValueError("--device is where the model runs on calibration data: give --calibration too")
         return None
     if spec.row.fit is None and not spec.needs_inputs:
         calibrated = ", ".join(name for name, row in METHODS.items() if row.fit or row.inputs)
@@ -153,7 +160,7 @@ def _read_calibration(
 
     if samples is None and spec.fit is not None:
         samples = spec.fit.samples
-    return FileCalibration(finetuned, file, samples=samples, revision=revision)
+    return FileCalibration(finetuned, file, samples=samples, revision=revision, **place)
 
 
 def _report(folder: Path) -> None:

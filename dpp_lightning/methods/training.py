@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Activations = Literal["kept", "recomputed"]
+Loss = Literal["model", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,16 @@ class Training:
         steps: of the optimizer, each on one batch of calibration data; 0 for the method's own.
         activations: ``recomputed`` has every block of a transformers model computed anew in the backward pass
             (gradient checkpointing), which takes a third more time and far less memory.
+        loss: ``model`` trains end to end; with ``block`` every block of the model is trained on its own error alone,
+            given what the blocks before it make, so that no more than one block is held for the backward pass.
 
     Raises:
-        ValueError: a number of steps that is not whole or below 0, or another word.
+        ValueError: a number of steps that is not whole or below 0, another word, or ``recomputed`` with ``block``.
     """
 
     steps: int = 0
     activations: Activations = "kept"
+    loss: Loss = "model"
 
     def __post_init__(self) -> None:
         if self.steps != int(self.steps) or self.steps < 0:
@@ -32,11 +36,15 @@ class Training:
             )
         if self.activations not in get_args(Activations):
             raise ValueError(f"activations must be 'kept' or 'recomputed', got {self.activations!r}")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss must be 'model' or 'block', got {self.loss!r}")
+        if self.loss == "block" and self.activations == "recomputed":
+            raise ValueError("loss=block holds one block's activations already: leave activations=recomputed out")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Training:
         """Those among a method's settings."""
-        return cls(**{name: settings[name] for name in ("steps", "activations") if name in settings})
+        return cls(**{name: settings[name] for name in ("steps", "activations", "loss") if name in settings})
 
 
 def verify(settings: Mapping[str, Any]) -> None:

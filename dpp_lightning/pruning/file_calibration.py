@@ -17,6 +17,8 @@ from dpp_lightning.calibration.output_change import output_change
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.padding import FROM_SAMPLES, Padding
 from dpp_lightning.calibration.pieces import pieces_of, samples_of, training_pieces
+from dpp_lightning.calibration.streamed_blocks import stream_blocks
+from dpp_lightning.calibration.teacher import CannotTrain, blocks_in
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
@@ -43,6 +45,9 @@ class FileCalibration:
         samples: how many examples are used at most; None for 64.
         max_length: tokens of a text example at most.
         revision: of a hub id.
+        device: where the model runs, such as ``cuda``.
+        streamed: on that device are only the blocks that run, one after the other, and what is in no block; for
+            training with ``loss=block``.
 
     Raises:
         FileNotFoundError: no such file or model.
@@ -58,11 +63,13 @@ class FileCalibration:
         samples: int | None = None,
         max_length: int = 128,
         revision: str | None = None,
+        device: str = "cpu",
+        streamed: bool = False,
     ) -> None:
         samples = SAMPLES if samples is None else samples
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
-        self.data = Path(data)
+        self.device, self.streamed, self.data = _device(device), streamed, Path(data)
         if not self.data.is_file():
             raise FileNotFoundError(f"{data}: no such calibration file")
         self.model_class = ModelClass.of(str(finetuned), revision)
@@ -122,7 +129,12 @@ class FileCalibration:
         text = model.config.get_text_config()  # type: ignore[union-attr,operator]
         if getattr(text, "pad_token_id", None) is None:  # a classifier would refuse more than one example
             text.pad_token_id = _padding_token(self.batch)
-        return model, prepared(model, self.batch)
+        batch = prepared(model, self.batch)
+        if self.streamed and self.device.type != "cpu":
+            stream_blocks(model, blocks_in(model), self.device)
+        else:
+            model.to(self.device)
+        return model, {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _gradients(self, model: nn.Module, batch: Mapping[str, Tensor]) -> BatchGradients:
         self._check_rows(batch, "takes gradients of pieces of it", "take a method that needs none, such as 'darex-q'")
@@ -148,6 +160,8 @@ class FileCalibration:
         """The outputs that are compared, without the places of padding."""
         try:
             result = model(**batch)
+        except CannotTrain:
+            raise
         except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"{self.data} does not hold the inputs of {type(model).__name__} (given are {', '.join(batch)}; the "
@@ -162,6 +176,18 @@ class FileCalibration:
             return list(outputs.values())
         padding = Padding(mask != 0, to_frames=getattr(model, FROM_SAMPLES, None))
         return [_without_padding(output, name, padding) for name, output in outputs.items()]
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return torch.ones(1, device=name).cpu().to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"there is no device {name!r} here: {one_line(error)}") from error
 
 
 def compared_outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:

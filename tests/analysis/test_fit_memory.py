@@ -16,12 +16,14 @@ def test_every_part_is_what_follows_from_the_size():
     assert plan.device == plan.weights + plan.trained + plan.activations
 
 
-def test_one_block_after_the_other_holds_one_block():
+def test_block_by_block_the_device_holds_one_block_and_the_host_all_of_them():
     whole = plan_fit_memory(SHAPE, pruning_rate=0.99)
     block = plan_fit_memory(SHAPE, pruning_rate=0.99, loss="block")
-    assert block.weights == 2 * 200_000
-    assert block.trained * 4 == whole.trained
-    assert block.teacher < whole.teacher
+    assert block.weights == 2 * (200_000 + 200_000)
+    assert block.activations == 8 * 128 * 64 * 2 * (1 + 14)
+    assert block.device == block.weights + block.activations
+    assert block.host == 2 * 800_000 + whole.trained + whole.teacher
+    assert whole.host == whole.teacher
 
 
 def test_training_some_numbers_is_far_less_than_training_all():

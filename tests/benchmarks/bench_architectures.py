@@ -21,7 +21,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from architecture_checks import CALIBRATED, CHECKS, METHODS, Cell, run_checks
+from architecture_checks import CALIBRATED, CHECKS, METHODS, TRAINED, Cell, run_checks
 from architectures import ARCHITECTURES, Architecture
 
 COLUMNS = {  # heading to its checks
@@ -34,6 +34,7 @@ COLUMNS = {  # heading to its checks
     "methods": METHODS,
     "linear": ("linear",),
     "calibrated": CALIBRATED,
+    "trained": TRAINED,
     "inspect": ("inspect",),
     "merge": ("merge",),
 }

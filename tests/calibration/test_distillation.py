@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -25,6 +27,7 @@ from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.methods import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
+from dpp_lightning.tensors.names import named_tensors
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -107,7 +110,7 @@ def test_gradients_of_trained_numbers_are_those_of_dense_autograd(name, method):
     with tensors.products() as products:
         tensors.write()
         tensors.train_whole(products.unknown_in(training._run_once))
-        tensors.backward(training.teacher.loss(training.pieces[0], 0))
+        tensors.backward(lambda: training._backward(0, None))
     got = {n: {kind: gradient_of(leaf) for kind, leaf in t.leaves.items()} for n, t in tensors.tensors.items()}
     sparse = [n for n, t in tensors.tensors.items() if not t.whole]
     assert sum(name.endswith("weight") for name in sparse) >= 8
@@ -119,7 +122,7 @@ def test_gradients_of_trained_numbers_are_those_of_dense_autograd(name, method):
             trained.whole, trained.base = True, trained.named.tensor.detach().reshape(-1).clone()
     with tensors.products():
         tensors.train_whole(())
-    tensors.backward(training.teacher.loss(training.pieces[0], 0))
+    tensors.backward(lambda: training._backward(0, None))
     for tensor_name, trained in tensors.tensors.items():
         for kind, leaf in trained.leaves.items():
             grad, dense = got[tensor_name][kind], gradient_of(leaf)
@@ -186,6 +189,96 @@ def test_layers_computed_anew_give_the_same_training():
     assert not any(part._forward_hooks for part in model.modules())
 
 
+def gradients(model, delta, training, backward, dense):
+    """Of every trained number, and the loss; dense by autograd of whole weights."""
+    tensors = TrainedTensors(model, delta, None, None)
+    for trained in tensors.tensors.values():
+        if dense and not trained.whole:
+            trained.whole, trained.base = True, trained.named.tensor.detach().reshape(-1).clone()
+    with tensors.products() as products:
+        tensors.write()
+        tensors.train_whole(() if dense else products.unknown_in(training._run_once))
+        loss = tensors.backward(lambda: backward(tensors))
+    found = {(n, kind): gradient_of(leaf) for n, t in tensors.tensors.items() for kind, leaf in t.leaves.items()}
+    tensors.put_back()
+    return found, loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_by_block_a_number_has_the_gradient_of_the_states_right_after_its_block(name, method):
+    """Of two blocks: the first, and what is before it, of its states alone; the second of its own, given the first's;
+    what is after both of the outputs."""
+    model, training, plan = training_on(name)
+    training.base_loss()
+    teacher, piece = training.teacher, training.pieces[0]
+
+    def error(which):
+        outputs, states = teacher._errors(teacher.run(piece), 0)
+        parts = [*(states[i] / teacher._of_states[i] / 2 for i in states), outputs / teacher._of_outputs]
+        parts[which].backward()
+        return parts[which]
+
+    def by_block(tensors):
+        return teacher.backward_by_block(piece, 0, tensors.leaves_in(teacher.blocks))
+
+    delta = plan.draw(PruningSpec(method.split()[0], **SETTINGS[method]))
+    found, loss = gradients(model, delta, training, by_block, dense=False)
+    dense = [gradients(model, delta, training, lambda _, i=i: error(i), dense=True) for i in range(3)]
+    assert loss == pytest.approx(sum(part for _, part in dense), rel=1e-5)
+    compared = set()
+    for key, gradient in found.items():
+        if "embed_tokens" in key[0] or "wte" in key[0]:  # tied: before the first block and after the last one
+            continue
+        which = next((i for i, (gradients_of, _) in enumerate(dense) if gradients_of[key].any()), 2)
+        torch.testing.assert_close(gradient, dense[which][0][key], rtol=1e-3, atol=1e-6)
+        compared.add(which)
+    assert {0, 1} <= compared
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_by_block_lowers_the_held_out_loss_of_the_whole_model():
+    model, training, plan = training_on("bert")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    delta = plan.draw(PruningSpec("refit", 0.7)).rescaled(1.0)
+    trained, tried = training.train(delta, TrainingSettings(30, 0.02, by_block=True))
+    assert training.loss(trained) == pytest.approx(min(loss for _, loss in tried), rel=1e-3)
+    assert training.loss(trained) < 0.9 * tried[0][1]
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def test_by_block_trains_where_several_blocks_are_given_one_state():
+    """An encoder's last norm stands before every block of the decoder."""
+    torch.manual_seed(0)
+    settings = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=40, **settings)).eval()
+    names = [named.name for named in named_tensors(model)]
+    base = {n: model.state_dict()[n].clone() for n in names}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    finetuned = {n: model.state_dict()[n].clone() for n in names}
+    pieces = [{**piece, "labels": piece["input_ids"]} for piece in pieces_for("bert", 4, 32)]
+    training = Distillation(model, pieces, lambda piece: model(**piece).logits, samples=128)
+    model.load_state_dict(base, strict=False)
+    delta = PruningPlan.of(base, finetuned, Scope()).draw(PruningSpec("lowrank", method_settings={"rank": 1}))
+    _, tried = training.train(delta, TrainingSettings(25, 0.05, by_block=True))
+    assert tried[-1][1] < tried[0][1]
+
+
+def test_by_block_a_model_without_blocks_is_refused():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    base = {n: t.clone() for n, t in net.state_dict().items()}
+    tuned = {n: t + 0.1 for n, t in base.items()}
+    net.load_state_dict(tuned)
+    with pytest.warns(UserWarning, match="no hidden states"):
+        training = Distillation(net, [torch.randn(64, 4) for _ in range(2)], net, samples=128)
+    net.load_state_dict(base)
+    delta = PruningPlan.of(base, tuned, Scope()).draw(PruningSpec("refit", 0.5, method_settings={"where": "all"}))
+    with pytest.raises(ValueError, match="loss=block is not for Sequential, whose blocks"):
+        training.train(delta, TrainingSettings(5, 0.02, by_block=True))
+
+
 def test_steps_and_memory_of_a_training_are_settings_of_its_method(monkeypatch):
     _model, training, plan = training_on("bert")
     given = []
@@ -197,7 +290,11 @@ def test_steps_and_memory_of_a_training_are_settings_of_its_method(monkeypatch):
         spec = PruningSpec(method, 0.7, method_settings={**settings, "steps": 30, "activations": "recomputed"})
         plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
     assert [(one.steps, one.checkpointing) for one in given] == [(30, True), (30, True)]
-    for wrong in ({"steps": 2.5}, {"steps": -1}, {"activations": "gone"}):
+    spec = PruningSpec("refit", 0.7, method_settings={"steps": 5, "loss": "block"})
+    plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
+    assert given[-1].by_block
+    both = {"loss": "block", "activations": "recomputed"}
+    for wrong in ({"steps": 2.5}, {"steps": -1}, {"activations": "gone"}, {"loss": "layer"}, both):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PruningSpec("refit", 0.7, method_settings=wrong)
 

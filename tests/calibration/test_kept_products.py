@@ -25,6 +25,8 @@ CALLS = {
     "conv1d of transformers": (lambda x, w, b: torch.addmm(b, x, w), (5, 40), (40, 30)),
     "matmul": (lambda x, w, b: x @ w + b, (5, 40), (40, 30)),
     "linear of tokens": (lambda x, w, b: linear(x, w, b), (2, 5, 40), (30, 40)),
+    "linear, changed in place": (lambda x, w, b: linear(x, w, b).div_(3), (2, 5, 40), (30, 40)),
+    "linear of one row": (lambda x, w, b: linear(x, w, b), (40,), (30, 40)),
     "convolution": (lambda x, w, b: conv2d(x, w, b, padding=1), (2, 4, 6, 5), (30, 4, 3, 3)),
 }
 
@@ -86,14 +88,15 @@ def test_the_gradients_of_factors_are_those_through_the_product(call):
         assert torch.allclose(one, other)
 
 
-def test_rows_that_are_looked_up():
+@pytest.mark.parametrize("look_up", [embedding, lambda rows, table: embedding(rows, table).mul_(3)])
+def test_rows_that_are_looked_up(look_up):
     rows = torch.tensor([[1, 3, 3], [0, 1, 6]])
     whole = nn.Parameter(torch.randn(8, 5, dtype=torch.float64))
-    embedding(rows, whole).pow(3).sum().backward()
+    look_up(rows, whole).pow(3).sum().backward()
     weight, positions = nn.Parameter(whole.detach().clone(), requires_grad=False), positions_of(40, 20)
     values = torch.zeros(20, dtype=torch.float64, requires_grad=True)
     with KeptProducts({id(weight): TrainedWeight(positions, values)}):
-        embedding(rows, weight).pow(3).sum().backward()
+        look_up(rows, weight).pow(3).sum().backward()
     assert torch.allclose(values.grad, whole.grad.view(-1)[positions])
 
 
@@ -103,3 +106,5 @@ def test_other_uses_of_a_weight_are_noticed():
     with KeptProducts({id(weight): TrainedWeight(torch.tensor([0, 5]), values)}) as products:
         assert products.unknown_in(lambda: linear(torch.randn(3, 4), weight).shape + weight.shape) == set()
         assert products.unknown_in(lambda: torch.einsum("ij,kj->ki", weight, torch.randn(3, 4))) == {id(weight)}
+        assert products.unknown_in(lambda: torch.randn(3, 4) @ weight.T) == {id(weight)}
+        assert products.unknown_in(lambda: torch.randn(3, 4) @ weight.mT) == {id(weight)}

@@ -25,7 +25,7 @@ FUNCTIONS = {
 LINES = {
     "prune": "b f --output o --overwrite --dtype int8 --weights_only --method magnitude --pruning_rate 0.5 --seed 3 --q 0.25 "
     "--method_settings.budget model --settings c=1 --max_bytes 5kB --max_loss 0.5 --scope linear --include a.* b --exclude c --carry d e --outside revert --blocks g "
-    "--calibration t.txt --calibration_samples 7 --base_revision v1 --finetuned_revision 2 --prefix m.",
+    "--calibration t.txt --calibration_samples 7 --device cuda --base_revision v1 --finetuned_revision 2 --prefix m.",
     "apply": "b d --output o --overwrite --max_shard_bytes 5 --task t --force --base_revision v1 --delta_revision v2",
     "export": "c --output o --overwrite --dtype float16 --max_shard_bytes 5 --config_from m --config_revision v "
     "--architecture A --prefix p. --base b --base_revision v1 --method magnitude --pruning_rate 0.5 --seed 3 --q 0.5 "

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from dpp_lightning import prune
+from dpp_lightning import SparseDelta, prune
+from dpp_lightning.cli.prune import prune_to_folder
 from dpp_lightning.pruning.calibration_batch import ModelClass, read_batch
 from dpp_lightning.pruning.file_calibration import FileCalibration, compared_outputs
 from dpp_lightning.tensors.names import canonical_tensors
@@ -55,6 +56,7 @@ def batch(tmp_path, **tensors):
     return path
 
 
+GPU = "cuda"
 FULL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "</s>"}
 
 
@@ -116,6 +118,41 @@ def test_what_stands_on_padding_plays_no_part(tmp_path, kind):
         outputs = data._outputs(model, ready)
     assert all(len(output) == 8 for output in outputs)
     assert len(outputs) == (2 if "Question" in kind else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", ["model", "block"])
+@pytest.mark.parametrize("method", ["refit", "lowrank", "darex-q", "wanda"])
+def test_a_model_on_a_gpu_is_calibrated_as_on_the_cpu(tmp_path, method, loss):
+    base = folder(tmp_path / "base", "BertForSequenceClassification", "BertConfig", WIDTHS, tokenizer=FULL)
+    tuned = folder(tmp_path / "tuned", "BertForSequenceClassification", "BertConfig", WIDTHS, tokenizer=FULL)
+    model = transformers.BertForSequenceClassification.from_pretrained(tuned)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tuned)
+    lines = tmp_path / "texts.txt"
+    lines.write_text("\n".join(["the cat sat", "a dog", "ran away the mat"] * 16))
+    trains = method in ("refit", "lowrank")
+    settings = {"method_settings": {"steps": 25, "loss": loss}} if trains else {}
+    deltas = []
+    for device in ("cpu", GPU):
+        out = str(tmp_path / f"on {device}")
+        settings |= {"calibration": str(lines), "device": device, "output": out, "overwrite": True}
+        prune_to_folder(str(base), str(tuned), method=method, pruning_rate=0.9, **settings)
+        deltas.append(SparseDelta.from_pretrained(out))
+    if trains:
+        after = [delta.info.training["held_out_after"] for delta in deltas]
+        assert after[1] == pytest.approx(after[0], rel=0.05)
+    else:
+        assert deltas[1].q == pytest.approx(deltas[0].q)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "meta"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, name):
+    source = folder(tmp_path / "m", "BertModel", "BertConfig", WIDTHS, tokenizer=FULL)
+    with pytest.raises(ValueError, match=f"there is no device '{name}' here"):
+        FileCalibration(source, text(tmp_path), device=name)
 
 
 def test_a_fit_without_gradients_and_one_with_them_start_from_no_change(tmp_path):

@@ -28,6 +28,7 @@ from dpp_lightning.delta.folder import DeltaReader
 
 METHODS = ("random-drop", "magnitude", "importance", "dp", "owl", "struct-dare")
 CALIBRATED = ("wanda", "darex-q", "darex-q-layer")
+TRAINED = ("refit", "lowrank", "refit by block", "lowrank by block")
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,23 @@ def check_not_magnitude(trial: Trial, folder: Path) -> None:
     assert not silent, f"magnitude in place of wanda without a word: {len(silent)} tensors such as {silent[0]}"
 
 
+def trained(trial: Trial, name: str) -> str:
+    """Kept values or factors trained in a few steps, end to end and block by block: no worse than they started."""
+    method, _, by_block = name.partition(" by ")
+    folder, settings = trial.folder / name, ["steps=5", *(["rank=1"] if method == "lowrank" else [])]
+    trial.warnings.clear()
+    trial.command(
+        "prune", trial.base, trial.finetuned, "--method", method, "--pruning_rate", 0.7, "--calibration",
+        trial.repeated_batch, "--settings", *settings, *(["loss=block"] if by_block else []), "--output", folder,
+    )  # fmt: skip
+    delta = SparseDelta.from_pretrained(folder)
+    before, after = (delta.info.training[f"held_out_{word}"] for word in ("before", "after"))
+    assert after <= before, f"held-out loss {before:g} became {after:g}"
+    trial.outputs(trial.load(trial.dense(folder)))
+    told = [line for line in trial.warnings if "calibration examples" not in line]
+    return told[0] if told else ""
+
+
 def inspect(trial: Trial) -> None:
     """``dpp inspect`` of the pair and of a delta."""
     trial.command("inspect", trial.base, trial.finetuned)
@@ -307,6 +325,7 @@ CHECKS: dict[str, Check] = {
     **_each(method, METHODS),
     "linear": linear,
     **_each(calibrated, CALIBRATED),
+    **_each(trained, TRAINED),
     "inspect": inspect,
     "merge": merge,
 }

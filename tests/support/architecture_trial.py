@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from architectures import Architecture
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpp_lightning.cli import main
@@ -140,6 +140,14 @@ class Trial:
         trainer = quiet_trainer()
         trainer.strategy.connect(module)
         trainer.save_checkpoint(file, weights_only=True)
+        return file
+
+    @cached_property
+    def repeated_batch(self) -> Path:
+        """The row's inputs ten times over, as a file, for what trains on pieces of a batch."""
+        file = self.folder / "repeated.safetensors"
+        repeated = {name: torch.cat([tensor] * 10) for name, tensor in load_file(self.batch).items()}
+        save_file(repeated, file)
         return file
 
     @cached_property
