@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_frontier.py run --base ENCODER --data GLUE --output rows.jsonl sst2-adamw=FOLDER ...
     python tests/benchmarks/bench_frontier.py table --output rows.jsonl
     python tests/benchmarks/bench_frontier.py plot --output rows.jsonl --model sst2-adamw --picture frontier.png
+    python tests/benchmarks/bench_frontier.py plot --output rows.jsonl --over texts --picture texts.png
 
 Every checkpoint is a classifier folder of transformers whose label begins with its GLUE task. A form is pruned as ``dpp
 prune`` does it, the head carried, and scored on GLUE's whole validation split. Texts are drawn from the train split,
@@ -120,8 +121,9 @@ def run(options) -> None:
         label, folder = word.split("=", 1)
         point = Checkpoint(options, label, folder)
         wanted = [("unpruned", {}, 0, 0)] + [
-            (form, settings, options.texts if form in WITH_TEXTS else 0, seed)
+            (form, _with(settings, options.settings), texts, seed)
             for form in options.forms
+            for texts in (options.texts if form in WITH_TEXTS else [0])
             for settings in FORMS[form]
             if not options.only or any(word in json.dumps(settings) for word in options.only)
             for seed in (options.seeds if form not in SEEDLESS else [0])
@@ -133,6 +135,11 @@ def run(options) -> None:
             found = {"score": point.unpruned()} if form == "unpruned" else point.measure(form, settings, texts, seed)
             with output.open("a") as file:
                 file.write(json.dumps({**key, **found}) + "\n")
+
+
+def _with(settings: dict, more: list[str]) -> dict:
+    """A form's settings with further ones of its method."""
+    return {**settings, "settings": [*settings.get("settings", []), *more]} if more else settings
 
 
 def table(options) -> None:
@@ -152,9 +159,12 @@ def table(options) -> None:
 
 
 def plot(options) -> None:
-    """Score over bytes, one line a form, with the fine-tuned model's score and published sizes."""
+    """Score over bytes, one line a form, with the fine-tuned model's score and published sizes; or over texts."""
     from matplotlib import pyplot
 
+    if options.over == "texts":
+        plot_texts(options, pyplot)
+        return
     rows = [row for row in _rows(Path(options.output)) if row["model"] == options.model]
     unpruned = next(row["score"] for row in rows if row["form"] == "unpruned")
     points = defaultdict(lambda: defaultdict(list))
@@ -180,6 +190,35 @@ def plot(options) -> None:
     figure.savefig(options.picture, dpi=150)
 
 
+def plot_texts(options, pyplot) -> None:
+    """Score and held-out loss over the number of calibration texts, a picture for each model, a line for each form."""
+    lines = defaultdict(lambda: defaultdict(list))
+    unpruned = {row["model"]: row["score"] for row in _rows(Path(options.output)) if row["form"] == "unpruned"}
+    for row in _rows(Path(options.output)):
+        if row["texts"] and row["model"] in unpruned:
+            label = f"{row['form'].split(',')[0]} {_words(row['settings'])}, {row['bytes'] / 1000:.0f} kB"
+            lines[row["model"]][row["form"], json.dumps(row["settings"]), label].append(row)
+    figure, axes = pyplot.subplots(1, len(lines), figsize=(4.2 * len(lines), 3.4), layout="constrained", squeeze=False)
+    for place, (model, forms) in zip(axes[0], lines.items(), strict=True):
+        for (*_, label), rows in forms.items():
+            counts = sorted({row["texts"] for row in rows})
+            scores = [fmean(row["score"] for row in rows if row["texts"] == count) for count in counts]
+            place.plot(counts, scores, marker="o", ms=3, label=label)
+        place.axhline(unpruned[model], color="black", lw=1, ls="--", label="fine-tuned")
+        place.set(xscale="log", title=model, xlabel="calibration texts", ylabel="score, %")
+        place.set_xticks(counts, [f"{count:,}" for count in counts])
+        place.tick_params(axis="x", which="minor", length=0)
+        place.legend(fontsize=7)
+    figure.savefig(options.picture, dpi=150)
+
+
+def _words(settings: dict) -> str:
+    """Settings of a form in short."""
+    return " ".join(
+        " ".join(v) if k == "settings" else f"{k}={v}" for k, v in settings.items() if k not in ("method", "q")
+    )
+
+
 def _point(rows: list[dict]) -> tuple[float, float, float]:
     """kB, mean score and its deviation over seeds."""
     scores = [row["score"] for row in rows]
@@ -201,7 +240,9 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--only", nargs="+", help="settings that have one of these texts, such as 0.999")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--texts", type=int, default=1024)
+    parser.add_argument("--texts", nargs="+", type=int, default=[1024])
+    parser.add_argument("--settings", nargs="+", default=[], help="further settings of the methods, such as loss=block")
+    parser.add_argument("--over", choices=["bytes", "texts"], default="bytes", help="what is plotted over")
     parser.add_argument("--model")
     parser.add_argument("--dense_bytes", type=float, default=90.9e6)
     parser.add_argument("--picture")
