@@ -221,6 +221,7 @@ _CHOICE = Fit(
     draws=True,
     one_mask=True,
     samples=1024,
+    options=training.Training,
 )
 
 

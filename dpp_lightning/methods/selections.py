@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from dpp_lightning.methods import training
 from dpp_lightning.methods.exact_ranking import at_least, inclusion_rate, largest
 from dpp_lightning.methods.kept_entries import GrowingBuffer, KeptEntries, exact_count, true_positions
 from dpp_lightning.methods.rescaling import keep_rate
@@ -76,11 +77,12 @@ def of_auto(
 
 
 def verify_limits(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of ``auto`` without a limit.
+    """Refuse settings of ``auto`` without a limit, or of training that are out of their range.
 
     Raises:
-        ValueError: not exactly one of ``max_bytes`` and ``max_loss``, or a limit that is not above 0.
+        ValueError: not exactly one of ``max_bytes`` and ``max_loss``, or one that is not above 0; or as of training.
     """
+    training.verify(settings)
     given = {name: settings[name] for name in ("max_bytes", "max_loss") if settings.get(name)}
     if len(given) != 1 or next(iter(given.values())) <= 0:
         raise ValueError(

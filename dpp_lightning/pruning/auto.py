@@ -14,12 +14,15 @@ from dpp_lightning.calibration.calibration_data import CalibrationSource, Object
 from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, Report, cast
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.plan import PruningPlan
 
 _BITS = {"refit": 4.6, "lowrank": 4.6, "importance": 9.0, "dare": 12.0}  # a kept number, to begin with
-_TRIES = 5  # of a rate, until its bytes are at most those wanted and nearly as many
+_TRIES = 8  # of a rate, until its bytes are at most those wanted and nearly as many
+_FITS = 3  # of a form, until the fitted one is within the bytes too
 _NEAR, _AIM = 0.95, 0.98  # of the bytes: a larger delta would hardly be better
 _SPARE = 0.98  # of the bytes for forms that are trained: trained values may take a little more than drawn ones
+_COMPARED, _TRAINED = 350, 150  # bytes of what a delta says of the forms it was compared with, and of its training
 _LEAST_LOSS_RATIO = 2.0  # steps of bytes where a loss is wanted
 
 
@@ -105,32 +108,34 @@ class _Search:
         return 2 * sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
 
     def within_bytes(self, max_bytes: int) -> list[Form]:
-        """All forms of at most that many bytes.
+        """All forms of at most that many bytes, with what the best of them says of the others.
 
         Raises:
             ValueError: not one of them.
         """
         forms, refusals = [], []
-        for name, make in self._families(max_bytes):
+        for name, make in self._families():
             try:
-                forms.append(self._form(name, make, max_bytes))
+                forms.append(self._form(name, make, max_bytes - _COMPARED))
             except ValueError as refusal:
                 refusals.append(f"{name}: {refusal}")
         if not forms:
             raise ValueError(f"auto found no form of at most {max_bytes:,} bytes: {'; '.join(refusals)}")
         return forms
 
-    def _families(self, max_bytes: int) -> Iterator[tuple[str, Callable[[float], PruningSpec]]]:
+    def _families(self) -> Iterator[tuple[str, Callable[[float], PruningSpec]]]:
         """Name and, for a number of bytes, the spec of every form."""
         yield "importance", lambda size: self._spec("importance", size)
-        yield "refit", lambda size: self._spec("refit", size * _SPARE)
-        yield "lowrank", lambda size: self._spec("lowrank", size * _SPARE)
-        yield "lowrank and a rest", lambda size: self._with_rest(size * _SPARE)
+        yield "refit", lambda size: self._spec("refit", size * _SPARE - _TRAINED)
+        yield "lowrank", lambda size: self._spec("lowrank", size * _SPARE - _TRAINED)
+        yield "lowrank and a rest", lambda size: self._with_rest(size * _SPARE - _TRAINED)
 
     def _spec(self, method: str, size: float, **settings: Any) -> PruningSpec:
         """A method at the rate that takes about that many bytes."""
         in_scope = sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
         rate = max(0.0, 1 - max(size, 1.0) * 8 / _BITS[method] / in_scope)
+        known = METHODS[method].settings
+        settings |= {name: value for name, value in self.spec.method_settings.items() if name in known}  # of training
         return PruningSpec(method, round(rate, 9), self.spec.seed, method_settings=settings)
 
     def _with_rest(self, size: float) -> PruningSpec:
@@ -141,30 +146,40 @@ class _Search:
         rest = 1 - size / 2 * 8 / _BITS["importance"] / of_maps
         if not 0 < rest < 1:
             raise ValueError("the rest would be all entries")
-        return replace(factors, method_settings={"rest": round(rest, 9)})
+        return replace(factors, method_settings={**factors.method_settings, "rest": round(rest, 9)})
 
     def _form(self, name: str, make: Callable[[float], PruningSpec], max_bytes: int) -> Form:
-        """The largest delta of a form within the bytes, fitted."""
-        size, num_bytes = float(max_bytes), 0
+        """The largest delta of a form within the bytes, fitted; a smaller one is fitted where it came out larger."""
+        limit = max_bytes
+        for _ in range(_FITS):
+            form = self._fitted(name, *self._drawn(make, limit))
+            if form.num_bytes <= max_bytes:
+                return form
+            limit -= 2 * (form.num_bytes - max_bytes)
+        raise ValueError(f"{form.num_bytes:,} bytes once it is fitted")
+
+    def _drawn(self, make: Callable[[float], PruningSpec], max_bytes: int) -> tuple[PruningSpec, SparseDelta]:
+        """The largest delta within the bytes, not yet fitted."""
+        size, largest, found = float(max_bytes), 0, None
         for _ in range(_TRIES):
             spec = make(size)
             drawn = self.plan.draw(spec)
             num_bytes = cast(drawn, self.plan.covering(spec).pairs, spec).num_bytes
-            if _NEAR * max_bytes <= num_bytes <= max_bytes:
-                return self._fitted(name, spec, drawn, max_bytes)
-            size = max(size - (num_bytes - _AIM * max_bytes), size / 4)
-        if num_bytes > max_bytes:
+            if largest < num_bytes <= max_bytes:
+                largest, found = num_bytes, (spec, drawn)
+            if _NEAR * max_bytes <= largest:
+                break
+            change = _AIM * max_bytes - num_bytes
+            size = max(size + (change if num_bytes < max_bytes else min(change, -size / 50)), size / 4)
+        if found is None:
             raise ValueError(f"{num_bytes:,} bytes at pruning_rate={spec.pruning_rate:g}")
-        return self._fitted(name, spec, drawn, max_bytes)
+        return found
 
-    def _fitted(self, name: str, spec: PruningSpec, drawn: SparseDelta, max_bytes: int) -> Form:
-        pairs = self.plan.covering(spec).pairs
-        delta = drawn
+    def _fitted(self, name: str, spec: PruningSpec, drawn: SparseDelta) -> Form:
+        pairs, delta = self.plan.covering(spec).pairs, drawn
         if spec.fit is not None:
             delta = Calibrator(pairs, self.objective, spec.dtype, self._telling(name)).fit(drawn).apply(drawn)
         delta = cast(delta, pairs, spec)
-        if delta.num_bytes > max_bytes:
-            raise ValueError(f"{delta.num_bytes:,} bytes once it is fitted")
         assert self.objective.distillation is not None
         told, loss = delta.info.training.get("form", ""), self.objective.distillation.loss(delta)
         return Form(f"{name} ({told})" if told else name, delta, delta.num_bytes, loss)
