@@ -62,6 +62,7 @@ class TrainingSettings:
         *,
         dtype: str | None = None,
         factors_dtype: str | None = None,
+        by_block: bool = False,
     ) -> TrainingSettings:
         """The method's own, unless the delta's settings say otherwise (:mod:`dpp_lightning.methods.training`).
 
@@ -69,16 +70,18 @@ class TrainingSettings:
             info: of the delta that is trained.
             steps, learning_rate: the method's own.
             dtype, factors_dtype: of the file.
+            by_block: what ``loss="auto"`` is.
         """
         given = Training.of(info.settings)
+        recomputed = given.activations == "recomputed"
         return cls(
             int(given.steps) or steps,
             learning_rate,
             info.seed,
             dtype,
             factors_dtype,
-            checkpointing=given.activations == "recomputed",
-            by_block=given.loss == "block",
+            checkpointing=recomputed,
+            by_block=given.loss == "block" or (given.loss == "auto" and by_block and not recomputed),
         )
 
 

@@ -41,7 +41,7 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
 
     Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
     biases below a mean rank of 4; the better is trained where its numbers are at most 400 a calibration text, for five
-    epochs or 160 steps; a sampled rest is damped by the best of four factors.
+    epochs or 160 steps, block by block; a sampled rest is damped by the best of four factors.
 
     Args:
         calibrator: its objective trains; its pairs may know their inputs.
@@ -61,10 +61,12 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     before = next(form.loss for form in forms if form.name == "plain")
     if best.delta.num_factor_numbers <= NUMBERS_PER_TEXT * training.samples:
         steps = max(STEPS, EPOCHS * len(training.training))
-        settings = TrainingSettings.of(delta.info, steps, RATE, factors_dtype=dtype)
+        by_block = training.teacher.knows_blocks
+        settings = TrainingSettings.of(delta.info, steps, RATE, factors_dtype=dtype, by_block=by_block)
         trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
         trained = _with_new_rest(calibrator.pairs, trained)
-        forms.append(_Form(f"{best.name}, trained", trained, training.loss(trained)))
+        name = f"{best.name}, trained" + (" by block" if settings.by_block else "")
+        forms.append(_Form(name, trained, training.loss(trained)))
     if any(len(tensor.values) for tensor in best.delta.tensors.values()):
         best = min(forms, key=lambda form: form.loss)
         forms += _damped(best, training)

@@ -85,6 +85,11 @@ class Teacher:
                 stacklevel=2,
             )
 
+    @property
+    def knows_blocks(self) -> bool:
+        """Whether the module has blocks of which each runs once, as the last pass has shown."""
+        return bool(self._references and self._references[0].states) and not self._repeated
+
     def normalise(self, pieces: Sequence[Any], numbers: Sequence[int]) -> None:
         """Take the base's error as 1; the module holds the base's weights.
 
@@ -124,7 +129,7 @@ class Teacher:
             CannotTrain: a model whose blocks are not found, or of which one runs several times.
         """
         known, keep = self._references[number].states, _tokens_of(piece)
-        if not known or self._repeated:
+        if not self.knows_blocks:
             why = "of which a block runs several times" if known else "whose blocks go by no known names"
             raise CannotTrain(f"loss=block is not for {type(self.module).__name__}, {why}: leave it out")
         first, errors = next(iter(known)), dict[int, Tensor]()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Activations = Literal["kept", "recomputed"]
-Loss = Literal["model", "block"]
+Loss = Literal["auto", "model", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,9 @@ class Training:
         activations: ``recomputed`` has every block of a transformers model computed anew in the backward pass
             (gradient checkpointing), which takes a third more time and far less memory.
         loss: ``model`` trains end to end; with ``block`` every block of the model is trained on its own error alone,
-            given what the blocks before it make, so that no more than one block is held for the backward pass.
+            given what the blocks before it make, so that no more than one block is held for the backward pass. ``auto``
+            is ``block`` for factors, which then do better on other texts, and ``model`` for kept values, with
+            ``recomputed``, and where a model's blocks are not found or run several times.
 
     Raises:
         ValueError: a number of steps that is not whole or below 0, another word, or ``recomputed`` with ``block``.
@@ -27,7 +29,7 @@ class Training:
 
     steps: int = 0
     activations: Activations = "kept"
-    loss: Loss = "model"
+    loss: Loss = "auto"
 
     def __post_init__(self) -> None:
         if self.steps != int(self.steps) or self.steps < 0:
@@ -37,7 +39,7 @@ class Training:
         if self.activations not in get_args(Activations):
             raise ValueError(f"activations must be 'kept' or 'recomputed', got {self.activations!r}")
         if self.loss not in get_args(Loss):
-            raise ValueError(f"loss must be 'model' or 'block', got {self.loss!r}")
+            raise ValueError(f"loss must be 'auto', 'model' or 'block', got {self.loss!r}")
         if self.loss == "block" and self.activations == "recomputed":
             raise ValueError("loss=block holds one block's activations already: leave activations=recomputed out")
 

@@ -25,7 +25,7 @@ from dpp_lightning.tasks.glue.scores import GLUEScores
 from dpp_lightning.tasks.glue.task_table import TASKS
 
 GRID = {"task-arithmetic": (0.2, 0.3, 0.4, 0.6, 0.8, 1.0), "ties": (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)}
-SEEDLESS = ("magnitude", "dppa")
+SEEDLESS = ("magnitude", "dppa", "lowrank")
 
 
 class Bench:

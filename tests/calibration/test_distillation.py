@@ -293,6 +293,11 @@ def test_steps_and_memory_of_a_training_are_settings_of_its_method(monkeypatch):
     spec = PruningSpec("refit", 0.7, method_settings={"steps": 5, "loss": "block"})
     plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
     assert given[-1].by_block
+    given.clear()
+    for method, settings in (("refit", {}), ("lowrank", {"rank": 1}), ("lowrank", {"activations": "recomputed"})):
+        spec = PruningSpec(method, 0.7, method_settings={**settings, "steps": 5})
+        plan.draw_and_fit(spec, Calibration(lambda _: 0.0, distillation=training))
+    assert [one.by_block for one in given] == [False, True, False]
     both = {"loss": "block", "activations": "recomputed"}
     for wrong in ({"steps": 2.5}, {"steps": -1}, {"activations": "gone"}, {"loss": "layer"}, both):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -340,7 +345,7 @@ def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
     spec = PruningSpec("lowrank", method_settings={"rank": 1})
     delta, found = plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)
     assert len(found.tried) == 4  # plain, with means, weighted, and the best of them trained
-    assert delta.info.training["form"].endswith("trained")
+    assert delta.info.training["form"].endswith("trained by block")
     assert delta.info.training["held_out_after"] == pytest.approx(min(loss for _, loss in found.tried))
     assert training.loss(delta) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)
     assert delta.info.factors_dtype == "int4"
