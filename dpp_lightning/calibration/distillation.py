@@ -113,7 +113,9 @@ class Distillation:
                 f"{FEWEST} the held-out ones say little",
                 stacklevel=2,
             )
-        self.module, self.pieces, self.samples = module, [tree_map(_plain, piece) for piece in pieces], samples
+        with torch.inference_mode(False):  # in which a copy would be an inference tensor again
+            self.pieces = [tree_map(_plain, piece) for piece in pieces]
+        self.module, self.samples = module, samples
         self.held_out = [i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2] or [len(pieces) - 1]
         self.training = [i for i in range(len(pieces)) if i not in self.held_out]
         self.teacher, self._normalised = Teacher(module, forward), False

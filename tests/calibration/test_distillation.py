@@ -189,6 +189,24 @@ def test_layers_computed_anew_give_the_same_training():
     assert not any(part._forward_hooks for part in model.modules())
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("by_block", [False, True])
+def test_in_inference_mode_training_is_the_same(name, by_block):
+    """As in the evaluation loops of a Trainer, which ``dpp sweep`` runs in."""
+    found = []
+    for inference in (False, True):
+        model, base, finetuned = two_models(name)
+        delta = PruningPlan.of(base, finetuned, Scope()).draw(PruningSpec("refit", 0.7)).rescaled(1.0)
+        model.load_state_dict(finetuned)
+        with torch.inference_mode(inference), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pieces = pieces_for(name, samples=32)
+            training = Distillation(model, pieces, lambda piece, model=model: model(**piece).logits, samples=128)
+            model.load_state_dict(base)
+            found.append(training.train(delta, TrainingSettings(6, 0.02, by_block=by_block))[1])
+    assert found[0] == found[1]
+
+
 def gradients(model, delta, training, backward, dense):
     """Of every trained number, and the loss; dense by autograd of whole weights."""
     tensors = TrainedTensors(model, delta, None, None)
