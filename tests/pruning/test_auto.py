@@ -53,5 +53,5 @@ def test_settings_of_training_go_to_every_form_that_trains(models, monkeypatch):
     prune(base, tuned, "auto", calibration=calibration, max_bytes=6_000, steps=3, loss="block")
     assert len(given) >= 2
     assert {(settings.steps, settings.by_block) for settings in given} == {(3, True)}
-    with pytest.raises(ValueError, match="loss must be one of model, block"):
+    with pytest.raises(ValueError, match="loss must be one of auto, model, block"):
         PruningSpec("auto", method_settings={"max_bytes": 9000, "loss": "layer"})
