@@ -13,14 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpp_lightning.cli.commands import ENDS_WITH
-from dpp_lightning.cli.exit_codes import DONE, INTERRUPTED, TERMINATED
+from dpp_lightning.cli.exit_codes import DONE, FAILED, INTERRUPTED, TERMINATED
 
 _POLL, _GRACE = 1.0, 60.0  # seconds between two looks at the parent, and for an end that was asked for
 _LAST_LINES = 8
 
 
 class CommandFailed(OSError):
-    """A command that ended with an error, which its log tells."""
+    """A command that ended with an error, which its log tells.
+
+    Args:
+        message: which command, and what it said.
+        exit_code: of the command, which becomes that of this process (:mod:`dpp_lightning.cli.exit_codes`).
+    """
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def run_command(words: Sequence[str], log: Path) -> None:
@@ -50,7 +59,7 @@ def run_command(words: Sequence[str], log: Path) -> None:
         raise SystemExit(TERMINATED)
     if code != DONE:
         told = "" if shown else f": {_last_lines(log)}"
-        raise CommandFailed(f"dpp {words[0]} ended with code {code}{told}")
+        raise CommandFailed(f"dpp {words[0]} ended with code {code}{told}", code)
 
 
 def end_with_parent() -> None:

@@ -102,6 +102,8 @@ def _is_failure(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (ConnectionError, TimeoutError, MemoryError)):
             return True
+        if hasattr(error, "exit_code"):  # a command of ours in a process of its own
+            return bool(error.exit_code != USAGE_ERROR)
         if type(error).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"):  # of huggingface_hub
             return True
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:

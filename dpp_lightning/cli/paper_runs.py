@@ -86,7 +86,7 @@ class PaperRuns:
     relative: bool = False
     _steps: int = field(default=0, init=False)
     _all_steps: int = field(default=0, init=False)
-    _failures: list[str] = field(default_factory=list, init=False)
+    _failures: dict[str, int] = field(default_factory=dict, init=False)  # what failed, and the code it ended with
 
     def trainings(self) -> list[Training]:
         """Every training once, in the order of the cells."""
@@ -141,7 +141,7 @@ class PaperRuns:
                 self._tried(f"merging {', '.join(merge.trainings)}", partial(self._merge, cell, merge))
                 self.made()
         if self._failures:
-            raise CommandFailed("; ".join(self._failures))
+            raise CommandFailed("; ".join(self._failures), min(self._failures.values()))
 
     def _tried(self, what: str, make: Callable[[], object], final: bool = True) -> None:
         """Make it; a command that fails is told, and remembered where it is not to be tried again."""
@@ -149,7 +149,7 @@ class PaperRuns:
             make()
         except CommandFailed as error:
             self.progress(f"failed, and the rest goes on: {what}: {error}")
-            self._failures += [f"{what}: {error}"] if final else []
+            self._failures |= {f"{what}: {error}": error.exit_code} if final else {}
 
     def _say(self, text: str) -> None:
         self._steps += 1

@@ -184,9 +184,9 @@ def test_what_fails_is_named_at_the_end_and_stops_only_what_needs_it(sources, mo
     columns = [{"label": "MRPC", "task": "mrpc"}, {"label": "SST-2", "task": "sst2"}]
     rows = [{"label": "no pruning"}] + [{"label": m, "method": m, "rate": 0.5} for m in ("magnitude", "dare")]
     words = ["reproduce", write_table(tmp_path, rows=rows, columns=columns), *sources]
-    assert main([*words, "--output", str(tmp_path / "out")]) != 0
+    assert main([*words, "--output", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr()
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("dpp reproduce: error")]
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("dpp reproduce: failed: ")]
     assert "training bert_mrpc" in line
     assert "by magnitude: sweep ended with code 1: no memory" in line
     made = {key for key, cell in cells(tmp_path / "out").items() if cell["measured"]}
