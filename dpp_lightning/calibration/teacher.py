@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,12 +209,10 @@ def _hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Ite
     def of(index: int) -> Callable[..., Any]:
         return lambda _module, _inputs, output: hook(index, output)
 
-    handles = [block.register_forward_hook(of(index), prepend=True) for index, block in enumerate(blocks)]
-    try:
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(of(index), prepend=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -224,12 +222,10 @@ def _given_constants(blocks: Sequence[nn.Module]) -> Iterator[None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         return _detached(args), _detached(kwargs)
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _detached(tree: Any) -> Any:

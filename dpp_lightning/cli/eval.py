@@ -16,7 +16,6 @@ import torch
 
 from dpp_lightning._version import __version__
 from dpp_lightning.cli.command import FunctionCommand, say
-from dpp_lightning.cli.device import usable_device
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.experiments.terminal_tables import Column, show_table
@@ -26,6 +25,7 @@ from dpp_lightning.storage.model_folder import copy_files, dense_side_files, sid
 from dpp_lightning.storage.output_file import check_output_file
 from dpp_lightning.storage.source_kind import check_delta, check_model
 from dpp_lightning.storage.tokenizer_files import check_vocabulary, read_tokenizer
+from dpp_lightning.tensors.devices import usable_device
 from dpp_lightning.tensors.names import canonical_names
 
 _SHOWN = 5

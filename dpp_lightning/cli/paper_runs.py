@@ -143,8 +143,8 @@ class PaperRuns:
         if self._failures:
             raise CommandFailed("; ".join(self._failures), min(self._failures.values()))
 
-    def _tried(self, what: str, make: Callable[[], object], final: bool = True) -> None:
-        """Make it; a command that fails is told, and remembered where it is not to be tried again."""
+    def _tried(self, what: str, make: Callable[[], object], *, final: bool = True) -> None:
+        """Make something; report a command that fails, and remember it unless it is to be tried again."""
         try:
             make()
         except CommandFailed as error:
@@ -218,10 +218,11 @@ class PaperRuns:
         Where a command fails, each of its methods is tried alone.
         """
         for methods, rates, seeds in self._missing_grids(sweep, rows):
-            what, together = f"pruning {sweep.training.key} by ", len(methods) > 1
-            for some in [methods, *([method] for method in methods)] if together else [methods]:
+            alone = [[method] for method in methods]
+            for some in [methods, *alone] if len(methods) > 1 else alone:
                 if not self._rows(sweep).issuperset(grid(some, rates, seeds)):
-                    self._tried(what + ", ".join(some), partial(self._prune, sweep, some, rates, seeds), len(some) == 1)
+                    what = f"pruning {sweep.training.key} by {', '.join(some)}"
+                    self._tried(what, partial(self._prune, sweep, some, rates, seeds), final=len(some) == 1)
             self.made()
 
     def _prune(self, sweep: Sweep, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dpp_lightning.cli.command import FunctionCommand, say
-from dpp_lightning.cli.device import usable_device
 from dpp_lightning.cli.exit_codes import TERMINATED
 from dpp_lightning.delta.checkpoint_base import check_checkpoint
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.serving.delta_service import Served
 from dpp_lightning.storage.byte_count import number_of_bytes
 from dpp_lightning.storage.source_kind import check_delta, check_model
+from dpp_lightning.tensors.devices import usable_device
 
 _ORDER = "dpp serve BASE NAME=DELTA"
 _PORTS = range(1024, 65536)  # those that LitServe takes

@@ -23,6 +23,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.calibration_batch import ModelClass, one_line, prepared, read_batch
 from dpp_lightning.storage.quiet_loading import without_load_report
+from dpp_lightning.tensors.devices import usable_device
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import named_tensors
 
@@ -69,7 +70,7 @@ class FileCalibration:
         samples = SAMPLES if samples is None else samples
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
-        self.device, self.streamed, self.data = _device(device), streamed, Path(data)
+        self.device, self.streamed, self.data = torch.device(usable_device(device)), streamed, Path(data)
         if not self.data.is_file():
             raise FileNotFoundError(f"{data}: no such calibration file")
         self.model_class = ModelClass.of(str(finetuned), revision)
@@ -176,18 +177,6 @@ class FileCalibration:
             return list(outputs.values())
         padding = Padding(mask != 0, to_frames=getattr(model, FROM_SAMPLES, None))
         return [_without_padding(output, name, padding) for name, output in outputs.items()]
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return torch.ones(1, device=name).cpu().to(name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here: {one_line(error)}") from error
 
 
 def compared_outputs(result: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def plot(options) -> None:
 
 
 def plot_texts(options, pyplot) -> None:
-    """Score and held-out loss over the number of calibration texts, a picture for each model, a line for each form."""
+    """Score over the number of calibration texts, a picture for each model, a line for each form."""
     lines = defaultdict(lambda: defaultdict(list))
     unpruned = {row["model"]: row["score"] for row in _rows(Path(options.output)) if row["form"] == "unpruned"}
     for row in _rows(Path(options.output)):

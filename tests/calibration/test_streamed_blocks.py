@@ -30,20 +30,21 @@ METHODS = {
 }
 
 
-def trained(name, method, stream):
+def trained(name, method, *, stream, device=DEVICE):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     base = {n: t.clone() for n, t in model.state_dict().items()}
     tuned = {n: t + 0.05 * torch.randn_like(t) for n, t in base.items()}
     if name == "vit":
-        pieces = [{"pixel_values": torch.randn(4, 3, 8, 8, dtype=DEVICE)} for _ in range(4)]
+        pieces = [{"pixel_values": torch.randn(4, 3, 8, 8, dtype=DEVICE).to(device)} for _ in range(4)]
     else:
-        pieces = [{"input_ids": torch.randint(5, 40, (4, 10))} for _ in range(4)]
+        ids = [torch.randint(5, 40, (4, 10)) for _ in range(4)]
+        pieces = [{"input_ids": some if device == DEVICE else some.to(device)} for some in ids]
     model.load_state_dict(tuned)
     if stream:
-        stream_blocks(model, blocks_in(model), DEVICE)
+        stream_blocks(model, blocks_in(model), device)
     else:
-        model.to(DEVICE)
+        model.to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         training = Distillation(model, pieces, lambda piece: model(**piece).logits, samples=16)
@@ -86,21 +87,7 @@ def test_a_pass_that_breaks_off_leaves_the_weights_where_they_were():
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu_too(name, method, monkeypatch):
     monkeypatch.setattr(f"{__name__}.DEVICE", torch.float32)
-    _, _, _, expected = trained(name, method, stream=False)
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    base = {n: t.clone() for n, t in model.state_dict().items()}
-    tuned = {n: t + 0.05 * torch.randn_like(t) for n, t in base.items()}
-    if name == "vit":
-        pieces = [{"pixel_values": torch.randn(4, 3, 8, 8).cuda()} for _ in range(4)]
-    else:
-        pieces = [{"input_ids": torch.randint(5, 40, (4, 10)).cuda()} for _ in range(4)]
-    model.load_state_dict(tuned)
-    stream_blocks(model, blocks_in(model), "cuda")
-    training = Distillation(model, pieces, lambda piece: model(**piece).logits, samples=16)
-    model.load_state_dict(base)
-    delta = PruningPlan.of(base, tuned, Scope()).draw(PruningSpec(method.split()[0], **METHODS[method]))
-    delta = delta.rescaled(1.0) if method.startswith("refit") else delta
-    _, tried = training.train(delta, TrainingSettings(25, 0.02, by_block=True))
-    assert [loss for _, loss in tried] == pytest.approx(expected, rel=1e-2)
+    _, _, _, expected = trained(name, method, stream=False, device="cpu")
+    model, _, _, losses = trained(name, method, stream=True, device="cuda")
+    assert losses == pytest.approx(expected, rel=1e-2)
     assert all(p.device.type == "cpu" for block in blocks_in(model) for p in block.parameters())

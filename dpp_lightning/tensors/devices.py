@@ -1,4 +1,4 @@
-"""The device that a command works on."""
+"""The device that a model runs on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def usable_device(device: str | None) -> str:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).cpu()  # which meta has not
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); try --device cpu") from error
     return device
