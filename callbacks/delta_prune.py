@@ -167,7 +167,7 @@ class DeltaPruneCallback(pl.Callback):
         outside: Literal["carry", "revert"] = "carry",
         carry: Sequence[str] = (),
         blocks: Sequence[str] = (),
-        dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"] | None = None,
         method_settings: dict[str, dict[str, str | float]] | None = None,
         apply: bool = False,
         ckpt: Literal["last", "best"] = "last",

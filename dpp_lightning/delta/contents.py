@@ -88,7 +88,7 @@ class DeltaInfo:
         base_first: the same over the first pruned tensor alone, so that streaming knows a wrong base at once.
         entries: number of entries of the whole fine-tuned model.
         dense_bytes: bytes of the whole fine-tuned model in its own dtype.
-        dtype: how the file holds the kept values (``int8`` and ``int4`` are float32 in memory); None as they are.
+        dtype: how the file holds the kept values (integers are float32 in memory); None as they are.
         factors_dtype: the same of the numbers of factors; None for float32.
         drawn_rate: the rate at which a seeded selection drew each tensor, where that is not the pruning rate: a method
             that leaves tensors out keeps more of the others.

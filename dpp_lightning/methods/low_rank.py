@@ -24,7 +24,7 @@ from dpp_lightning.tensors.factors import Factors, matrix_shape, stored_numbers
 from dpp_lightning.tensors.finite import is_finite
 
 Spread = Literal["auto", "even", "energy"]
-FactorsDtype = Literal["int4", "int8", "bfloat16", "float16", "float32"]
+FactorsDtype = Literal["int2", "int3", "int4", "int8", "bfloat16", "float16", "float32"]
 
 FACTORS_DTYPE = "int4"
 DAMPING = 0.5  # of a sampled rest: sampling is unbiased and noisy, the product has what is large

@@ -19,7 +19,7 @@ class PruningSpec:
         method: a name of ``METHODS``.
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: of the random selections, an integer >= 0.
-        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8 or int4; None for the method's
+        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; None for the method's
             own. For most methods that is the fine-tuned dtype, at most 32 bits, and where nothing is dropped one that
             is wide enough for base plus delta to be the fine-tuned model bit for bit: float32 for models of 16 bits,
             float64 for others.

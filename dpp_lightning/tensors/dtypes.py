@@ -13,9 +13,15 @@ FLOATS = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-INTEGERS = {"int8": (127, 128), "int4": (7, 32)}  # largest magnitude, entries that share a scale
+INTEGERS = {  # largest magnitude, entries that share a scale
+    "int8": (127, 128),
+    "int4": (7, 32),
+    "int3": (3, 128),
+    "int2": (2, 128),
+}
+_LEAST_SCALE = torch.finfo(torch.bfloat16).smallest_normal  # below it scales lose their precision: 0 is nearer
 # a delta file stores a dtype by its index in this tuple: append, never reorder
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64", "int3", "int2")
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -38,7 +44,7 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
         name: the tensor's name, for the message.
 
     Returns:
-        Values of shape (kept,) in the float dtype; for int8 and int4 the nearest values on their grid, in float32.
+        Values of shape (kept,) in the float dtype; for integers the nearest values on their grid, in float32.
 
     Raises:
         ValueError: a value is not finite after the cast, for example 1e5 in float16.
@@ -65,7 +71,7 @@ def exact_dtype(dtype: torch.dtype) -> str:
 
 
 def fake_quantize(values: Tensor, dtype: str) -> Tensor:
-    """The nearest values on the grid of ``int8`` or ``int4``, as float32 of the same shape (kept,)."""
+    """The values that a file of an integer dtype holds, as float32 of the same shape (kept,); see :func:`quantize`."""
     integers, scales = quantize(values, dtype)
     return dequantize(integers, scales, dtype)
 
@@ -73,18 +79,24 @@ def fake_quantize(values: Tensor, dtype: str) -> Tensor:
 def quantize(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """One tensor's values as integers with a scale for each group of consecutive values.
 
+    The largest magnitude of a group is its scale times the largest integer, and the others are rounded to the nearest
+    multiple of the scale. Coded near their entropy, the integers of normally distributed values take 3.9 bits each in
+    ``int4``, 2.3 in ``int3`` and 1.8 in ``int2``, with a mean squared error of 1, 7 and 15 % of their variance.
+
     Quantizing dequantized values again gives the same integers and scales.
 
     Args:
         values: shape (kept,), any float dtype.
-        dtype: ``int8`` or ``int4``.
+        dtype: a key of ``INTEGERS``.
 
     Returns:
-        Integers of shape (kept,) in int8, for ``int4`` in [-7, 7]; scales of shape (groups,) in bfloat16.
+        Integers of shape (kept,) in int8, from minus the dtype's largest magnitude to it; scales of shape (groups,) in
+        bfloat16.
     """
     largest, group_size = INTEGERS[dtype]
     rows = torch.nn.functional.pad(values.float(), (0, -values.numel() % group_size)).view(-1, group_size)
     scales = (rows.abs().amax(1) / largest).bfloat16() if rows.numel() else values.new_empty(0, dtype=torch.bfloat16)
+    scales = torch.where(scales < _LEAST_SCALE, 0, scales)  # NaN stays
     divisor = torch.where(scales == 0, 1, scales.float())
     integers = torch.round(rows / divisor[:, None]).clamp(-largest, largest).to(torch.int8)
     return integers.view(-1)[: values.numel()], scales

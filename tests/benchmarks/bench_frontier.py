@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--dense_bytes", type=float, default=90.9e6)
     parser.add_argument("--picture")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     {"run": run, "table": table, "plot": plot}[options.command](options)
 
 

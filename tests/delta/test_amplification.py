@@ -86,7 +86,7 @@ def test_tensors_of_more_entries_than_the_model_are_refused_before_anything_is_d
         delta.with_changes(entries=3).to_bytes()
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4", "float64"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4", "int2", "float64"])
 @pytest.mark.parametrize("positions", ["seed", "index"])
 def test_a_delta_of_equal_values_is_written_so_that_it_can_be_read(dtype, positions):
     """It compresses to nothing; streams are stored as they are where the bound would be passed."""

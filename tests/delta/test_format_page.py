@@ -61,7 +61,7 @@ def test_the_golden_files_are_read_from_the_page_alone(folder):
     assert len(GOLDEN) == 5
 
 
-ALL_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int4", None)
+ALL_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int4", "int3", "int2", None)
 CODINGS = [
     ("dare", 0.9, "seed", ALL_DTYPES),
     ("dare", 0.3, "seed", ("float32",)),  # the sampler draws what is dropped

@@ -67,7 +67,7 @@ CONFIG_FAULTS = [
     *({key: "a\nb"} for key in ("base_name", "base_revision", "base_fingerprint", "prefix")),
     *({key: [1]} for key in ("base_name", "base_fingerprint", "scope", "settings", "training", "prefix")),
     *({key: 3} for key in ("base_check", "base_first", "absent_files")),
-    *({"factors_dtype": value} for value in ("int2", 3, ["int4"])),
+    *({"factors_dtype": value} for value in ("int5", 3, ["int4"])),
     *({"drawn_rate": value} for value in (1, -0.1, "0.9", True, NAN, HUGE, [0.9])),
     {"training": {"a": {"b": 1}}},
     {"training": {"split": "a\x1b[2J"}},

@@ -73,7 +73,7 @@ def test_a_merge_of_folders_is_that_in_memory_and_applies_to_its_base_alone(tmp_
         merge(base, deltas)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127), ("int4", 1 / 7)])
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127), ("int4", 1 / 7), ("int2", 1 / 2)])
 def test_the_dtype_of_a_merge_holds_for_factors(tmp_path, dtype, error):
     base, deltas = three()
     (tmp_path / "base").mkdir()

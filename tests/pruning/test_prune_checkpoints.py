@@ -325,7 +325,7 @@ def test_q_is_searched_on_a_text_or_a_batch(tmp_path, capsys):
         (["--carry", "nothing.*"], "matches none"),
         (["--calibration", "x.txt"], "nothing to calibrate"),
         (["--q", "0"], "finite number above 0"),
-        (["--dtype", "int3"], "--dtype int3 is not one of .*: did you mean int8"),
+        (["--dtype", "int5"], "--dtype int5 is not one of .*: did you mean int"),
         (["--method", "importance", "--dtype", "int8"], "weighs"),
     ],
 )

@@ -19,9 +19,9 @@ import zstandard
 
 MASK64 = (1 << 64) - 1
 BLOCK = 1 << 22
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "float64", "int3", "int2")
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-GROUP = {"int8": 128, "int4": 32}
+GROUP = {"int8": 128, "int4": 32, "int3": 128, "int2": 128}
 STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "<u1", "I64": "<i8"}
 
 
@@ -250,7 +250,7 @@ def decode_values(dtype: str, form: int, groups: list[int], streams: Streams) ->
     if dtype in GROUP:
         assert form == 0
         integers = streams.next().view(np.int8)
-        if dtype == "int4":
+        if dtype != "int8":
             halves = [half for byte in integers.view(np.uint8).tolist() for half in (byte % 16, byte // 16)]
             integers = np.array([half - 16 if half > 7 else half for half in halves[: sum(groups)]], dtype=np.int8)
         scales = bfloat16(streams.planes(2)).tolist()

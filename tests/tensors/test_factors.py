@@ -45,7 +45,7 @@ def test_a_vector_is_held_whole():
     assert torch.equal(Factors.from_stored((7,), 1, part.stored()).product(), values)
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [("int4", 14), ("int8", 254)])
+@pytest.mark.parametrize(("dtype", "steps"), [("int2", 4), ("int3", 6), ("int4", 14), ("int8", 254)])
 def test_rounding_is_within_half_a_step_and_does_nothing_twice(dtype, steps):
     part = factors(64, 96, 2)
     rounded = part.rounded(dtype)

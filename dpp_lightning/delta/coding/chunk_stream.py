@@ -42,7 +42,7 @@ class ChunkWriter:
     Args:
         sink: where the chunks go.
         seeded: positions follow from the seed and are not stored.
-        dtype: ``int8`` or ``int4`` to store values so; otherwise each tensor's own dtype is kept.
+        dtype: an integer dtype to store values so; otherwise each tensor's own dtype is kept.
         least: kept entries that a chunk has at least, but for the last; None for what suits the positions.
 
     Attributes:

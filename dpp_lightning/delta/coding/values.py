@@ -3,7 +3,8 @@
 A float is rotated left by one bit, which brings its exponent into bytes of its own, and cut into planes: the exponents
 of a delta's values lie close together, so the first plane goes into few bits, the others are stored as they are.
 ``signs``: where most values of a tensor share one magnitude (as after importance sampling) it is stored once, with one
-bit a value, and the others beside it in full; lossless. Integers are 8 or 4 bits with one bfloat16 scale per group.
+bit a value, and the others beside it in full; lossless. Integers are bytes or halves of bytes, with one bfloat16 scale
+per group; the entropy coder makes few bits of the smaller ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dpp_lightning.tensors.finite import is_finite
 UnsignedArray = npt.NDArray[Any]  # of unsigned integers as wide as the floats
 
 
+_HALVES = {name for name, (largest, _) in INTEGERS.items() if largest < 8}  # of a byte
 PLANES, SIGNS = 0, 1  # forms of the float types; integers have one form
 _SAMPLE = 127  # values that are looked at to find a tensor's usual magnitude
 _EQUAL_SHARE = 0.5  # of the values must have their tensor's usual magnitude for the form with signs
@@ -33,7 +35,7 @@ def encode_values(values: list[Tensor], dtype: str) -> tuple[int, list[ByteArray
     if dtype in INTEGERS:
         quantized = [quantize(v, dtype) for v in values]
         integers, scales = (torch.cat(tensors) for tensors in zip(*quantized, strict=True))
-        held = _nibbles(integers) if dtype == "int4" else integers.numpy().view(np.uint8)
+        held = _nibbles(integers) if dtype in _HALVES else integers.numpy().view(np.uint8)
         return PLANES, [held, *_planes(_bits(scales))]
     together = _bits(torch.cat(values))
     magnitude = (1 << (8 * together.itemsize - 1)) - 1
@@ -66,9 +68,9 @@ def decode_values(dtype: str, form: int, streams: list[ByteArray], counts: list[
     """
     kept = sum(counts)
     if dtype in INTEGERS and form == PLANES:
-        stored = (kept + 1) // 2 if dtype == "int4" else kept
+        stored = (kept + 1) // 2 if dtype in _HALVES else kept
         _check_lengths(streams, [stored, *[sum(-(-c // INTEGERS[dtype][1]) for c in counts)] * 2])
-        held = _from_nibbles(streams[0], kept) if dtype == "int4" else streams[0].copy().view(np.int8)
+        held = _from_nibbles(streams[0], kept) if dtype in _HALVES else streams[0].copy().view(np.int8)
         integers = torch.from_numpy(held)
         if kept and not -INTEGERS[dtype][0] <= int(integers.min()) <= int(integers.max()) <= INTEGERS[dtype][0]:
             raise ValueError(f"values of {dtype} beyond {INTEGERS[dtype][0]}")
@@ -101,7 +103,7 @@ def _from_nibbles(stored: ByteArray, count: int) -> npt.NDArray[np.int8]:
     halves = np.empty(2 * len(stored), dtype=np.uint8)
     halves[::2], halves[1::2] = stored & 15, stored >> 4
     if halves[count:].any():
-        raise ValueError("half a byte behind the last value of int4 that is not 0")
+        raise ValueError("half a byte behind the last value that is not 0")
     return ((halves[:count] ^ 8).astype(np.int16) - 8).astype(np.int8)
 
 
