@@ -139,7 +139,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "pruning_rate": (int, float), "q": (int, float), "seed": int, "seeded": bool, "entries": int, "dense_bytes": int,
     "base_name": (str, type(None)), "base_revision": (str, type(None)), "dtype": (str, type(None)), "scope": dict,
     "settings": dict, "absent_files": (list, tuple), "factors_dtype": (str, type(None)),
-    "drawn_rate": (int, float, type(None)), "training": dict,
+    "drawn_rate": (int, float, type(None)), "rest": bool, "training": dict,
 }  # fmt: skip
 
 

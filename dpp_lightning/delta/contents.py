@@ -92,6 +92,7 @@ class DeltaInfo:
         factors_dtype: the same of the numbers of factors; None for float32.
         drawn_rate: the rate at which a seeded selection drew each tensor, where that is not the pruning rate: a method
             that leaves tensors out keeps more of the others.
+        rest: a seeded selection draws from tensors with factors too, what their product leaves.
         training: what was trained of the values, for the card; empty where nothing was.
         scope: the scope settings, as plain values.
         settings: the method's own settings.
@@ -117,6 +118,7 @@ class DeltaInfo:
     dtype: str | None = None
     factors_dtype: str | None = None
     drawn_rate: float | None = None
+    rest: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     scope: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)

@@ -62,6 +62,7 @@ def save_folder(
             seeded=seeded,
             dtype=saved.info().dtype,
             factors_dtype=saved.info().factors_dtype,
+            rest=saved.info().rest,
             side_files=side_files,
             scores=scores,
             reference_scores=reference_scores,
@@ -76,6 +77,7 @@ def write_files(
     seeded: bool,
     dtype: str | None,
     factors_dtype: str | None = None,
+    rest: bool = False,
     side_files: Mapping[str, Path | bytes | None] | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
@@ -86,7 +88,7 @@ def write_files(
         folder: exists; the caller makes it appear whole.
         contents: its description is asked for when all tensors have been read.
         seeded: store no positions, as they follow from the seed.
-        dtype, factors_dtype: as of ``DeltaInfo``.
+        dtype, factors_dtype, rest: as of ``DeltaInfo``.
         side_files, scores, reference_scores: as for
             :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
 
@@ -97,7 +99,9 @@ def write_files(
     copy_files(side_files or {}, folder)
     absent = tuple(sorted(name for name, content in (side_files or {}).items() if content is None))
     with (folder / MODEL_FILE).open("wb") as file:
-        table, checksum = write_model(file, contents, seeded=seeded, dtype=dtype, factors_dtype=factors_dtype)
+        table, checksum = write_model(
+            file, contents, seeded=seeded, dtype=dtype, factors_dtype=factors_dtype, rest=rest
+        )
     info = replace(contents.info(), absent_files=absent)
     (folder / CONFIG_FILE).write_bytes(write_config(info, seeded=seeded, model_checksum=checksum))
     _write_card(folder, info, table, {**contents.carried, **contents.new_rows}, scores, reference_scores)
@@ -138,7 +142,8 @@ def encode(
     """
     saved, seeded = _as_saved(contents, dtype, positions)
     file, info = BytesIO(), replace(saved.info(), absent_files=())
-    _, checksum = write_model(file, saved, seeded=seeded, dtype=info.dtype, factors_dtype=info.factors_dtype)
+    held = {"dtype": info.dtype, "factors_dtype": info.factors_dtype, "rest": info.rest}
+    _, checksum = write_model(file, saved, seeded=seeded, **held)
     return file.getvalue(), write_config(info, seeded=seeded, model_checksum=checksum)
 
 

@@ -24,7 +24,13 @@ _COPY_BYTES = 1 << 22
 
 
 def write_model(
-    file: BinaryIO, contents: DeltaContents, *, seeded: bool, dtype: str | None, factors_dtype: str | None
+    file: BinaryIO,
+    contents: DeltaContents,
+    *,
+    seeded: bool,
+    dtype: str | None,
+    factors_dtype: str | None,
+    rest: bool = False,
 ) -> tuple[TensorTable, str]:
     """Write ``delta_model.safetensors`` in bounded memory.
 
@@ -32,7 +38,7 @@ def write_model(
         file: open for writing bytes.
         contents: its description is asked for when all tensors have been read.
         seeded: store no positions, as they follow from the seed.
-        dtype, factors_dtype: as of ``DeltaInfo``.
+        dtype, factors_dtype, rest: as of ``DeltaInfo``.
 
     Returns:
         The table and the checksum of the file.
@@ -47,7 +53,7 @@ def write_model(
         SpooledTemporaryFile(max_size=_SPILL_BYTES, dir=spill_folder) as factors,
     ):
         with (
-            ChunkWriter(cast(BinaryIO, kept), seeded=seeded, dtype=dtype) as chunks,
+            ChunkWriter(cast(BinaryIO, kept), seeded=seeded, dtype=dtype, rest=rest) as chunks,
             FactorWriter(cast(BinaryIO, factors), factors_dtype) as products,
         ):
             table = _chunked(contents, chunks, products)

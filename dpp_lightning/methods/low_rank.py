@@ -17,17 +17,16 @@ from torch import Tensor
 from dpp_lightning.methods import training
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.kept_entries import KeptEntries
-from dpp_lightning.methods.selections import importance
 from dpp_lightning.methods.tensor_pair import TensorPair
-from dpp_lightning.sampling.sampler import exact_rate
+from dpp_lightning.sampling.sampler import exact_rate, kept_positions_of
 from dpp_lightning.tensors.factors import Factors, matrix_shape, stored_numbers
 from dpp_lightning.tensors.finite import is_finite
 
 Spread = Literal["auto", "even", "energy"]
 FactorsDtype = Literal["int2", "int3", "int4", "int8", "bfloat16", "float16", "float32"]
 
-FACTORS_DTYPE = "int4"
-DAMPING = 0.5  # of a sampled rest: sampling is unbiased and noisy, the product has what is large
+FACTORS_DTYPE, REST_DTYPE = "int3", "int2"
+DAMPING = 0.75  # of a sampled rest: sampling is unbiased and noisy, the product has what is large
 _SPREAD_BELOW = 4  # even ranks from which spreading them by singular values gains nothing
 _MOST_TIMES = 4  # the even rank that one map may have where ranks are spread
 _EXACT_SIDE = 1024  # larger maps are decomposed by a randomised range finder (Halko, Martinsson and Tropp 2011)
@@ -44,7 +43,7 @@ def low_rank(
     spread: Spread = "auto",
     rest: float = 1.0,
     damping: float = DAMPING,
-    factors_dtype: FactorsDtype = "int4",
+    factors_dtype: FactorsDtype = "int3",
 ) -> Iterator[KeptEntries]:
     """Keep the largest directions of every map, tensors of one column whole, and a sample of the rest if asked for.
 
@@ -55,8 +54,8 @@ def low_rank(
         rank: directions of every map, or as many in the mean; 0 goes by the rate.
         spread: ``even`` gives every map the same rank; ``energy`` the same numbers to the directions with the largest
             squared singular value per number; ``auto`` is ``energy`` below rank 4.
-        rest: fraction of the maps' entries dropped of what the product leaves, in (0, 1]; the others are sampled by
-            ``importance``. 1 for none.
+        rest: fraction of the maps' entries dropped of what the product leaves, in (0, 1]; the others are drawn as those
+            of ``dare``, so that no positions are stored. 1 for none.
         damping: what the sampled rest is multiplied by.
         factors_dtype: how the file holds the factors.
 
@@ -86,14 +85,20 @@ def with_rest(
         seed, rest, damping: as for :func:`low_rank`.
     """
     nothing = torch.empty(0, dtype=torch.int64)
-    left = [replace(p, factors=f) for p, f in zip(pairs, rounded, strict=True) if not f.is_whole]
-    sampled = importance(left, rest, seed) if rest < 1 else iter(())
-    for part in factors:
-        kept = next(sampled) if rest < 1 and not part.is_whole else None
-        if kept is None or kept.values is None:
+    maps = [(pair.name, pair.numel) for pair, part in zip(pairs, factors, strict=True) if not part.is_whole]
+    drawn = kept_positions_of(maps, rest, seed) if rest < 1 else iter(())
+    for pair, part, held in zip(pairs, factors, rounded, strict=True):
+        if rest == 1 or part.is_whole:
             yield KeptEntries(nothing, torch.empty(0), part)
         else:
-            yield KeptEntries(kept.positions, kept.values * (damping / float(1 - exact_rate(rest))), part)
+            positions = torch.from_numpy(next(drawn))
+            values = replace(pair, factors=held).delta_at(positions)
+            yield KeptEntries(positions, values * (damping / float(1 - exact_rate(rest))), part)
+
+
+def rest_of(settings: Mapping[str, Any]) -> float:
+    """The rate at which what the product leaves is drawn; settings of :func:`low_rank`."""
+    return float(settings.get("rest", 1.0))
 
 
 def verify(settings: Mapping[str, Any]) -> None:

@@ -19,10 +19,10 @@ class PruningSpec:
         method: a name of ``METHODS``.
         pruning_rate: fraction of the delta that is dropped, in [0, 1).
         seed: of the random selections, an integer >= 0.
-        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; None for the method's
-            own. For most methods that is the fine-tuned dtype, at most 32 bits, and where nothing is dropped one that
-            is wide enough for base plus delta to be the fine-tuned model bit for bit: float32 for models of 16 bits,
-            float64 for others.
+        dtype: how the kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; None for the
+            method's own. For most methods that is the fine-tuned dtype, at most 32 bits, and where nothing is dropped
+            one that is wide enough for base plus delta to be the fine-tuned model bit for bit: float32 for models of 16
+            bits, float64 for others.
         q: what kept values are divided by, given by hand; None for the method's own.
         method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.
 
@@ -61,6 +61,16 @@ class PruningSpec:
     def fit(self) -> Fit | None:
         """What is to be found on calibration data; None where nothing is: q is given, or no entry is dropped."""
         return self.row.fit if self.q is None and self.pruning_rate > 0 else None
+
+    @property
+    def rest(self) -> float:
+        """The rate at which a seed draws what the method's factors leave; 1 where it draws nothing."""
+        return 1.0 if self.row.rest is None else self.row.rest(self.method_settings)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the kept positions follow from the seed and the tensors' names, so that a file need not store them."""
+        return self.row.seeded or self.rest < 1
 
     @property
     def needs_inputs(self) -> bool:

@@ -97,6 +97,8 @@ class Method:
             settings; its whole budget goes to those, and the others get the base's values. None covers all.
         numbers: how many numbers the method keeps of the tensors that it covers, given their shapes, the rate among
             them, and the settings; None where the rate says it.
+        rest: the rate at which the method draws, by the sampler, what its factors leave of their tensors, given the
+            settings; 1 draws nothing. None for a method without.
         dtype: of the kept values where none is asked for; None for the fine-tuned dtype.
         factors_dtype: of the numbers of factors, for a method that has them, unless the settings have another.
         verify: refuses settings that are out of their range by a ValueError.
@@ -114,6 +116,7 @@ class Method:
     by_blocks: bool = False
     covers: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None = None
     numbers: Callable[[Sequence[tuple[int, ...]], float, Mapping[str, Any]], float] | None = None
+    rest: Callable[[Mapping[str, Any]], float] | None = None
     dtype: str | None = None
     factors_dtype: str | None = None
     verify: Callable[[Mapping[str, Any]], None] | None = None
@@ -290,8 +293,8 @@ METHODS = MethodTable({
     ),
     "lowrank": Method(
         low_rank.low_rank, rescaling.no_rescaling, *_ECKART, fit=_FACTORS, covers=_maps_and_vectors,
-        numbers=low_rank.numbers_kept, dtype="bfloat16", factors_dtype=low_rank.FACTORS_DTYPE,
-        verify=low_rank.verify,
+        numbers=low_rank.numbers_kept, rest=low_rank.rest_of, dtype=low_rank.REST_DTYPE,
+        factors_dtype=low_rank.FACTORS_DTYPE, verify=low_rank.verify,
     ),
     "auto": Method(
         selections.of_auto, rescaling.no_rescaling, *_OURS, fit=_CHOICE, verify=selections.verify_limits

@@ -115,6 +115,14 @@ class TensorPair:
         """theta - theta_0, less the product of the factors: the whole tensor, float32 on the CPU, of its shape."""
         return self._reader()(slice(0, self.numel)).view(self.shape)
 
+    def delta_at(self, positions: Tensor) -> Tensor:
+        """theta - theta_0, less the product of the factors, at sorted flat positions: float32, shape (positions,)."""
+        found = [torch.empty(0)]
+        for start, delta in self.deltas():
+            first, last = torch.searchsorted(positions, torch.tensor([start, start + len(delta)])).tolist()
+            found.append(delta[positions[first:last] - start])
+        return torch.cat(found)
+
     def scores(self, kind: str = "magnitude") -> Iterator[tuple[int, Tensor, Tensor]]:
         """Blocks of deltas with their scores: first flat position, delta, score >= 0, both float32.
 

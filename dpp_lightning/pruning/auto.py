@@ -17,7 +17,9 @@ from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.pruning.plan import PruningPlan
 
-_BITS = {"refit": 4.6, "lowrank": 4.6, "importance": 9.0, "dare": 12.0}  # a kept number, to begin with
+_IMPORTANCE_BITS = 9.0  # a kept entry, to begin with
+_BITS = {"int2": 2.0, "int4": 4.6}  # a trained value, or a number of a factor
+_MANY = 0.5  # of the entries: below it more numbers of few bits are better than fewer that are finer
 _TRIES = 8  # of a rate, until its bytes are at most those wanted and nearly as many
 _FITS = 3  # of a form, until the fitted one is within the bytes too
 _NEAR, _AIM = 0.95, 0.98  # of the bytes: a larger delta would hardly be better
@@ -133,17 +135,22 @@ class _Search:
     def _spec(self, method: str, size: float, **settings: Any) -> PruningSpec:
         """A method at the rate that takes about that many bytes."""
         in_scope = sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
-        rate = max(0.0, 1 - max(size, 1.0) * 8 / _BITS[method] / in_scope)
+        few = "int2" if size * 8 / _BITS["int2"] < _MANY * in_scope else "int4"
+        bits = _IMPORTANCE_BITS if method == "importance" else _BITS[few]
+        rate = max(0.0, 1 - max(size, 1.0) * 8 / bits / in_scope)
         known = METHODS[method].settings
         settings |= {name: value for name, value in self.spec.method_settings.items() if name in known}  # of training
-        return PruningSpec(method, round(rate, 9), self.spec.seed, method_settings=settings)
+        if "factors_dtype" in known:
+            settings["factors_dtype"] = few
+        dtype = few if method == "refit" else None
+        return PruningSpec(method, round(rate, 9), self.spec.seed, dtype, method_settings=settings)
 
     def _with_rest(self, size: float) -> PruningSpec:
         """Half of the bytes for factors, half for a sampled rest."""
         factors = self._spec("lowrank", size / 2)
         covered = self.plan.covering(factors)
         of_maps = sum(pair.numel for pair in covered.pairs if len(pair.shape) > 1)
-        rest = 1 - size / 2 * 8 / _BITS["importance"] / of_maps
+        rest = 1 - size / 2 * 8 / _BITS["int2"] / of_maps
         if not 0 < rest < 1:
             raise ValueError("the rest would be all entries")
         return replace(factors, method_settings={**factors.method_settings, "rest": round(rest, 9)})

@@ -411,13 +411,14 @@ class PruningPlan:
     def info(self, spec: PruningSpec, check: EntriesHash, *, final: bool = False) -> DeltaInfo:
         """What the delta says of itself, given the hash of the base's values where it changes; ``final`` as for
         :meth:`stream`."""
-        drawn_rate = self.drawn_rate(spec)
+        rate = self.rate_of(spec)
+        drawn_rate = spec.rest if spec.rest < 1 else self.drawn_rate(spec)
         return DeltaInfo(
             method=spec.method,
-            pruning_rate=self.rate_of(spec),
+            pruning_rate=rate,
             seed=spec.seed,
             q=spec.row.rescale(spec.pruning_rate),
-            seeded=spec.row.seeded,
+            seeded=spec.seeded,
             base_name=self.base_name and printable(self.base_name),
             base_revision=self.base_revision,
             base_fingerprint=self.fingerprint,
@@ -427,7 +428,8 @@ class PruningPlan:
             dense_bytes=total_bytes(self.finetuned),
             dtype=spec.dtype if final else spec.drawn_dtype,
             factors_dtype=spec.factors_dtype if final else None,
-            drawn_rate=drawn_rate if spec.row.seeded and drawn_rate != spec.pruning_rate else None,
+            drawn_rate=drawn_rate if spec.seeded and drawn_rate != rate else None,
+            rest=spec.rest < 1,
             scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
             settings=dict(spec.method_settings),
             reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),

@@ -125,9 +125,10 @@ def _stream(
     write_files(
         folder,
         contents,
-        seeded=spec.row.seeded,
+        seeded=spec.seeded,
         dtype=spec.dtype,
         factors_dtype=spec.factors_dtype,
+        rest=spec.rest < 1,
         side_files=beside,
     )
 

@@ -30,20 +30,27 @@ from dpp_lightning.tasks.glue.task_table import TASKS
 
 DATA_FREE = {
     "dare": [{"pruning_rate": rate} for rate in (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)],
+    "dare, int2": [
+        {"method": "dare", "pruning_rate": rate, "dtype": "int2"} for rate in (0.9, 0.95, 0.98, 0.99, 0.995)
+    ],
     "magnitude": [{"pruning_rate": rate} for rate in (0.98, 0.99, 0.995, 0.998, 0.999)],
     "importance": [{"pruning_rate": rate, "q": 1 - rate} for rate in (0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)],
     "lowrank": [{"settings": [f"rank={rank}"]} for rank in (1, 2, 3, 4, 6, 8, 16)],
     "lowrank and a rest": [
         {"method": "lowrank", "settings": [f"rank={rank}", f"rest={rest}"]}
-        for rank, rest in ((2, 0.998), (4, 0.998), (4, 0.995), (4, 0.99), (4, 0.98))
+        for rank, rest in ((2, 0.97), (4, 0.97), (4, 0.94), (4, 0.9))
     ],
 }
 WITH_TEXTS = {
     "darex-q": [{"pruning_rate": rate} for rate in (0.99, 0.998, 0.999)],
     "importance, q found": [{"method": "importance", "pruning_rate": rate} for rate in (0.99, 0.998, 0.999, 0.9995)],
     "refit": [{"pruning_rate": rate} for rate in (0.9995, 0.999, 0.998, 0.995)],
-    "lowrank, trained": [{"method": "lowrank", "pruning_rate": 0.9985}]
-    + [{"method": "lowrank", "settings": [f"rank={rank}"]} for rank in (1, 2, 4)],
+    "refit, int2": [
+        {"method": "refit", "pruning_rate": rate, "dtype": "int2"} for rate in (0.9995, 0.999, 0.998, 0.995)
+    ],
+    "lowrank, trained": [
+        {"method": "lowrank", "settings": [f"rank={rank}", "factors_dtype=int2"]} for rank in (1, 2, 4, 8)
+    ],
     "auto": [{"max_bytes": size} for size in ("30kB", "50kB", "110kB", "240kB")],
 }
 FORMS = DATA_FREE | WITH_TEXTS

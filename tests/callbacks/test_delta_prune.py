@@ -217,7 +217,7 @@ def test_forward_fn_and_output_layer(tmp_path):
         ({"seeds": -1}, "mask seed"),
         ({"mode": "best"}, "mode must be"),
         ({"objective": "labels"}, "objective must be"),
-        ({"dtype": "int2"}, "dtype must be"),
+        ({"dtype": "int5"}, "dtype must be"),
         ({"method": "importance", "dtype": "int4"}, "importance weighs the kept values"),
         ({"method_settings": {"magnitude": {"budget": "model"}}}, "not among the methods"),
         ({"method": "magnitude", "method_settings": {"magnitude": {"budget": "layer"}}}, "budget must be one of"),

@@ -20,6 +20,7 @@ from dpp_lightning.tensors.names import canonical_tensors
 KINDS = {
     "ranked": {"method": "magnitude"},
     "seeded": {"method": "dare", "drawn_rate": 0.8, "dtype": "bfloat16"},
+    "a drawn rest": {"method": "dare", "drawn_rate": 0.8, "rest": True, "dtype": "int2", "factors_dtype": "int3"},
     "integers": {"method": "magnitude", "dtype": "int8", "factors_dtype": "int4"},
 }
 

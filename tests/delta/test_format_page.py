@@ -80,8 +80,8 @@ def test_factors_are_read_from_the_page_alone(tmp_path, monkeypatch, factors_dty
     if kept_in_a_chunk:
         for limit in ("CHUNK_KEPT", "CHUNK_LEAST"):
             monkeypatch.setattr(f"dpp_lightning.delta.coding.chunk_stream.{limit}", kept_in_a_chunk)
-    for method, drawn_rate in (("magnitude", None), ("dare", 0.8)):
-        _, delta = factored_pair(method, drawn_rate=drawn_rate, factors_dtype=factors_dtype)
+    for method, drawn_rate, rest in (("magnitude", None, False), ("dare", 0.8, False), ("dare", 0.8, True)):
+        _, delta = factored_pair(method, drawn_rate=drawn_rate, rest=rest, factors_dtype=factors_dtype)
         for positions in ("seed", "index") if method == "dare" else ("index",):
             read = format_reader.read_delta(delta.save_pretrained(tmp_path / "delta", positions=positions))
             same(delta, read)
@@ -150,7 +150,7 @@ def test_the_pages_example_of_the_sampler():
 
 
 UNUSUAL = {
-    "base_name": "a/b", "base_revision": "c", "dtype": "bfloat16", "factors_dtype": "int4", "drawn_rate": 0.8,
+    "base_name": "a/b", "base_revision": "c", "dtype": "bfloat16", "factors_dtype": "int4", "drawn_rate": 0.8, "rest": True,
     "training": {"texts": 8}, "scope": {"kind": "all"}, "settings": {"a": 1}, "prefix": "bert.",
 }  # fmt: skip
 

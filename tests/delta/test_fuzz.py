@@ -63,13 +63,13 @@ ODD_VALUES = [
     {},
     {"a": [1]},
 ]
-FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded", "factors_dtype", "drawn_rate"]
+FIELDS = ["tensors", "pruning_rate", "seed", "dtype", "q", "positions", "seeded", "factors_dtype", "drawn_rate", "rest"]
 
 
 def mutated_chunks(kind, name, other_kind, rng):
     """The chunk of a small delta with other bytes, other numbers in a head, or another stream behind the compression."""
     blob = bytearray(chunks_of(kind, name))
-    seeded = name == "kept" and kind in ("seeded", "dense", "seeded factors")
+    seeded = name == "kept" and kind in ("seeded", "dense", "seeded factors", "factors and a drawn rest")
     head = read_head(np.frombuffer(blob, dtype=np.uint8), 0, 1 << 40, seeded=seeded)
     choice = rng.randrange(4)
     if choice == 0 or not head.streams:

@@ -226,7 +226,7 @@ def test_overflow_is_refused_before_anything_is_written():
         ({"pruning_rate": 1.0}, r"\[0, 1\)"),
         ({"seed": -1}, "mask seed"),
         ({"carry": ["nothing.*"]}, "matches none"),
-        ({"dtype": "int2"}, "dtype"),
+        ({"dtype": "int5"}, "dtype"),
         ({"budget": "model"}, "unknown method setting"),
         ({"method": "magnitude", "budget": "layer"}, "budget must be one of"),
         ({"method": "importance", "dtype": "int4"}, "weighs"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpp_lightning import prune
+from dpp_lightning import SparseDelta, prune
 from dpp_lightning.methods import low_rank
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.low_rank import decompose, mean_shift, numbers_kept, ranks_of
@@ -110,7 +110,7 @@ def test_the_rate_counts_the_numbers_of_the_factors():
         ({"rank": 1.5}, "rank must be a whole number"),
         ({"rest": 0.0}, "rest must be"),
         ({"damping": 2.0}, "damping must be"),
-        ({"factors_dtype": "int2"}, "factors_dtype must be one of"),
+        ({"factors_dtype": "int5"}, "factors_dtype must be one of"),
         ({"pruning_rate": 0.9999}, "leaves fewer numbers than biases"),
     ],
 )
@@ -157,7 +157,7 @@ def test_maps_have_factors_vectors_are_whole_and_embeddings_stay_the_bases():
 
 def test_the_rest_is_a_sample_of_what_the_product_leaves():
     base, finetuned = two_models()
-    one = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", seed=1)
+    one = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", factors_dtype="float32", seed=1)
     left = {n: finetuned.state_dict()[n] - base.state_dict()[n] - t.factors.product().view(t.shape)
             for n, t in one.tensors.items()}  # fmt: skip
     kept = {name: tensor for name, tensor in one.tensors.items() if len(tensor.values)}
@@ -165,12 +165,30 @@ def test_the_rest_is_a_sample_of_what_the_product_leaves():
     assert 250 < sum(len(t.values) for t in kept.values()) < 510  # of 768, half in the mean
     total = {name: torch.zeros(tensor.shape) for name, tensor in kept.items()}
     for seed in range(60):
-        delta = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", seed=seed)
+        delta = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", factors_dtype="float32", seed=seed)
         for name in kept:
             tensor = replace(delta.tensors[name], factors=None)
             total[name] += tensor.dense(1.0) / 60
     for name, mean in total.items():  # the sample is unbiased
         assert float((mean - left[name]).norm() / left[name].norm()) < 0.25
+
+
+def test_positions_of_the_rest_follow_from_the_seed_and_cost_no_bytes():
+    """They are those that ``dare`` keeps at this rate."""
+    base, finetuned = two_models()
+    delta = prune(base, finetuned, "lowrank", rank=2, rest=0.5, seed=3)
+    drawn = prune(base, finetuned, "dare", 0.5, seed=3)
+    assert (delta.info.seeded, delta.info.drawn_rate, delta.info.dtype) == (True, 0.5, "int2")
+    for name, tensor in delta.tensors.items():
+        kept = drawn.tensors[name].indices if name.endswith("q.weight") else tensor.indices[:0]
+        assert torch.equal(tensor.indices, kept)
+    by_seed, by_index = (delta.to_bytes(positions=positions) for positions in ("seed", "index"))
+    assert len(by_seed[0]) < len(by_index[0])
+    for files in (by_seed, by_index):
+        for name, tensor in SparseDelta.from_bytes(*files).tensors.items():
+            assert torch.equal(tensor.indices, delta.tensors[name].indices)
+            assert torch.equal(tensor.values, delta.tensors[name].values)
+    assert not prune(base, finetuned, "lowrank", rank=2).info.seeded
 
 
 def test_means_of_what_is_left_out_belong_to_the_bias():

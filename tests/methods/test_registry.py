@@ -119,7 +119,7 @@ def test_every_row_is_whole(name):
         ({"method": "dar"}, "did you mean 'dare'"),
         ({"pruning_rate": 1.0}, r"\[0, 1\)"),
         ({"seed": -1}, "seed"),
-        ({"dtype": "int2"}, "dtype"),
+        ({"dtype": "int5"}, "dtype"),
         ({"q": 0.0}, "above 0"),
         ({"method": "dppa", "q": 0.5}, "more than one q"),
         ({"method": "magnitude", "method_settings": {"budgt": "model"}}, "budget"),

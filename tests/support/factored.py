@@ -12,10 +12,11 @@ from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import canonical_tensors
 
 
-def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=None, drawn_rate=None, rank=2, seed=1):
+def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=None, drawn_rate=None, rest=False, rank=2, seed=1):
     """Base and delta: rank 2 in the matrices of the layers, biases of the layers whole, kept entries elsewhere.
 
-    A ranked selection also keeps entries beside the factors; a seeded one draws at ``drawn_rate`` and has none there.
+    A ranked selection also keeps entries beside the factors of matrices; a seeded one draws at ``drawn_rate`` and has
+    some there with ``rest`` alone.
     """
     base, finetuned = pair(seed=seed)
     delta = prune(base, finetuned, method, drawn_rate or rate, seed=4, dtype=dtype, carry=["head.*"])
@@ -24,12 +25,15 @@ def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=Non
     for name, sparse in delta.tensors.items():
         tensors[name] = sparse
         if name.startswith("layers."):
-            tensors[name] = _with_factors(name, sparse, delta.info.seeded, rank, factors_dtype, generator)
+            tensors[name] = _with_factors(
+                name, sparse, delta.info.seeded and not rest, rank, factors_dtype, generator
+            )
         check.update(gather_entries(values[name], tensors[name].changed))
     info = replace(
         delta.info,
         pruning_rate=rate,
         drawn_rate=drawn_rate,
+        rest=rest,
         factors_dtype=factors_dtype,
         base_check=check.hexdigest(),
         base_first=check.first,
@@ -37,7 +41,7 @@ def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=Non
     return base, SparseDelta(tensors, delta.carried, info, delta.new_rows)
 
 
-def _with_factors(name, sparse, seeded, rank, dtype, generator):
+def _with_factors(name, sparse, alone, rank, dtype, generator):
     rows, columns = matrix_shape(sparse.shape)
     if columns == 1:
         factors = Factors.whole(0.01 * torch.randn(rows, generator=generator))
@@ -45,6 +49,6 @@ def _with_factors(name, sparse, seeded, rank, dtype, generator):
         left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
         factors = Factors(0.01 * left, right)
     factors = factors.rounded(dtype, name)
-    if seeded or columns == 1:
+    if alone or columns == 1:
         return SparseTensor(sparse.shape, sparse.indices[:0], sparse.values[:0], factors)
     return replace(sparse, factors=factors)

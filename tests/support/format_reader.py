@@ -59,7 +59,7 @@ def read_delta(folder: Path) -> Delta:
     table = read_table(stored.pop("table").tobytes())
     rows = [(row[0], row[1], row[2] if len(row) == 3 else None) for row in table.get("tensors", [])]
     rate = config["pruning_rate"] if config.get("drawn_rate") is None else config["drawn_rate"]
-    seed = (rate, config["seed"]) if config["positions"] == "seed" else None
+    seed = (rate, config["seed"], config.get("rest", False)) if config["positions"] == "seed" else None
     tensors, heads = decode_chunks(stored.pop("kept").tobytes(), rows, seed)
     factors = {}
     if any(rank is not None for _, _, rank in rows):
@@ -160,9 +160,12 @@ def decode_factors(blob: bytes, rows: list) -> dict:
 
 
 def decode_chunks(blob: bytes, rows: list, seed: tuple | None) -> tuple[dict, list]:
-    """Positions and values of (name, shape, rank), drawn by (rate, seed) where that is given."""
-    sizes = {name: 0 if seed and rank is not None else prod(shape) for name, shape, rank in rows}
-    drawn = {n: sampler(n, size, *seed) for n, size in sizes.items()} if seed else {}
+    """Positions and values of (name, shape, rank), drawn by (rate, seed, rest) where that is given."""
+    sizes = {name: prod(shape) for name, shape, _ in rows}
+    if seed:
+        left_out = {name for name, shape, rank in rows if rank is not None and (prod(shape[1:]) == 1 or not seed[2])}
+        sizes |= dict.fromkeys(left_out, 0)
+    drawn = {n: sampler(n, size, *seed[:2]) for n, size in sizes.items()} if seed else {}
     positions: dict[str, list[int]] = {name: [] for name in sizes}
     values: dict[str, list[np.ndarray]] = {name: [np.empty(0, "<f4")] for name in sizes}
     heads, offset, begin, total = [], 0, 0, sum(sizes.values())

@@ -30,7 +30,9 @@ KINDS = {
     "integers": {"method": "magnitude", "dtype": "int4", "budget": "model"},
     "dense": {"method": "random-drop", "dtype": "int8", "pruning_rate": 0.5},
     "factors": {"method": "magnitude", "dtype": "bfloat16", "factors_dtype": "int8"},
-    "factors of few levels": {"method": "magnitude", "dtype": "int2", "factors_dtype": "int3"},
+    "factors and a drawn rest": {
+        "method": "dare", "drawn_rate": 0.8, "rest": True, "dtype": "int2", "factors_dtype": "int3",
+    },
     "seeded factors": {"method": "dare", "drawn_rate": 0.8, "factors_dtype": "float16"},
 }
 

@@ -30,6 +30,7 @@ from dpp_lightning.delta.coding.positions import ByteArray, Int64Array
 from dpp_lightning.delta.contents import DeltaInfo, SparseTensor, Table
 from dpp_lightning.sampling.sampler import BLOCK, kept_positions_of
 from dpp_lightning.tensors.dtypes import FLOATS, INTEGERS
+from dpp_lightning.tensors.factors import matrix_shape
 
 _MOST_TOTAL = 1 << 42  # entries of all tensors: more than any model has, few enough to draw from in seconds
 
@@ -43,14 +44,17 @@ class ChunkWriter:
         sink: where the chunks go.
         seeded: positions follow from the seed and are not stored.
         dtype: an integer dtype to store values so; otherwise each tensor's own dtype is kept.
+        rest: the seed draws from tensors with factors too, but for those that these hold whole.
         least: kept entries that a chunk has at least, but for the last; None for what suits the positions.
 
     Attributes:
         table: name and shape of every tensor so far.
     """
 
-    def __init__(self, sink: BinaryIO, *, seeded: bool, dtype: str | None, least: int | None = None) -> None:
-        self.sink, self.seeded, self.dtype = sink, seeded, dtype
+    def __init__(
+        self, sink: BinaryIO, *, seeded: bool, dtype: str | None, rest: bool = False, least: int | None = None
+    ) -> None:
+        self.sink, self.seeded, self.dtype, self._rest = sink, seeded, dtype, rest
         self.least = least or (SEEDED_LEAST if seeded else CHUNK_LEAST)
         self.table: Table = []
         self._positions: list[Int64Array] = []
@@ -84,7 +88,7 @@ class ChunkWriter:
                 self._flush()
             self._chunk_dtype = dtype or ""
         numel, kept, begin = prod(tensor.shape), len(indices), 0
-        if self.seeded and tensor.factors is not None:
+        if self.seeded and not _is_drawn(tensor.shape, tensor.factors is not None, self._rest):
             if kept:
                 raise ValueError(f"{name} has kept entries beside factors, which no seed draws: give positions='index'")
             numel = 0
@@ -137,9 +141,9 @@ class ChunkReader:
     Args:
         blob: all chunks, shape (bytes,).
         table: name and shape of every tensor, in order.
-        info: dtype, rate and seed, for positions that are not stored.
+        info: dtype, rate and seed, for positions that are not stored, and whether a rest is drawn beside factors.
         seeded: positions follow from the seed.
-        ranks: of the factors of every tensor, None without; a seed draws nothing from a tensor with factors.
+        ranks: of the factors of every tensor, None without.
 
     Attributes:
         heads: first entry and head of every chunk; all are read and checked here, which takes no memory to speak of,
@@ -156,8 +160,8 @@ class ChunkReader:
         self._rate = info.pruning_rate if info.drawn_rate is None else info.drawn_rate
         self._sizes = [prod(shape) for _, shape in table]
         self._drawn_sizes = [
-            0 if seeded and rank is not None else size
-            for size, rank in zip(self._sizes, ranks or [None] * len(table), strict=True)
+            0 if seeded and not _is_drawn(shape, rank is not None, info.rest) else size
+            for size, (_, shape), rank in zip(self._sizes, table, ranks or [None] * len(table), strict=True)
         ]
         self._offsets = [0, *accumulate(self._drawn_sizes)]
         if sum(self._sizes) > _MOST_TOTAL:
@@ -272,6 +276,11 @@ class ChunkReader:
             return current[1]
 
         return positions
+
+
+def _is_drawn(shape: tuple[int, ...], has_factors: bool, rest: bool) -> bool:
+    """Whether a seed draws from a tensor: beside factors where a rest is kept and they do not hold the tensor whole."""
+    return not has_factors or (rest and matrix_shape(shape)[1] > 1)
 
 
 def _between(positions: Int64Array, start: int, stop: int, numel: int) -> Int64Array:
