@@ -142,8 +142,9 @@ def encode(
     """
     saved, seeded = _as_saved(contents, dtype, positions)
     file, info = BytesIO(), replace(saved.info(), absent_files=())
-    held = {"dtype": info.dtype, "factors_dtype": info.factors_dtype, "rest": info.rest}
-    _, checksum = write_model(file, saved, seeded=seeded, **held)
+    _, checksum = write_model(
+        file, saved, seeded=seeded, dtype=info.dtype, factors_dtype=info.factors_dtype, rest=info.rest
+    )
     return file.getvalue(), write_config(info, seeded=seeded, model_checksum=checksum)
 
 

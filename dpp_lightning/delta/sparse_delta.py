@@ -325,7 +325,8 @@ class SparseDelta:
         Args:
             folder: made if absent; an older delta in it is replaced. One that holds other files, beside an older delta
                 too, is refused; ``side_files`` may have been among the older delta's.
-            dtype: how the kept values are held (float32, bfloat16, float16, float64, int8, int4, int3, int2); default as drawn.
+            dtype: how the kept values are held (float32, bfloat16, float16, float64, int8, int4, int3, int2); default
+                as drawn.
             positions: ``seed`` (no bytes; only a seeded selection) or ``index`` (coded near their entropy); default
                 the smaller that is possible.
             scores: figures of base plus delta for the card and its ``model-index``, name to value, such as

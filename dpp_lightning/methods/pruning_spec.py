@@ -69,7 +69,7 @@ class PruningSpec:
 
     @property
     def seeded(self) -> bool:
-        """Whether the kept positions follow from the seed and the tensors' names, so that a file need not store them."""
+        """Whether the kept positions follow from seed and names, so that a file need not store them."""
         return self.row.seeded or self.rest < 1
 
     @property

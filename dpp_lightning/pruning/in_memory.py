@@ -50,8 +50,8 @@ def prune(
             see :class:`dpp_lightning.pruning.scope.Scope`.
         calibration: for a method that fits q, eta or factors, or that weighs entries by the layers' inputs: a
             :class:`dpp_lightning.calibration.Calibration`.
-        dtype: how kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; default the fine-tuned
-            dtype, at most 32 bits, and at rate 0 one in which nothing is rounded.
+        dtype: how kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; default the
+            fine-tuned dtype, at most 32 bits, and at rate 0 one in which nothing is rounded.
         q: a q given by hand; then nothing is searched.
         method_settings: the method's own, such as ``budget="model"`` of ``magnitude``.
 

@@ -157,7 +157,9 @@ def test_maps_have_factors_vectors_are_whole_and_embeddings_stay_the_bases():
 
 def test_the_rest_is_a_sample_of_what_the_product_leaves():
     base, finetuned = two_models()
-    one = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", factors_dtype="float32", seed=1)
+    one = prune(
+        base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", factors_dtype="float32", seed=1
+    )
     left = {n: finetuned.state_dict()[n] - base.state_dict()[n] - t.factors.product().view(t.shape)
             for n, t in one.tensors.items()}  # fmt: skip
     kept = {name: tensor for name, tensor in one.tensors.items() if len(tensor.values)}
@@ -165,7 +167,17 @@ def test_the_rest_is_a_sample_of_what_the_product_leaves():
     assert 250 < sum(len(t.values) for t in kept.values()) < 510  # of 768, half in the mean
     total = {name: torch.zeros(tensor.shape) for name, tensor in kept.items()}
     for seed in range(60):
-        delta = prune(base, finetuned, "lowrank", rank=2, rest=0.5, damping=1.0, dtype="float32", factors_dtype="float32", seed=seed)
+        delta = prune(
+            base,
+            finetuned,
+            "lowrank",
+            rank=2,
+            rest=0.5,
+            damping=1.0,
+            dtype="float32",
+            factors_dtype="float32",
+            seed=seed,
+        )
         for name in kept:
             tensor = replace(delta.tensors[name], factors=None)
             total[name] += tensor.dense(1.0) / 60

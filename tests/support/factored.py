@@ -12,7 +12,9 @@ from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
 from dpp_lightning.tensors.names import canonical_tensors
 
 
-def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=None, drawn_rate=None, rest=False, rank=2, seed=1):
+def factored_pair(
+    method="magnitude", rate=0.9, *, dtype=None, factors_dtype=None, drawn_rate=None, rest=False, rank=2, seed=1
+):
     """Base and delta: rank 2 in the matrices of the layers, biases of the layers whole, kept entries elsewhere.
 
     A ranked selection also keeps entries beside the factors of matrices; a seeded one draws at ``drawn_rate`` and has
@@ -25,9 +27,7 @@ def factored_pair(method="magnitude", rate=0.9, *, dtype=None, factors_dtype=Non
     for name, sparse in delta.tensors.items():
         tensors[name] = sparse
         if name.startswith("layers."):
-            tensors[name] = _with_factors(
-                name, sparse, delta.info.seeded and not rest, rank, factors_dtype, generator
-            )
+            tensors[name] = _with_factors(name, sparse, delta.info.seeded and not rest, rank, factors_dtype, generator)
         check.update(gather_entries(values[name], tensors[name].changed))
     info = replace(
         delta.info,

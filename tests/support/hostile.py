@@ -31,7 +31,11 @@ KINDS = {
     "dense": {"method": "random-drop", "dtype": "int8", "pruning_rate": 0.5},
     "factors": {"method": "magnitude", "dtype": "bfloat16", "factors_dtype": "int8"},
     "factors and a drawn rest": {
-        "method": "dare", "drawn_rate": 0.8, "rest": True, "dtype": "int2", "factors_dtype": "int3",
+        "method": "dare",
+        "drawn_rate": 0.8,
+        "rest": True,
+        "dtype": "int2",
+        "factors_dtype": "int3",
     },
     "seeded factors": {"method": "dare", "drawn_rate": 0.8, "factors_dtype": "float16"},
 }
