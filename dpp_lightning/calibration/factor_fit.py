@@ -22,7 +22,8 @@ from dpp_lightning.tensors.dtypes import to_dtype
 from dpp_lightning.tensors.factors import Factors
 
 MEANS_BELOW = 4  # mean ranks from which the means of what is left out are worth nothing
-NUMBERS_PER_TEXT = 400  # more trained numbers for each calibration text fit the texts and not the model
+# More trained numbers for each calibration text fit the texts and not the model; block by block there may be more.
+NUMBERS_PER_TEXT, NUMBERS_PER_TEXT_BY_BLOCK = 400, 1000
 STEPS, EPOCHS, RATE = 160, 5, 0.05  # as many steps as so many epochs have, and no fewer than that
 DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
 
@@ -40,8 +41,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """Find the best form of a low rank on held-out calibration data: the fit of ``lowrank``.
 
     Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
-    biases below a mean rank of 4; the better is trained where its numbers are at most 400 a calibration text, for five
-    epochs or 160 steps, block by block; a sampled rest is damped by the best of four factors.
+    biases below a mean rank of 4; the better is trained for five epochs or 160 steps, where its numbers are at most
+    1,000 a calibration text block by block, 400 end to end; a sampled rest is damped by the best of four factors.
 
     Args:
         calibrator: its objective trains; its pairs may know their inputs.
@@ -59,20 +60,27 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     ]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
-    if best.delta.num_factor_numbers <= NUMBERS_PER_TEXT * training.samples:
-        steps = max(STEPS, EPOCHS * len(training.training))
-        by_block = training.teacher.knows_blocks
-        settings = TrainingSettings.of(delta.info, steps, RATE, factors_dtype=dtype, by_block=by_block)
-        trained, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
-        trained = _with_new_rest(calibrator.pairs, trained)
-        name = f"{best.name}, trained" + (" by block" if settings.by_block else "")
-        forms.append(_Form(name, trained, training.loss(trained)))
+    forms += _trained(calibrator, best, dtype)
     if any(len(tensor.values) for tensor in best.delta.tensors.values()):
         best = min(forms, key=lambda form: form.loss)
         forms += _damped(best, training)
     best = min(forms, key=lambda form: form.loss)
     found = _described(best, before, training)
     return FoundRescaling(lambda _: found, tuple((float(i), form.loss) for i, form in enumerate(forms)))
+
+
+def _trained(calibrator: Calibrator, best: _Form, dtype: str) -> list[_Form]:
+    """The form with trained factors; none where these are too many numbers for the calibration data."""
+    training = calibrator.objective.distillation
+    assert training is not None
+    steps, by_block = max(STEPS, EPOCHS * len(training.training)), training.teacher.knows_blocks
+    settings = TrainingSettings.of(best.delta.info, steps, RATE, factors_dtype=dtype, by_block=by_block)
+    most = (NUMBERS_PER_TEXT_BY_BLOCK if settings.by_block else NUMBERS_PER_TEXT) * training.samples
+    if best.delta.num_factor_numbers > most:
+        return []
+    found, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
+    found = _with_new_rest(calibrator.pairs, found)
+    return [_Form(f"{best.name}, trained" + (" by block" if settings.by_block else ""), found, training.loss(found))]
 
 
 def rounded_factors(delta: SparseDelta, dtype: str) -> SparseDelta:

@@ -85,7 +85,8 @@ def sizes(plan: PruningPlan, folder: Path) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     cases = [("dare", 0.9, "bfloat16"), ("dare", 0.99, "bfloat16"), ("dare", 0.999, "bfloat16")]
-    cases += [("dare", 0.99, d) for d in ("float32", "float16", "int8", "int4")]
+    cases += [("dare", 0.99, d) for d in ("float32", "float16", "int8", "int4", "int3", "int2")]
+    cases += [("dare", rate, "int2") for rate in (0.9, 0.999)]
     cases += [("magnitude", p, "bfloat16") for p in (0.9, 0.99, 0.999)]
     cases += [("importance", p, "bfloat16") for p in (0.99, 0.999)]
     for method, rate, dtype in cases:

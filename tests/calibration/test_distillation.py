@@ -366,7 +366,7 @@ def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
     assert delta.info.training["form"].endswith("trained by block")
     assert delta.info.training["held_out_after"] == pytest.approx(min(loss for _, loss in found.tried))
     assert training.loss(delta) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)
-    assert delta.info.factors_dtype == "int4"
+    assert delta.info.factors_dtype == "int3"
 
 
 def checkpointing_of(model):
