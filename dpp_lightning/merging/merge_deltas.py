@@ -385,7 +385,7 @@ def _warn_of_one_seed(sources: Sequence[MergeSource]) -> None:
     drawn: dict[int, list[str]] = {}
     for source in sources:
         method = METHODS.get(source.info.method)
-        if source.info.seeded or (method is not None and method.random):
+        if source.info.seeded or (method is not None and method.random and not source.factored):
             drawn.setdefault(source.info.seed, []).append(source.task)
     for seed, tasks in drawn.items():
         if len(tasks) > 1:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from factored import factored_pair
 from safetensors.torch import save_file
+from tiny import pair
 
 from dpp_lightning import SparseDelta, merge, prune
 from dpp_lightning.merging.merge_deltas import merge_checkpoints
@@ -153,3 +154,14 @@ def test_trained_weights_move_the_whole_product():
     assert torch.allclose(coefficients.grad[0], torch.stack([(d * direction).sum() for d in dense[name]]), atol=1e-5)
     merged.restore()
     assert all(torch.equal(t, before[n]) for n, t in canonical_tensors(base).items())
+
+
+@pytest.mark.parametrize(("settings", "told"), [({"rank": 1}, 0), ({"rank": 1, "rest": 0.5}, 1)])
+def test_low_rank_depends_on_a_seed_only_by_its_rest(settings, told, recwarn):
+    base, first = pair()
+    deltas = {
+        "a": prune(base, first, "lowrank", carry=["head.*"], **settings),
+        "b": prune(base, pair(scale=0.02)[1], "lowrank", carry=["head.*"], **settings),
+    }
+    merge(base, deltas, "task-arithmetic")
+    assert len(recwarn.list) == told
