@@ -41,8 +41,9 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """Find the best form of a low rank on held-out calibration data: the fit of ``lowrank``.
 
     Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
-    biases below a mean rank of 4; the better is trained for five epochs or 160 steps, where its numbers are at most
-    1,000 a calibration text block by block, 400 end to end; a sampled rest is damped by the best of four factors.
+    biases below a mean rank of 4. Without a rest the better is trained for five epochs or 160 steps, where its numbers
+    are at most 1,000 a calibration text block by block, 400 end to end. With a rest that is damped by the best of four
+    factors and nothing is trained: what trained factors leave is larger, and drawn beside them undoes their training.
 
     Args:
         calibrator: its objective trains; its pairs may know their inputs.
@@ -60,10 +61,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     ]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
-    forms += _trained(calibrator, best, dtype)
-    if any(len(tensor.values) for tensor in best.delta.tensors.values()):
-        best = min(forms, key=lambda form: form.loss)
-        forms += _damped(best, training)
+    has_rest = any(len(tensor.values) for tensor in best.delta.tensors.values())
+    forms += _damped(best, training) if has_rest else _trained(calibrator, best, dtype)
     best = min(forms, key=lambda form: form.loss)
     found = _described(best, before, training)
     return FoundRescaling(lambda _: found, tuple((float(i), form.loss) for i, form in enumerate(forms)))
@@ -78,8 +77,7 @@ def _trained(calibrator: Calibrator, best: _Form, dtype: str) -> list[_Form]:
     most = (NUMBERS_PER_TEXT_BY_BLOCK if settings.by_block else NUMBERS_PER_TEXT) * training.samples
     if best.delta.num_factor_numbers > most:
         return []
-    found, _ = training.train(_without_rest(best.delta), settings, calibrator.tell_step)
-    found = _with_new_rest(calibrator.pairs, found)
+    found, _ = training.train(best.delta, settings, calibrator.tell_step)
     return [_Form(f"{best.name}, trained" + (" by block" if settings.by_block else ""), found, training.loss(found))]
 
 
@@ -173,12 +171,6 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
         values = to_dtype(entries.values, delta.info.dtype, pair.finetuned, pair.name)
         indices = entries.positions.to(torch.int32) if pair.numel < 2**31 else entries.positions
         tensors[pair.name] = SparseTensor(pair.shape, indices, values, entries.factors)
-    return delta.with_changes(tensors)
-
-
-def _without_rest(delta: SparseDelta) -> SparseDelta:
-    none = torch.empty(0)
-    tensors = {name: replace(tensor, indices=tensor.indices[:0], values=none) for name, tensor in delta.tensors.items()}
     return delta.with_changes(tensors)
 
 

@@ -106,9 +106,13 @@ def verify(settings: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], a damping outside (0, 1], or settings of
-            training out of their range.
+            training that are out of their range, or beside a rest.
     """
     training.verify(settings)
+    if settings.get("rest", 1) < 1 and (trained := sorted(training.Training.among(settings))):
+        raise ValueError(
+            f"nothing is trained beside a sampled rest, which would undo it: leave rest= or {', '.join(trained)} out"
+        )
     rank = settings.get("rank", 0)
     if rank != int(rank) or rank < 0:
         raise ValueError(f"rank must be a whole number, 1 or more, or 0 to go by the pruning rate; got {rank!r}")

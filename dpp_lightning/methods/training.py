@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 Activations = Literal["kept", "recomputed"]
@@ -44,9 +44,14 @@ class Training:
             raise ValueError("loss=block holds one block's activations already: leave activations=recomputed out")
 
     @classmethod
+    def among(cls, settings: Mapping[str, Any]) -> set[str]:
+        """Names of those among a method's settings."""
+        return settings.keys() & {field.name for field in fields(cls)}
+
+    @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Training:
         """Those among a method's settings."""
-        return cls(**{name: settings[name] for name in ("steps", "activations", "loss") if name in settings})
+        return cls(**{name: settings[name] for name in cls.among(settings)})
 
 
 def verify(settings: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, 
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
+from dpp_lightning.methods.training import Training
 from dpp_lightning.pruning.plan import PruningPlan
 
 _IMPORTANCE_BITS = 9.0  # a kept entry, to begin with
@@ -153,7 +154,10 @@ class _Search:
         rest = 1 - size / 2 * 8 / _BITS["int2"] / of_maps
         if not 0 < rest < 1:
             raise ValueError("the rest would be all entries")
-        return replace(factors, method_settings={**factors.method_settings, "rest": round(rest, 9)})
+        untrained = {
+            n: v for n, v in factors.method_settings.items() if n not in Training.among(self.spec.method_settings)
+        }
+        return replace(factors, method_settings={**untrained, "rest": round(rest, 9)})
 
     def _form(self, name: str, make: Callable[[float], PruningSpec], max_bytes: int) -> Form:
         """The largest delta of a form within the bytes, fitted; a smaller one is fitted where it came out larger."""

@@ -110,6 +110,7 @@ def test_the_rate_counts_the_numbers_of_the_factors():
         ({"rank": 1.5}, "rank must be a whole number"),
         ({"rest": 0.0}, "rest must be"),
         ({"damping": 2.0}, "damping must be"),
+        ({"rank": 1, "rest": 0.5, "steps": 9}, "nothing is trained beside a sampled rest.*rest= or steps out"),
         ({"factors_dtype": "int5"}, "factors_dtype must be one of"),
         ({"pruning_rate": 0.9999}, "leaves fewer numbers than biases"),
     ],
