@@ -68,7 +68,7 @@ def prune_to_folder(
         seed: of the random selections, an integer >= 0
         q: divide kept values by this; null for the method's own
         method_settings: the method's own settings, one by one as in --method_settings.budget model
-        settings: the same in short, as in --settings rank=4 rest=0.995
+        settings: the same in short, as in --settings rank=4 rest=0.97
         max_bytes: of method auto: bytes that the delta may have, such as 50kB
         max_loss: of method auto, in place of bytes: the loss on held-out calibration data that it may have
         scope: prune every floating-point tensor, or only the linear maps inside the model's blocks

@@ -43,6 +43,7 @@ DATA_FREE = {
 }
 WITH_TEXTS = {
     "darex-q": [{"pruning_rate": rate} for rate in (0.99, 0.998, 0.999)],
+    "darex-q, int2": [{"method": "darex-q", "pruning_rate": rate, "dtype": "int2"} for rate in (0.99, 0.995, 0.998)],
     "importance, q found": [{"method": "importance", "pruning_rate": rate} for rate in (0.99, 0.998, 0.999, 0.9995)],
     "refit": [{"pruning_rate": rate} for rate in (0.9995, 0.999, 0.998, 0.995)],
     "refit, int2": [
@@ -203,11 +204,12 @@ def plot_texts(options, pyplot) -> None:
     unpruned = {row["model"]: row["score"] for row in _rows(Path(options.output)) if row["form"] == "unpruned"}
     for row in _rows(Path(options.output)):
         if row["texts"] and row["model"] in unpruned:
-            label = f"{row['form'].split(',')[0]} {_words(row['settings'])}, {row['bytes'] / 1000:.0f} kB"
-            lines[row["model"]][row["form"], json.dumps(row["settings"]), label].append(row)
+            lines[row["model"]][row["form"], json.dumps(row["settings"])].append(row)
     figure, axes = pyplot.subplots(1, len(lines), figsize=(4.2 * len(lines), 3.4), layout="constrained", squeeze=False)
     for place, (model, forms) in zip(axes[0], lines.items(), strict=True):
-        for (*_, label), rows in forms.items():
+        for (form, _), rows in forms.items():
+            size = fmean(row["bytes"] for row in rows) / 1000
+            label = f"{form.split(',')[0]} {_words(rows[0]['settings'])}, {size:.0f} kB"
             counts = sorted({row["texts"] for row in rows})
             scores = [fmean(row["score"] for row in rows if row["texts"] == count) for count in counts]
             place.plot(counts, scores, marker="o", ms=3, label=label)
@@ -215,7 +217,7 @@ def plot_texts(options, pyplot) -> None:
         place.set(xscale="log", title=model, xlabel="calibration texts", ylabel="score, %")
         place.set_xticks(counts, [f"{count:,}" for count in counts])
         place.tick_params(axis="x", which="minor", length=0)
-        place.legend(fontsize=7)
+        place.legend(fontsize=7, loc="lower right")
     figure.savefig(options.picture, dpi=150)
 
 
