@@ -213,13 +213,15 @@ def test_weights_of_other_dtypes(method, weights):
         assert torch.equal(halved.tensors[name].values, sparse.values.bfloat16())
 
 
-GOLDEN = ["dare_bfloat16", "importance_float32", "magnitude_int4", "factors_int4", "drawn_rate_float16"]
+GOLDEN = [
+    "dare_bfloat16", "importance_float32", "magnitude_int4", "factors_int4", "drawn_rate_float16", "drawn_rest_int2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_file_written_today_is_read_for_ever(name):
     """The folders are ``prune(*tiny.pair(), ...)`` of format version 3, with a grown vocabulary and a carried head, and
-    ``factored_pair(...)`` of two dtypes of factors.
+    ``factored_pair(...)`` of three dtypes of factors.
 
     Beside each lie its positions and values, the values as the bits of a float32. If this fails, the format has
     changed: raise FORMAT_VERSION and keep a reader for version 3; never write these files anew.

@@ -58,7 +58,7 @@ def test_the_golden_files_are_read_from_the_page_alone(folder):
     c = read.config
     info = [c["method"], float(c["pruning_rate"]), c["seed"], float(c["q"]), c["seeded"], c["dtype"]]
     assert info == expected["info"]
-    assert len(GOLDEN) == 5
+    assert len(GOLDEN) == 6
 
 
 ALL_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int4", "int3", "int2", None)
