@@ -54,25 +54,25 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """
     training = calibrator.objective.distillation
     assert training is not None
-    dtype = _factors_dtype(delta)
     forms = [
-        _Form(name, form, training.loss(rounded_factors(form, dtype)))
+        _Form(name, form, training.loss(as_held(form, calibrator.dtype)))
         for name, form in _untrained(calibrator.pairs, delta)
     ]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     has_rest = any(len(tensor.values) for tensor in best.delta.tensors.values())
-    forms += _damped(best, training) if has_rest else _trained(calibrator, best, dtype)
+    forms += _damped(best, calibrator) if has_rest else _trained(best, calibrator)
     best = min(forms, key=lambda form: form.loss)
     found = _described(best, before, training)
     return FoundRescaling(lambda _: found, tuple((float(i), form.loss) for i, form in enumerate(forms)))
 
 
-def _trained(calibrator: Calibrator, best: _Form, dtype: str) -> list[_Form]:
+def _trained(best: _Form, calibrator: Calibrator) -> list[_Form]:
     """The form with trained factors; none where these are too many numbers for the calibration data."""
     training = calibrator.objective.distillation
     assert training is not None
     steps, by_block = max(STEPS, EPOCHS * len(training.training)), training.teacher.knows_blocks
+    dtype = _factors_dtype(best.delta)
     settings = TrainingSettings.of(best.delta.info, steps, RATE, factors_dtype=dtype, by_block=by_block)
     most = (NUMBERS_PER_TEXT_BY_BLOCK if settings.by_block else NUMBERS_PER_TEXT) * training.samples
     if best.delta.num_factor_numbers > most:
@@ -81,10 +81,14 @@ def _trained(calibrator: Calibrator, best: _Form, dtype: str) -> list[_Form]:
     return [_Form(f"{best.name}, trained" + (" by block" if settings.by_block else ""), found, training.loss(found))]
 
 
-def rounded_factors(delta: SparseDelta, dtype: str) -> SparseDelta:
-    """The delta with its factors as a file of that dtype holds them."""
+def as_held(delta: SparseDelta, dtype: str | None) -> SparseDelta:
+    """The delta as a file with kept values of that dtype holds it, its factors in the dtype that its settings name."""
     tensors = {
-        name: replace(tensor, factors=tensor.factors and tensor.factors.rounded(dtype, name))
+        name: replace(
+            tensor,
+            values=to_dtype(tensor.values, dtype, tensor.values, name),
+            factors=tensor.factors and tensor.factors.rounded(_factors_dtype(delta), name),
+        )
         for name, tensor in delta.tensors.items()
     }
     return delta.with_changes(tensors)
@@ -174,8 +178,10 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
     return delta.with_changes(tensors)
 
 
-def _damped(form: _Form, training: Distillation) -> list[_Form]:
+def _damped(form: _Form, calibrator: Calibrator) -> list[_Form]:
     """The form with its rest damped otherwise."""
+    training = calibrator.objective.distillation
+    assert training is not None
     now, forms = float(form.delta.info.settings.get("damping", DAMPING)), []
     for damping in DAMPINGS:
         if damping == now:
@@ -184,6 +190,6 @@ def _damped(form: _Form, training: Distillation) -> list[_Form]:
             name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
         }
         delta = form.delta.with_changes(tensors, settings={**form.delta.info.settings, "damping": damping})
-        loss = training.loss(rounded_factors(delta, _factors_dtype(delta)))
+        loss = training.loss(as_held(delta, calibrator.dtype))
         forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, loss))
     return forms

@@ -369,6 +369,18 @@ def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
     assert delta.info.factors_dtype == "int3"
 
 
+def test_the_rest_of_a_low_rank_is_damped_as_the_file_holds_it_and_nothing_is_trained():
+    _, training, plan = training_on("bert", samples=8, count=16)
+    spec = PruningSpec("lowrank", method_settings={"rank": 1, "rest": 0.6})
+    calibration = Calibration(lambda _: 0.0, distillation=training)
+    delta, found = plan.draw_and_fit(spec, calibration)
+    assert len(found.tried) == 4  # plain with its rest times 0.75, and times three other numbers
+    assert "trained" not in delta.info.training["form"]
+    assert delta.info.training["held_out_after"] == pytest.approx(min(loss for _, loss in found.tried))
+    assert training.loss(delta) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)
+    assert (delta.info.dtype, delta.info.factors_dtype, delta.info.seeded) == ("int2", "int3", True)
+
+
 def checkpointing_of(model):
     return [(name, getattr(part, "gradient_checkpointing", None)) for name, part in model.named_modules()]
 
