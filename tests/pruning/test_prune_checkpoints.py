@@ -469,3 +469,20 @@ def test_methods_with_calibration_from_the_command_line(tmp_path, method, extra)
     with torch.no_grad():
         wanted, got, none = (m(**inputs).logits for m in (model, dense, plain))
     assert (got - wanted).abs().mean() < 2 * (none - wanted).abs().mean()
+
+
+def test_a_low_rank_with_a_drawn_rest_is_one_file_streamed_and_in_memory(tmp_path):
+    base, tuned = make_model(tmp_path / "base"), tmp_path / "tuned"
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    perturb(model, 0.3).save_pretrained(tuned)
+    settings = {"rank": 1, "rest": 0.8}
+    spec = PruningSpec("lowrank", seed=3, method_settings=settings)
+    prune_checkpoint(base, tuned, tmp_path / "streamed", spec, weights_only=True)
+    delta = prune(base, str(tuned), "lowrank", seed=3, **settings)
+    delta.save_pretrained(tmp_path / "held")
+    streamed, held = (SparseDelta.from_pretrained(tmp_path / name) for name in ("streamed", "held"))
+    assert streamed.info.rest
+    assert streamed.info.drawn_rate == 0.8
+    name = "delta_model.safetensors"
+    assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "held" / name).read_bytes()
+    assert sum(len(tensor.values) for tensor in held.tensors.values()) > 500
