@@ -154,7 +154,7 @@ def recommend_few_bytes(*, texts: bool) -> Recommendation:
         texts: some hundred examples without labels are at hand.
     """
     if texts:
-        reason = "with --max_bytes 50kB it lost 1.0 points or less of five encoders' scores (22.7 M parameters)"
+        reason = "with --max_bytes 50kB it lost 1.1 points or less of five encoders' scores (22.7 M parameters)"
         return Recommendation("auto", f"{reason}; it trains every form and compares them on held-out examples")
     reason = "with --settings rank=4 rest=0.97 it lost 0.7 points or less of five encoders' scores (22.7 M parameters)"
     return Recommendation("lowrank", f"{reason} in 137 kB, without data")
