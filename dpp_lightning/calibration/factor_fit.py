@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpp_lightning.calibration.distillation import Distillation, TrainingSettings
-from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling
+from dpp_lightning.calibration.fit_rescaling import Calibrator, FoundRescaling, held_tensors
 from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
-from dpp_lightning.methods.low_rank import DAMPING, FACTORS_DTYPE, decompose, mean_shift, with_rest
+from dpp_lightning.methods.low_rank import DAMPING, FACTORS_DTYPE, decompose, mean_shift, rest_of, with_rest
 from dpp_lightning.methods.tensor_pair import TensorPair
 from dpp_lightning.tensors.blocks import weights_of_bias
 from dpp_lightning.tensors.dtypes import to_dtype
@@ -52,12 +52,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     Returns:
         The rescaling that gives that delta, whatever it is asked to apply to: it belongs to one mask.
     """
-    training = calibrator.objective.distillation
-    assert training is not None
-    forms = [
-        _Form(name, form, training.loss(as_held(form, calibrator.dtype)))
-        for name, form in _untrained(calibrator.pairs, delta)
-    ]
+    training = calibrator.distillation
+    forms = [_Form(name, form, _loss(form, calibrator)) for name, form in _untrained(calibrator.pairs, delta)]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     has_rest = any(len(tensor.values) for tensor in best.delta.tensors.values())
@@ -69,8 +65,7 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
 
 def _trained(best: _Form, calibrator: Calibrator) -> list[_Form]:
     """The form with trained factors; none where these are too many numbers for the calibration data."""
-    training = calibrator.objective.distillation
-    assert training is not None
+    training = calibrator.distillation
     steps, by_block = max(STEPS, EPOCHS * len(training.training)), training.teacher.knows_blocks
     dtype = _factors_dtype(best.delta)
     settings = TrainingSettings.of(best.delta.info, steps, RATE, factors_dtype=dtype, by_block=by_block)
@@ -81,17 +76,10 @@ def _trained(best: _Form, calibrator: Calibrator) -> list[_Form]:
     return [_Form(f"{best.name}, trained" + (" by block" if settings.by_block else ""), found, training.loss(found))]
 
 
-def as_held(delta: SparseDelta, dtype: str | None) -> SparseDelta:
-    """The delta as a file with kept values of that dtype holds it, its factors in the dtype that its settings name."""
-    tensors = {
-        name: replace(
-            tensor,
-            values=to_dtype(tensor.values, dtype, tensor.values, name),
-            factors=tensor.factors and tensor.factors.rounded(_factors_dtype(delta), name),
-        )
-        for name, tensor in delta.tensors.items()
-    }
-    return delta.with_changes(tensors)
+def _loss(delta: SparseDelta, calibrator: Calibrator) -> float:
+    """The held-out loss of a delta as the file will hold it."""
+    tensors = held_tensors(delta, calibrator.pairs, calibrator.dtype, _factors_dtype(delta))
+    return calibrator.distillation.loss(delta.with_changes(tensors))
 
 
 def _described(best: _Form, before: float, training: Distillation) -> SparseDelta:
@@ -159,7 +147,7 @@ def _with_factors(pairs: Sequence[TensorPair], delta: SparseDelta, factors: Mapp
 def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDelta:
     """The delta with its rest sampled anew of what its factors leave; the same where there is no rest."""
     settings, dtype = delta.info.settings, _factors_dtype(delta)
-    rest = float(settings.get("rest", 1.0))
+    rest = rest_of(settings)
     if rest == 1.0:
         return delta
     parts: list[Factors] = []
@@ -180,8 +168,6 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
 
 def _damped(form: _Form, calibrator: Calibrator) -> list[_Form]:
     """The form with its rest damped otherwise."""
-    training = calibrator.objective.distillation
-    assert training is not None
     now, forms = float(form.delta.info.settings.get("damping", DAMPING)), []
     for damping in DAMPINGS:
         if damping == now:
@@ -190,6 +176,5 @@ def _damped(form: _Form, calibrator: Calibrator) -> list[_Form]:
             name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
         }
         delta = form.delta.with_changes(tensors, settings={**form.delta.info.settings, "damping": damping})
-        loss = training.loss(as_held(delta, calibrator.dtype))
-        forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, loss))
+        forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, _loss(delta, calibrator)))
     return forms

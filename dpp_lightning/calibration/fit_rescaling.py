@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from dpp_lightning.calibration.calibration_data import Objective
+from dpp_lightning.calibration.distillation import Distillation
+from dpp_lightning.delta.contents import SparseTensor
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import get_method
@@ -48,6 +50,12 @@ class Calibrator:
     dtype: str | None = None
     report: Report | None = None
     _candidates: Iterator[int] = field(default_factory=lambda: count(1))
+
+    @property
+    def distillation(self) -> Distillation:
+        """What trains, which the objective of a fit that needs it has (:meth:`fit` refuses others)."""
+        assert self.objective.distillation is not None
+        return self.objective.distillation
 
     def cost(self, delta: SparseDelta) -> float:
         """The number to be minimised, of one candidate."""
@@ -103,16 +111,32 @@ def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> 
     """
     if spec.drawn_dtype == spec.dtype:
         return delta
+    tensors = held_tensors(delta, pairs, spec.dtype, spec.factors_dtype)
+    return delta.with_changes(tensors, dtype=spec.dtype, factors_dtype=spec.factors_dtype)
+
+
+def held_tensors(
+    delta: SparseDelta, pairs: Iterable[TensorPair], dtype: str | None, factors_dtype: str | None
+) -> dict[str, SparseTensor]:
+    """The tensors of a delta with kept values and factors as a file of these dtypes holds them.
+
+    Args:
+        delta: drawn in float32.
+        pairs: the pruned tensors in both models.
+        dtype, factors_dtype: as of ``DeltaInfo``.
+
+    Raises:
+        ValueError: values that are not finite in these dtypes.
+    """
     like = {pair.name: pair.finetuned for pair in pairs}
-    tensors = {
+    return {
         name: replace(
             kept,
-            values=to_dtype(kept.values, spec.dtype, like[name], name),
-            factors=kept.factors and kept.factors.rounded(spec.factors_dtype, name),
+            values=to_dtype(kept.values, dtype, like[name], name),
+            factors=kept.factors and kept.factors.rounded(factors_dtype, name),
         )
         for name, kept in delta.tensors.items()
     }
-    return delta.with_changes(tensors, dtype=spec.dtype, factors_dtype=spec.factors_dtype)
 
 
 def weighted(delta: SparseDelta, weights: Mapping[str, float | Tensor], **found_settings: Any) -> SparseDelta:

@@ -29,8 +29,7 @@ def fit_values(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     Returns:
         The rescaling that gives the trained delta: it belongs to this mask.
     """
-    training = calibrator.objective.distillation
-    assert training is not None
+    training = calibrator.distillation
     keep = keep_rate(delta.pruning_rate)
     untrained = {q: delta.rescaled(q) for q in sorted({keep, sqrt(keep), 1.0})}
     losses = {q: training.loss(candidate) for q, candidate in untrained.items()}

@@ -109,7 +109,7 @@ def verify(settings: Mapping[str, Any]) -> None:
             training that are out of their range, or beside a rest.
     """
     training.verify(settings)
-    if settings.get("rest", 1) < 1 and (trained := sorted(training.Training.among(settings))):
+    if rest_of(settings) < 1 and (trained := sorted(training.Training.among(settings))):
         raise ValueError(
             f"nothing is trained beside a sampled rest, which would undo it: leave rest= or {', '.join(trained)} out"
         )
@@ -331,5 +331,5 @@ def numbers_kept(shapes: Sequence[tuple[int, ...]], pruning_rate: float, setting
     matrices = [matrix_shape(shape) for shape in shapes]
     whole = sum(rows for rows, columns in matrices if columns == 1)
     of_maps = sum(rows * columns for rows, columns in matrices if columns > 1)
-    sampled = (1 - float(settings.get("rest", 1.0))) * of_maps
+    sampled = (1 - rest_of(settings)) * of_maps
     return numbers_at(matrices, pruning_rate, int(settings.get("rank", 0))) + whole + sampled

@@ -154,9 +154,8 @@ class _Search:
         rest = 1 - size / 2 * 8 / _BITS["int2"] / of_maps
         if not 0 < rest < 1:
             raise ValueError("the rest would be all entries")
-        untrained = {
-            n: v for n, v in factors.method_settings.items() if n not in Training.among(self.spec.method_settings)
-        }
+        trained = Training.among(factors.method_settings)
+        untrained = {name: value for name, value in factors.method_settings.items() if name not in trained}
         return replace(factors, method_settings={**untrained, "rest": round(rest, 9)})
 
     def _form(self, name: str, make: Callable[[float], PruningSpec], max_bytes: int) -> Form:
