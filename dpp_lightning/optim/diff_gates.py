@@ -6,7 +6,7 @@ gates are hard-concrete (Louizos et al., https://arxiv.org/abs/1712.01312).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dpp_lightning.optim.kept_parameters import check_by_entry
 
 LOW, HIGH = -1.5, 1.5  # l and r, between which a gate is stretched before it is cut to [0, 1]
 _OPEN = 5.0  # log alpha at the start: all gates are open
+_ENTRIES = 2**17  # drawn at a time: what is computed of them stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class _Gated:
     base: Tensor
     delta: Parameter
     log_alphas: list[Parameter]  # of the entries, and with groups of the tensor
+
+    def rows(self, tensor: Tensor, rows: slice) -> Tensor:
+        """A view of some rows of a tensor of the parameter's shape."""
+        return torch.atleast_1d(tensor.detach())[rows]
 
 
 class DiffGates:
@@ -85,33 +90,52 @@ class DiffGates:
             zeros = {n: torch.zeros_like(v) if isinstance(v, Tensor) else v for n, v in state.items()}
             self._optimizer.state[after] = zeros | ({"pretrained": pretrained} if "pretrained" in state else {})
 
-    def _gates(self, index: int) -> Tensor:
-        """Gates of one parameter, drawn by seed, step and parameter; differentiable in log alpha."""
+    def _draw(self, index: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of one parameter, with the logistic values s of their gates and, with groups, of the tensor's gate.
+
+        Gates are drawn by seed, step and parameter alone; without groups the tensor's is open.
+        """
         gated = self._gated[index]
         generator = torch.Generator(gated.base.device)
         generator.manual_seed(((self._seed * 1_000_003 + self._step) * 1_000_003 + index) % 2**63)
-        gates = torch.ones((), device=gated.base.device)
-        for log_alpha in gated.log_alphas:
-            u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp(1e-6, 1 - 1e-6)
-            gates = gates * stretched(torch.logit(u) + log_alpha)
-        return gates
+        entries, *group = gated.log_alphas
+        of_tensor = torch.ones((), device=gated.base.device)
+        for log_alpha in group:
+            of_tensor = _logistic(log_alpha.detach(), generator)
+        for rows in _slices(gated.base):
+            yield rows, _logistic(gated.rows(entries, rows), generator), of_tensor
 
+    @torch.no_grad()
     def gather_gradients(self) -> None:
         """Gradients of w and log alpha from those of θ, which are let go."""
         for index, gated in enumerate(self._gated):
             gradient, gated.parameter.grad = gated.parameter.grad, None
-            with torch.enable_grad():
-                gates, expected = self._gates(index), torch.ones((), device=gated.base.device)
-                for log_alpha in gated.log_alphas:
-                    expected = expected * torch.sigmoid(log_alpha)  # log(-l / r) is 0
-                objective = self._l0_weight * expected.sum()
-                if gradient is not None:
-                    objective = objective + (gradient.float() * gated.delta.detach().float() * gates).sum()
-                for log_alpha, found in zip(
-                    gated.log_alphas, torch.autograd.grad(objective, gated.log_alphas), strict=True
-                ):
-                    log_alpha.grad = found
-            gated.delta.grad = None if gradient is None else gradient * gates.detach().to(gradient.dtype)
+            for log_alpha in gated.log_alphas:
+                log_alpha.grad = torch.zeros_like(log_alpha)
+            gated.delta.grad = gradient  # times z, below
+            for rows, s, of_tensor in self._draw(index):
+                self._gather_rows(gated, rows, s, of_tensor)
+
+    def _gather_rows(self, gated: _Gated, rows: slice, s: Tensor, of_tensor: Tensor) -> None:
+        """Gradients of some rows: of w, g z; of log alpha, g w dz/d(log alpha) + λ dP(z > 0)/d(log alpha)."""
+        entries, *group = gated.log_alphas
+        gate, tensor_gate = stretched(s), stretched(of_tensor)
+        is_open = torch.sigmoid(gated.rows(entries, rows))  # P(z > 0): log(-l / r) is 0
+        tensor_open = torch.sigmoid(group[0].detach()) if group else torch.ones_like(of_tensor)
+        by_gate = None
+        if gated.delta.grad is not None:
+            gradient = gated.rows(gated.delta.grad, rows)
+            by_gate = gradient.float() * gated.rows(gated.delta, rows).float()
+            gradient.mul_((gate * tensor_gate).to(gradient.dtype))
+        for log_alpha in group:
+            assert log_alpha.grad is not None
+            log_alpha.grad += self._l0_weight * is_open.sum() * tensor_open * (1 - tensor_open)
+            if by_gate is not None:
+                log_alpha.grad += (by_gate * gate).sum() * _slope(of_tensor, tensor_gate)
+        found = gated.rows(entries.grad, rows)
+        torch.addcmul(found, is_open, 1 - is_open, value=self._l0_weight, out=found).mul_(tensor_open)
+        if by_gate is not None:
+            found.addcmul_(by_gate.mul_(tensor_gate), _slope(s, gate))
 
     def _after_step(self) -> None:
         self._gate_optimizer.step()
@@ -122,15 +146,22 @@ class DiffGates:
     def write(self, *, mean: bool = False) -> None:
         """Write θ into the model, with the gates that are drawn for this step, or the mean ones for an evaluation."""
         for index, gated in enumerate(self._gated):
-            gates = self._mean_gates(gated) if mean else self._gates(index)
-            gated.parameter.copy_(gated.base + gates * gated.delta)
+            for rows, gates in self._mean_gates(gated) if mean else self._drawn_gates(index):
+                theta = (gates * gated.rows(gated.delta, rows)).add_(gated.rows(gated.base, rows))
+                gated.rows(gated.parameter, rows).copy_(theta)
+
+    def _drawn_gates(self, index: int) -> Iterator[tuple[slice, Tensor]]:
+        for rows, s, of_tensor in self._draw(index):
+            yield rows, stretched(s).mul_(stretched(of_tensor))
 
     @staticmethod
-    def _mean_gates(gated: _Gated) -> Tensor:
-        gates = torch.ones((), device=gated.base.device)
-        for log_alpha in gated.log_alphas:
-            gates = gates * stretched(log_alpha.detach())
-        return gates
+    def _mean_gates(gated: _Gated) -> Iterator[tuple[slice, Tensor]]:
+        entries, *group = (a.detach() for a in gated.log_alphas)
+        for rows in _slices(gated.base):
+            gates = stretched(torch.sigmoid(gated.rows(entries, rows)))
+            for log_alpha in group:
+                gates.mul_(stretched(torch.sigmoid(log_alpha)))
+            yield rows, gates
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -139,7 +170,13 @@ class DiffGates:
 
     def deltas(self) -> dict[int, Tensor]:
         """Identity of each parameter of the model to its delta with mean gates, of its shape."""
-        return {id(g.parameter): (self._mean_gates(g) * g.delta).detach() for g in self._gated}
+        found = {}
+        for gated in self._gated:
+            precise = torch.promote_types(gated.delta.dtype, torch.float32)
+            found[id(gated.parameter)] = delta = torch.empty_like(gated.base, dtype=precise)
+            for rows, gates in self._mean_gates(gated):
+                torch.mul(gates, gated.rows(gated.delta, rows), out=gated.rows(delta, rows))
+        return found
 
     @torch.no_grad()
     def scores(self) -> dict[int, Tensor]:
@@ -195,6 +232,25 @@ class DiffGates:
         self.write()
 
 
-def stretched(logit: Tensor) -> Tensor:
-    """A hard-concrete gate: the logistic function stretched to (l, r) and cut to [0, 1]."""
-    return (torch.sigmoid(logit) * (HIGH - LOW) + LOW).clamp(0, 1)
+def _slices(tensor: Tensor) -> Iterator[slice]:
+    """Rows of a tensor, as many at a time as a CPU's cache takes; on a device that has none to mind, all."""
+    count = tensor.shape[0] if tensor.ndim else 1
+    step = max(_ENTRIES * count // max(tensor.numel(), 1), 1) if tensor.device.type == "cpu" else max(count, 1)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
+
+
+def _logistic(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+    """The logistic function of log alpha + logit(u), drawn for each entry: u / (u + (1 - u) exp(-log alpha))."""
+    u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device).clamp_(1e-6, 1 - 1e-6)
+    return u / torch.addcmul(u, 1 - u, torch.exp(-log_alpha))
+
+
+def stretched(s: Tensor) -> Tensor:
+    """A hard-concrete gate z of its logistic value: stretched from (0, 1) to (l, r) and cut to [0, 1]."""
+    return (s * (HIGH - LOW)).add_(LOW).clamp_(0, 1)
+
+
+def _slope(s: Tensor, gate: Tensor) -> Tensor:
+    """dz/d(log alpha) = (r - l) s (1 - s), and 0 where the gate is cut."""
+    return (s * (1 - s)).mul_((HIGH - LOW) * ((gate > 0) & (gate < 1)))

@@ -18,8 +18,10 @@ def loss_of(weight, bias):
     return (torch.tanh(x @ weight.T + bias) - x[:, :4]).square().sum()
 
 
+@pytest.mark.parametrize("entries_at_a_time", [13, 2**17])
 @pytest.mark.parametrize("groups", [False, True])
-def test_gradients_are_those_of_autograd_through_the_gates(groups):
+def test_gradients_are_those_of_autograd_through_the_gates(groups, entries_at_a_time, monkeypatch):
+    monkeypatch.setattr("dpp_lightning.optim.diff_gates._ENTRIES", entries_at_a_time)
     module, strength = net(), 0.01
     gates = DiffGates(
         torch.optim.SGD(module.parameters(), lr=0.1), module.parameters(), strength, 0.1, groups=groups, seed=1
@@ -28,7 +30,7 @@ def test_gradients_are_those_of_autograd_through_the_gates(groups):
         loss_of(module.weight, module.bias).backward()
         gates.gather_gradients()
         gates._optimizer.step()
-    drawn = [gates._gates(index).detach() for index in range(2)]
+    drawn = [torch.cat([z for _, z in gates._drawn_gates(index)]) for index in range(2)]
     loss_of(module.weight, module.bias).backward()
     gates.gather_gradients()
     thetas, penalty, leaves = [], torch.zeros(()), []
@@ -38,7 +40,7 @@ def test_gradients_are_those_of_autograd_through_the_gates(groups):
         generator = torch.Generator()
         generator.manual_seed(((1 * 1_000_003 + 3) * 1_000_003 + index) % 2**63)
         z, is_open = torch.ones(()), torch.ones(())
-        for log_alpha in log_alphas:
+        for log_alpha in reversed(log_alphas):  # the tensor's own before those of its entries
             u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
             s = torch.sigmoid(u.log() - (1 - u).log() + log_alpha)
             z, is_open = z * (s * 3.0 - 1.5).clamp(0, 1), is_open * torch.sigmoid(log_alpha)
@@ -52,6 +54,23 @@ def test_gradients_are_those_of_autograd_through_the_gates(groups):
         torch.testing.assert_close(gated.delta.grad, delta.grad)
         for log_alpha, expected in zip(gated.log_alphas, log_alphas, strict=True):
             torch.testing.assert_close(log_alpha.grad, expected.grad)
+
+
+def test_a_scalar_and_a_tensor_in_another_memory_format_are_gated():
+    weight = nn.Parameter(torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last))
+    scalar = nn.Parameter(torch.tensor(2.0))
+    gates = DiffGates(torch.optim.SGD([weight, scalar], lr=0.1), [weight, scalar], 0.0, 0.1, groups=True, seed=0)
+    base = weight.detach().clone()
+    assert all(float(z.min()) == 1 for _, z in gates._drawn_gates(1))
+    (weight.square().sum() + scalar.square()).backward()
+    gradient = weight.grad.clone()
+    gates.gather_gradients()
+    drawn = torch.cat([z for _, z in gates._drawn_gates(0)])
+    torch.testing.assert_close(gates._gated[0].delta.grad, gradient * drawn)
+    gates._optimizer.step()
+    gates.write(mean=True)  # all are open yet
+    torch.testing.assert_close(weight.detach(), base - 0.1 * gradient * drawn)
+    assert float(scalar.detach()) == pytest.approx(2 - 0.1 * 4)
 
 
 def closed(l0_weight):
@@ -71,8 +90,8 @@ def test_a_larger_penalty_closes_more_gates():
 
 
 def test_a_gate_is_closed_half_open_or_open():
-    assert stretched(torch.tensor([-9.0, 0.0, 9.0])).tolist() == [0.0, 0.0, 1.0]
-    assert 0 < float(stretched(torch.tensor(0.2))) < 1
+    assert stretched(torch.tensor([-9.0, 0.0, 9.0]).sigmoid()).tolist() == [0.0, 0.0, 1.0]
+    assert 0 < float(stretched(torch.tensor(0.2).sigmoid())) < 1
 
 
 def test_entries_with_closed_gates_come_last_in_the_order_of_their_deltas():
