@@ -148,7 +148,7 @@ class EvaluationPasses:
             with trainer.precision_plugin.forward_context():
                 return forward_fn(module, smaller_batch) if forward_fn else _logits(module, smaller_batch)
 
-        return BatchGradients(module, trainer.strategy.batch_to_device(batch), forward)
+        return BatchGradients(module, self._ready(batch), forward)
 
     def distillation(self, batch: Any, forward_fn: ForwardFn | None) -> SharedDistillation:
         """Training toward the outputs of the weights as they stand, on pieces of one batch.
@@ -165,7 +165,7 @@ class EvaluationPasses:
                 output = forward_fn(module, piece) if forward_fn else _logits(module, piece)
             return without_padding(output, piece.get("attention_mask") if isinstance(piece, Mapping) else None)
 
-        return SharedDistillation(module, trainer.strategy.batch_to_device(batch), forward, self.from_first)
+        return SharedDistillation(module, self._ready(batch), forward, self.from_first)
 
     def _evaluation_steps(self, batch: Any) -> Iterator[Tensor | None]:
         """Put one batch through the module's ``calibration_steps`` if it has them, else through its evaluation step.
@@ -181,13 +181,17 @@ class EvaluationPasses:
             yield None
             return
         with self._evaluating(module):
-            yield from steps(self.trainer.strategy.batch_to_device(batch))
+            yield from steps(self._ready(batch))
 
     def _forward_output(self, batch: Any, forward_fn: ForwardFn) -> Tensor:
         """The output of ``forward_fn`` on one batch."""
         module = self.trainer.lightning_module
         with self._evaluating(module):
-            return forward_fn(module, self.trainer.strategy.batch_to_device(batch)).detach().clone()
+            return forward_fn(module, self._ready(batch)).detach().clone()
+
+    def _ready(self, batch: Any) -> Any:
+        """A batch as the trainer's loops hand it to the module: in the dtype of its precision, on its device."""
+        return self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
 
     @contextmanager
     def _evaluating(self, module: pl.LightningModule) -> Iterator[None]:

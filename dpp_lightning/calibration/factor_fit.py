@@ -26,6 +26,7 @@ MEANS_BELOW = 4  # mean ranks from which the means of what is left out are worth
 NUMBERS_PER_TEXT, NUMBERS_PER_TEXT_BY_BLOCK = 400, 1000
 STEPS, EPOCHS, RATE = 160, 5, 0.05  # as many steps as so many epochs have, and no fewer than that
 DAMPINGS = (0.25, 0.5, 0.75, 1.0)  # of the sampled rest that are tried
+_MEANS = ", means in the biases"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class _Form:
 def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
     """Find the best form of a low rank on held-out calibration data: the fit of ``lowrank``.
 
-    Compared are plain directions and those weighted by the inputs, each with the means of what is left out in the
-    biases below a mean rank of 4. Without a rest the better is trained for five epochs or 160 steps, where its numbers
+    Compared are plain directions and those weighted by the inputs, below a mean rank of 4 also with the means of what
+    is left out in the biases. Without a rest the better is trained for five epochs or 160 steps, where its numbers
     are at most 1,000 a calibration text block by block, 400 end to end. With a rest that is damped by the best of four
     factors and nothing is trained: what trained factors leave is larger, and drawn beside them undoes their training.
 
@@ -53,7 +54,8 @@ def fit_factors(calibrator: Calibrator, delta: SparseDelta) -> FoundRescaling:
         The rescaling that gives that delta, whatever it is asked to apply to: it belongs to one mask.
     """
     training = calibrator.distillation
-    forms = [_Form(name, form, _loss(form, calibrator)) for name, form in _untrained(calibrator.pairs, delta)]
+    untrained = _untrained(calibrator.pairs, delta, calibrator.dtype)
+    forms = [_Form(name, form, _loss(form, calibrator)) for name, form in untrained]
     best = min(forms, key=lambda form: form.loss)
     before = next(form.loss for form in forms if form.name == "plain")
     has_rest = any(len(tensor.values) for tensor in best.delta.tensors.values())
@@ -94,20 +96,20 @@ def _described(best: _Form, before: float, training: Distillation) -> SparseDelt
     return best.delta.with_changes(training=said)
 
 
-def _untrained(pairs: Sequence[TensorPair], delta: SparseDelta) -> Iterable[tuple[str, SparseDelta]]:
+def _untrained(pairs: Sequence[TensorPair], delta: SparseDelta, dtype: str | None) -> Iterable[tuple[str, SparseDelta]]:
     """The forms that need no training, by name; the first is the delta as it was drawn."""
     yield "plain", delta
     factors = {name: tensor.factors for name, tensor in delta.tensors.items() if tensor.factors is not None}
     means = _mean_rank(factors) < MEANS_BELOW and any(pair.inputs is not None for pair in pairs)
     if means:
-        yield "plain, means in the biases", _with_factors(pairs, delta, with_means(pairs, factors, delta))
+        yield f"plain{_MEANS}", with_means(pairs, delta, dtype)
     if any(pair.inputs is not None and pair.inputs.products is not None for pair in pairs):
         ranks = [factors[pair.name].rank for pair in pairs]
         weighted = {p.name: f for p, f in zip(pairs, decompose(pairs, ranks, weighted=True), strict=True)}
+        found = _with_factors(pairs, delta, weighted)
+        yield "weighted by the inputs", found
         if means:
-            weighted = with_means(pairs, weighted, delta)
-        name = "weighted by the inputs" + (", means in the biases" if means else "")
-        yield name, _with_factors(pairs, delta, weighted)
+            yield f"weighted by the inputs{_MEANS}", with_means(pairs, found, dtype)
 
 
 def _mean_rank(factors: Mapping[str, Factors]) -> float:
@@ -115,23 +117,26 @@ def _mean_rank(factors: Mapping[str, Factors]) -> float:
     return sum(part.rank for part in maps) / max(len(maps), 1)
 
 
-def with_means(pairs: Sequence[TensorPair], factors: Mapping[str, Factors], delta: SparseDelta) -> dict[str, Factors]:
-    """The factors with the biases taking what is left out of their maps at the mean input: (delta - B A) x_mean.
+def with_means(pairs: Sequence[TensorPair], delta: SparseDelta, dtype: str | None) -> SparseDelta:
+    """The delta with the biases taking what it leaves out of their maps at the mean input: (delta - B A - S) x_mean.
 
     Args:
         pairs: the tensors, those of maps with their inputs where these are known.
-        factors: of all tensors, by canonical name.
-        delta: has the dtype that the file holds factors in, among its settings.
+        delta: factors B A of all tensors, and a sampled rest S or none.
+        dtype: that the file holds the rest in.
     """
-    found, by_name = dict(factors), {pair.name: pair for pair in pairs}
-    for name, part in factors.items():
+    by_name = {pair.name: pair for pair in pairs}
+    held = held_tensors(delta, pairs, dtype, _factors_dtype(delta))
+    found = dict(delta.tensors)
+    for name, tensor in delta.tensors.items():
         weights = [weight for weight in weights_of_bias(name) if weight in by_name]
-        if not weights or not part.is_whole:
+        if not weights or tensor.factors is None or not tensor.factors.is_whole:
             continue
-        shift = mean_shift(by_name[weights[0]], factors[weights[0]].rounded(_factors_dtype(delta), weights[0]))
-        if shift is not None and shift.numel() == part.numbers:
-            found[name] = Factors.whole(part.left.reshape(-1) + shift)
-    return found
+        shift = mean_shift(by_name[weights[0]], held[weights[0]].dense(delta.q))
+        if shift is not None and shift.numel() == tensor.factors.numbers:
+            of_bias = by_name[name].delta().reshape(-1) + shift
+            found[name] = replace(tensor, factors=Factors.whole(of_bias))
+    return delta.with_changes(found)
 
 
 def _factors_dtype(delta: SparseDelta) -> str:
@@ -167,7 +172,7 @@ def _with_new_rest(pairs: Sequence[TensorPair], delta: SparseDelta) -> SparseDel
 
 
 def _damped(form: _Form, calibrator: Calibrator) -> list[_Form]:
-    """The form with its rest damped otherwise."""
+    """The form with its rest damped otherwise, and where it has means in the biases with those of what is then left."""
     now, forms = float(form.delta.info.settings.get("damping", DAMPING)), []
     for damping in DAMPINGS:
         if damping == now:
@@ -176,5 +181,7 @@ def _damped(form: _Form, calibrator: Calibrator) -> list[_Form]:
             name: replace(tensor, values=tensor.values * (damping / now)) for name, tensor in form.delta.tensors.items()
         }
         delta = form.delta.with_changes(tensors, settings={**form.delta.info.settings, "damping": damping})
+        if form.name.endswith(_MEANS):
+            delta = with_means(calibrator.pairs, delta, calibrator.dtype)
         forms.append(_Form(f"{form.name}, rest times {damping:g}", delta, _loss(delta, calibrator)))
     return forms

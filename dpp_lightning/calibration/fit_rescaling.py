@@ -109,7 +109,7 @@ def cast(delta: SparseDelta, pairs: Iterable[TensorPair], spec: PruningSpec) -> 
     Raises:
         ValueError: values that are not finite in that dtype.
     """
-    if spec.drawn_dtype == spec.dtype:
+    if spec.streams:
         return delta
     tensors = held_tensors(delta, pairs, spec.dtype, spec.factors_dtype)
     return delta.with_changes(tensors, dtype=spec.dtype, factors_dtype=spec.factors_dtype)

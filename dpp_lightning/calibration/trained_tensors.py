@@ -85,7 +85,8 @@ class TrainedTensors:
             leaves["values"] = tensor.values.float() / self.start.q
         device = named.owner.device
         leaves = {kind: leaf.to(device).requires_grad_(True) for kind, leaf in leaves.items()}
-        whole = not named.whole or named.owner.dim() < 2
+        one_column = tensor.factors is not None and tensor.factors.is_whole
+        whole = not named.whole or named.owner.dim() < 2 or one_column
         base = named.tensor.detach().reshape(-1).clone() if whole else gather_entries(named.tensor, tensor.indices)
         return _Trained(named, tensor, leaves, base, whole)
 

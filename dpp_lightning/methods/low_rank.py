@@ -62,7 +62,7 @@ def low_rank(
     Raises:
         ValueError: a rate at which no map has a direction, or settings out of their range.
     """
-    verify({"rank": rank, "rest": rest, "damping": damping})
+    verify({"rank": rank, "rest": rest} | ({"damping": damping} if rest < 1 else {}))
     factors = decompose(pairs, ranks_of(pairs, pruning_rate, rank, spread))
     rounded = [part.rounded(factors_dtype, pair.name) for pair, part in zip(pairs, factors, strict=True)]
     yield from with_rest(pairs, rounded, factors, seed, rest, damping)
@@ -105,8 +105,8 @@ def verify(settings: Mapping[str, Any]) -> None:
     """Refuse settings of :func:`low_rank` that are out of their range.
 
     Raises:
-        ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], a damping outside (0, 1], or settings of
-            training that are out of their range, or beside a rest.
+        ValueError: a rank that is no whole number >= 0, a rest outside (0, 1], a damping outside (0, 1] or without a
+            rest, or settings of training that are out of their range, or beside a rest.
     """
     training.verify(settings)
     if rest_of(settings) < 1 and (trained := sorted(training.Training.among(settings))):
@@ -119,6 +119,13 @@ def verify(settings: Mapping[str, Any]) -> None:
     for name in ("rest", "damping"):
         if not 0 < settings.get(name, 1) <= 1:
             raise ValueError(f"{name} must be a number in (0, 1], got {settings[name]!r}")
+    if "damping" in settings and rest_of(settings) == 1:
+        raise ValueError("damping is of a sampled rest, and there is none: give rest= too, or leave damping= out")
+
+
+def by_rank(settings: Mapping[str, Any]) -> bool:
+    """Whether a rank says how much is kept, so that the pruning rate plays no part."""
+    return bool(settings.get("rank", 0))
 
 
 def ranks_of(pairs: Sequence[TensorPair], pruning_rate: float, rank: int, spread: Spread) -> list[int]:
@@ -130,7 +137,7 @@ def ranks_of(pairs: Sequence[TensorPair], pruning_rate: float, rank: int, spread
     shapes = [matrix_shape(pair.shape) for pair in pairs]
     budget = numbers_at(shapes, pruning_rate, rank)
     maps = [shape for shape in shapes if shape[1] > 1]
-    even = budget / max(sum(rows + columns for rows, columns in maps), 1)
+    even = rank or even_rank(maps, budget)
     if spread == "energy" or (spread == "auto" and even < _SPREAD_BELOW):
         return spread_ranks(pairs, shapes, budget, even)
     if even < 1:
@@ -139,6 +146,21 @@ def ranks_of(pairs: Sequence[TensorPair], pruning_rate: float, rank: int, spread
             "each: take a lower rate, or spread=energy"
         )
     return [1 if shape[1] == 1 else min(int(even), *shape) for shape in shapes]
+
+
+def even_rank(maps: Sequence[tuple[int, int]], budget: float) -> float:
+    """The rank of every map at which these have so many numbers, those of fewer rows or columns their full one.
+
+    Args:
+        maps: rows and columns.
+        budget: numbers of all factors together.
+    """
+    rank, spent = 0, 0.0
+    while growing := sum(rows + columns for rows, columns in maps if min(rows, columns) > rank):
+        if spent + growing > budget:
+            return rank + (budget - spent) / growing
+        rank, spent = rank + 1, spent + growing
+    return rank
 
 
 def numbers_at(shapes: Sequence[tuple[int, int]], pruning_rate: float, rank: int) -> float:
@@ -154,6 +176,8 @@ def numbers_at(shapes: Sequence[tuple[int, int]], pruning_rate: float, rank: int
     """
     if rank:
         return sum(stored_numbers(*shape, min(int(rank), *shape)) for shape in shapes if shape[1] > 1)
+    if pruning_rate == 0:
+        raise ValueError("at a rate of 0 a low rank keeps less than its rate says: give a rate above 0, or rank=")
     whole = sum(rows for rows, columns in shapes if columns == 1)
     budget = float((1 - exact_rate(pruning_rate)) * sum(rows * columns for rows, columns in shapes)) - whole
     if budget <= 0:
@@ -302,12 +326,12 @@ def _projected(matrix: Tensor, count: int) -> Tensor | None:
     return _range(m, count).t() @ m
 
 
-def mean_shift(pair: TensorPair, factors: Factors) -> Tensor | None:
-    """What the bias of a map takes so that its mean output is as in the fine-tuned model: (delta - B A) x_mean.
+def mean_shift(pair: TensorPair, change: Tensor) -> Tensor | None:
+    """What the bias of a map takes so that its mean output is as in the fine-tuned model: (delta - change) x_mean.
 
     Args:
         pair: the map's weight.
-        factors: its factors.
+        change: its delta as a file holds it, B A and the sampled rest, float32, of its shape.
 
     Returns:
         Float32, shape (outputs,); None where the inputs are not known.
@@ -315,7 +339,7 @@ def mean_shift(pair: TensorPair, factors: Factors) -> Tensor | None:
     inputs = pair.inputs
     if inputs is None or not inputs.of_one_map or len(pair.shape) != 2:
         return None
-    left = replace(pair, factors=factors).delta().double()
+    left = (pair.delta().view(pair.shape) - change).double()
     mean = inputs.mean.double()
     return (left @ mean if inputs.axis == 1 else left.t() @ mean).float()
 

@@ -28,7 +28,7 @@ class PruningSpec:
 
     Raises:
         ValueError: an unknown method, setting or dtype, a rate outside [0, 1), a negative seed, a q that is not a
-            finite number above 0, or a q for a method that finds more than one.
+            finite number above 0, a q for a method that finds more than one, or a dtype for one that chooses it.
     """
 
     method: str = "dare"
@@ -41,7 +41,9 @@ class PruningSpec:
     def __post_init__(self) -> None:
         row = get_method(self.method)
         row.check(self.pruning_rate, self.method_settings)
-        if self.dtype is None and row.dtype is not None:
+        if row.fit is not None and row.fit.draws and self.dtype is not None:
+            raise ValueError(f"{self.method} chooses how the values of its forms are held: leave dtype= out")
+        if self.dtype is None and row.dtype is not None and not self.keeps_all:
             object.__setattr__(self, "dtype", row.dtype)
         row.check_dtype(self.method, self.dtype)
         stream_key("", self.seed)
@@ -60,7 +62,17 @@ class PruningSpec:
     @property
     def fit(self) -> Fit | None:
         """What is to be found on calibration data; None where nothing is: q is given, or no entry is dropped."""
-        return self.row.fit if self.q is None and self.pruning_rate > 0 else None
+        return self.row.fit if self.q is None and not self.keeps_all else None
+
+    @property
+    def ignores_rate(self) -> bool:
+        """Whether the settings say how much is kept, so that the rate plays no part."""
+        return self.row.ignores_rate is not None and self.row.ignores_rate(self.method_settings)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no entry is dropped."""
+        return self.pruning_rate == 0 and not self.ignores_rate
 
     @property
     def rest(self) -> float:
@@ -90,17 +102,18 @@ class PruningSpec:
     @property
     def exact(self) -> bool:
         """Whether base plus delta is to be the fine-tuned model bit for bit."""
-        return self.pruning_rate == 0 and self.dtype is None and self.q in (None, 1)
-
-    @property
-    def drawn_dtype(self) -> str | None:
-        """The dtype to draw in: that of the file, or float32 where the method's fit gives the values weights."""
-        return self.dtype if self.exact or self.row.fit is None or self.row.fit.one_q else "float32"
+        return self.keeps_all and self.dtype is None and self.q in (None, 1)
 
     @property
     def streams(self) -> bool:
         """Whether values are known as they are drawn, so that a delta is written tensor by tensor; a q comes later."""
-        return self.drawn_dtype == self.dtype and not (self.row.fit is not None and self.row.fit.draws)
+        fit = self.row.fit
+        return fit is None or ((self.exact or fit.one_q) and not fit.draws)
+
+    @property
+    def drawn_dtype(self) -> str | None:
+        """The dtype to draw in: that of the file, or float32 where the method's fit gives the values weights."""
+        return self.dtype if self.streams else "float32"
 
     def check_calibration(self, *, objective: bool, inputs: bool) -> None:
         """Refuse a method that cannot do without calibration data.

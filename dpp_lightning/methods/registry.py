@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import entry_points
 from inspect import signature
+from math import isfinite
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
@@ -97,6 +98,8 @@ class Method:
             settings; its whole budget goes to those, and the others get the base's values. None covers all.
         numbers: how many numbers the method keeps of the tensors that it covers, given their shapes, the rate among
             them, and the settings; None where the rate says it.
+        ignores_rate: whether the settings say how much is kept, as a rank does, so that the rate plays no part; None
+            where it always does.
         rest: the rate at which the method draws, by the sampler, what its factors leave of their tensors, given the
             settings; 1 draws nothing. None for a method without.
         dtype: of the kept values where none is asked for; None for the fine-tuned dtype.
@@ -116,6 +119,7 @@ class Method:
     by_blocks: bool = False
     covers: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None = None
     numbers: Callable[[Sequence[tuple[int, ...]], float, Mapping[str, Any]], float] | None = None
+    ignores_rate: Callable[[Mapping[str, Any]], bool] | None = None
     rest: Callable[[Mapping[str, Any]], float] | None = None
     dtype: str | None = None
     factors_dtype: str | None = None
@@ -138,6 +142,8 @@ class Method:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
             if not choices and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            if not choices and not isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if self.verify is not None:
             self.verify(settings)
 
@@ -194,6 +200,11 @@ def _in_maps(name: str, shape: Sequence[int], settings: Mapping[str, Any]) -> bo
 def _maps_and_vectors(name: str, shape: Sequence[int], settings: Mapping[str, Any]) -> bool:
     """What ``lowrank`` covers: the weights of linear maps and convolutions, and tensors of one column."""
     return is_multiplied(name, shape) or matrix_shape(tuple(shape))[1] == 1
+
+
+def _by_limit(_settings: Mapping[str, Any]) -> bool:
+    """What ``auto`` keeps follows from its limit, never from a rate."""
+    return True
 
 
 # Fits belong to a higher room than methods, so the rows name them by object reference and import nothing of theirs.
@@ -293,11 +304,12 @@ METHODS = MethodTable({
     ),
     "lowrank": Method(
         low_rank.low_rank, rescaling.no_rescaling, *_ECKART, fit=_FACTORS, covers=_maps_and_vectors,
-        numbers=low_rank.numbers_kept, rest=low_rank.rest_of, dtype=low_rank.REST_DTYPE,
-        factors_dtype=low_rank.FACTORS_DTYPE, verify=low_rank.verify,
+        numbers=low_rank.numbers_kept, ignores_rate=low_rank.by_rank, rest=low_rank.rest_of,
+        dtype=low_rank.REST_DTYPE, factors_dtype=low_rank.FACTORS_DTYPE, verify=low_rank.verify,
     ),
     "auto": Method(
-        selections.of_auto, rescaling.no_rescaling, *_OURS, fit=_CHOICE, verify=selections.verify_limits
+        selections.of_auto, rescaling.no_rescaling, *_OURS, fit=_CHOICE, ignores_rate=_by_limit,
+        verify=selections.verify_limits,
     ),
 })  # fmt: skip
 

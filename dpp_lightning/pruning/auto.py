@@ -16,11 +16,14 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.registry import METHODS
 from dpp_lightning.methods.training import Training
+from dpp_lightning.pruning.coverage import least_rate
 from dpp_lightning.pruning.plan import PruningPlan
 
 _IMPORTANCE_BITS = 9.0  # a kept entry, to begin with
 _BITS = {"int2": 2.0, "int4": 4.6}  # a trained value, or a number of a factor
 _MANY = 0.5  # of the entries: below it more numbers of few bits are better than fewer that are finer
+_LEAST_RATE = 1e-6  # nothing dropped is no form
+_LEAST_REST = 0.5  # of a rest: with more entries it is the delta itself
 _TRIES = 8  # of a rate, until its bytes are at most those wanted and nearly as many
 _FITS = 3  # of a form, until the fitted one is within the bytes too
 _NEAR, _AIM = 0.95, 0.98  # of the bytes: a larger delta would hardly be better
@@ -69,6 +72,8 @@ def choose(
     """
     max_bytes, max_loss = spec.method_settings.get("max_bytes", 0), spec.method_settings.get("max_loss", 0)
     assert calibration is not None
+    if not plan.pruned:  # what is carried is all there is, whatever the form
+        return plan.draw(PruningSpec("importance", seed=spec.seed)), FoundRescaling(lambda delta: delta, ())
     known = plan if plan.inputs is not None else plan.for_spec(spec, calibration)
     known.read_all()
     objective = calibration.objective(known.replaced_base, gradients=False, distillation=True)
@@ -138,22 +143,25 @@ class _Search:
         in_scope = sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
         few = "int2" if size * 8 / _BITS["int2"] < _MANY * in_scope else "int4"
         bits = _IMPORTANCE_BITS if method == "importance" else _BITS[few]
-        rate = max(0.0, 1 - max(size, 1.0) * 8 / bits / in_scope)
+        rate = max(_LEAST_RATE, 1 - max(size, 1.0) * 8 / bits / in_scope)
         known = METHODS[method].settings
         settings |= {name: value for name, value in self.spec.method_settings.items() if name in known}  # of training
         if "factors_dtype" in known:
             settings["factors_dtype"] = few
         dtype = few if method == "refit" else None
-        return PruningSpec(method, round(rate, 9), self.spec.seed, dtype, method_settings=settings)
+        spec = PruningSpec(method, round(rate, 9), self.spec.seed, dtype, method_settings=settings)
+        shapes = {name: tuple(self.plan.finetuned[name].shape) for name in self.plan.pruned}
+        least = least_rate(spec, shapes, self.plan.new_rows) + _LEAST_RATE
+        return replace(spec, pruning_rate=max(spec.pruning_rate, least))
 
     def _with_rest(self, size: float) -> PruningSpec:
         """Half of the bytes for factors, half for a sampled rest."""
         factors = self._spec("lowrank", size / 2)
         covered = self.plan.covering(factors)
         of_maps = sum(pair.numel for pair in covered.pairs if len(pair.shape) > 1)
-        rest = 1 - size / 2 * 8 / _BITS["int2"] / of_maps
-        if not 0 < rest < 1:
-            raise ValueError("the rest would be all entries")
+        rest = max(1 - size / 2 * 8 / _BITS["int2"] / max(of_maps, 1), _LEAST_REST)
+        if rest == 1:
+            raise ValueError("there is no map to sample a rest of")
         trained = Training.among(factors.method_settings)
         untrained = {name: value for name, value in factors.method_settings.items() if name not in trained}
         return replace(factors, method_settings={**untrained, "rest": round(rest, 9)})
@@ -170,17 +178,15 @@ class _Search:
 
     def _drawn(self, make: Callable[[float], PruningSpec], max_bytes: int) -> tuple[PruningSpec, SparseDelta]:
         """The largest delta within the bytes, not yet fitted."""
-        size, largest, found = float(max_bytes), 0, None
+        sizes, found = _Sizes(max_bytes), None
         for _ in range(_TRIES):
-            spec = make(size)
+            spec = make(sizes.next)
             drawn = self.plan.draw(spec)
             num_bytes = cast(drawn, self.plan.covering(spec).pairs, spec).num_bytes
-            if largest < num_bytes <= max_bytes:
-                largest, found = num_bytes, (spec, drawn)
-            if _NEAR * max_bytes <= largest:
+            if sizes.add(num_bytes):
+                found = spec, drawn
+            if sizes.done:
                 break
-            change = _AIM * max_bytes - num_bytes
-            size = max(size + (change if num_bytes < max_bytes else min(change, -size / 50)), size / 4)
         if found is None:
             raise ValueError(f"{num_bytes:,} bytes at pruning_rate={spec.pruning_rate:g}")
         return found
@@ -197,3 +203,46 @@ class _Search:
     def _telling(self, name: str) -> Report | None:
         report = self.report
         return None if report is None else lambda text: report(f"{name}, {text}")
+
+
+class _Sizes:
+    """The sizes that a form is asked for, until its bytes are at most those wanted and nearly as many.
+
+    Bytes grow with the size, in steps where a rank does: after one delta that fits and one that does not, the next size
+    lies between them.
+
+    Args:
+        max_bytes: that are wanted.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.next, self.done = float(max_bytes), False
+        self._max = max_bytes
+        self._fits: tuple[float, int] | None = None  # size and bytes
+        self._exceeds: tuple[float, int] | None = None
+
+    def add(self, num_bytes: int) -> bool:
+        """Take the bytes that the size :attr:`next` came to, and find the one after it; whether it is the best yet."""
+        size, before = self.next, self._fits
+        if num_bytes > self._max:
+            self._exceeds = size, num_bytes
+        elif before is None or num_bytes > before[1]:
+            self._fits = size, num_bytes
+        best = self._fits is not before
+        self.next = self._between() if self._fits and self._exceeds else self._beyond(size, num_bytes)
+        stuck = self._fits is not None and not best and num_bytes <= self._max  # nothing more to keep
+        self.done = stuck or (self._fits is not None and self._fits[1] >= _NEAR * self._max)
+        return best
+
+    def _between(self) -> float:
+        """By the line through the two, a tenth of their distance away from either."""
+        assert self._fits is not None
+        assert self._exceeds is not None
+        (low, fewer), (high, more) = self._fits, self._exceeds
+        share = (_AIM * self._max - fewer) / (more - fewer)
+        return low + (high - low) * min(max(share, 0.1), 0.9)
+
+    def _beyond(self, size: float, num_bytes: int) -> float:
+        """On from sizes that all fit, or that all exceed."""
+        change = _AIM * self._max - num_bytes
+        return max(size + (change if num_bytes <= self._max else min(change, -size / 50)), size / 4)

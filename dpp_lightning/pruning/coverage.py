@@ -31,13 +31,15 @@ def uncovered(spec: PruningSpec, shapes: Mapping[str, tuple[int, ...]], grown: C
             f"{spec.method} leaves {', '.join(longer)} at the base's values, but the fine-tuned vocabulary has more "
             "rows: store it dense (carry=, --carry), or take a method that prunes every tensor"
         )
-    if len(left_out) == len(shapes):
+    if shapes and len(left_out) == len(shapes):
         raise ValueError(f"{spec.method} covers none of the tensors in scope, such as {', '.join(left_out[:_SHOWN])}")
     return left_out
 
 
 def rate_among(spec: PruningSpec, covered: int, in_scope: int) -> float:
     """The rate among the entries that a method covers at which all entries in scope have the spec's pruning rate.
+
+    Where the rate plays no part it is 0 at the least; where nothing is covered, the spec's own.
 
     Args:
         spec: has the rate.
@@ -46,13 +48,31 @@ def rate_among(spec: PruningSpec, covered: int, in_scope: int) -> float:
     Raises:
         ValueError: the rate keeps more entries than are covered.
     """
+    if not covered:
+        return float(spec.pruning_rate)
     rate = 1 - float(1 - exact_rate(spec.pruning_rate)) * in_scope / covered
+    if rate < 0 and spec.ignores_rate:
+        return 0.0
     if rate < 0:
         raise ValueError(
             f"pruning_rate={spec.pruning_rate:g} keeps more than the {covered:,} of {in_scope:,} entries that "
             f"{spec.method} covers: take a rate of {1 - covered / in_scope:.3g} or more, or another method"
         )
     return rate
+
+
+def least_rate(spec: PruningSpec, shapes: Mapping[str, tuple[int, ...]], grown: Container[str]) -> float:
+    """The lowest pruning rate that a method can have, at which it keeps every entry of the tensors that it covers.
+
+    Args:
+        spec, shapes, grown: as for :func:`uncovered`.
+
+    Raises:
+        ValueError: as there.
+    """
+    if spec.row.covers is None:
+        return 0.0
+    return sum(prod(shapes[name]) for name in uncovered(spec, shapes, grown)) / sum(map(prod, shapes.values()))
 
 
 def check_rates(specs: Iterable[PruningSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -354,7 +354,7 @@ class PruningPlan:
         *,
         report: Report | None = None,
     ) -> FoundRescaling | None:
-        """What the spec's method finds on calibration data; None where it fits nothing or there is no data.
+        """What the spec's method finds on calibration data; None where it fits nothing, or there is no data or delta.
 
         Args:
             spec: what the delta was drawn by.
@@ -365,7 +365,7 @@ class PruningPlan:
         Raises:
             ValueError: the method cannot do without an objective, inputs or gradients that the data does not give.
         """
-        if spec.fit is None or calibration is None:
+        if spec.fit is None or calibration is None or not self.pruned:
             return None
         plan = self.covering(spec)
         gradients, training = spec.fit.needs_gradients, spec.fit.needs_distillation
@@ -432,10 +432,10 @@ class PruningPlan:
             rest=spec.rest < 1,
             scope={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scope).items()},
             settings=dict(spec.method_settings),
-            reverted=tuple(n for n, fate in self.fates.items() if fate == "revert" and n not in self.unchanged),
-            unchanged=tuple(n for n in self.finetuned if n in self.unchanged),
+            reverted=tuple(sorted(n for n, f in self.fates.items() if f == "revert" and n not in self.unchanged)),
+            unchanged=tuple(sorted(n for n in self.finetuned if n in self.unchanged)),
             prefix=self.prefix,
-            names=dict(self.names or {}),
+            names=dict(sorted((self.names or {}).items())),
         )
 
 

@@ -109,7 +109,8 @@ def is_table(name: str) -> bool:
 def is_multiplied(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is, by its name and shape, the weight of a linear map or a convolution anywhere in a model.
 
-    Those of two or more dimensions, apart from tables that rows are looked up in, wherever the blocks are.
+    Those of two or more dimensions, apart from tables that rows are looked up in, wherever the blocks are. What has one
+    row and is not named ``weight``, such as a class token, is none; the weight of a map to one output is.
 
     Args:
         name: canonical name.
@@ -119,10 +120,9 @@ def is_multiplied(name: str, shape: Sequence[int]) -> bool:
     rows_alone = len(shape) > 1 and shape[0] == 1
     return (
         len(shape) > 1
-        and not rows_alone
         and not is_table(name)
         and not {own, module} & _LOOKED_UP
-        and (own.startswith("weight") or not _TABLE.search(own))
+        and (own.startswith("weight") or not (rows_alone or _TABLE.search(own)))
     )
 
 

@@ -71,7 +71,7 @@ class Factors:
 
     def stored(self) -> list[Tensor]:
         """What a file holds, each of shape (numbers,): the columns of ``left`` one after the other, the rows of
-        ``right``, so that the numbers that share a scale belong to one direction."""
+        ``right``, so that numbers that share a scale belong to one direction where these are as many."""
         columns = self.left.t().reshape(-1).contiguous()
         return [columns] if self.is_whole else [columns, self.right.reshape(-1).contiguous()]
 

@@ -362,7 +362,7 @@ def test_low_rank_takes_the_best_form_and_says_which(tmp_path):
     calibration = Calibration(lambda _: 0.0, inputs=collector.statistics, distillation=training)
     spec = PruningSpec("lowrank", method_settings={"rank": 1})
     delta, found = plan.for_spec(spec, calibration).draw_and_fit(spec, calibration)
-    assert len(found.tried) == 4  # plain, with means, weighted, and the best of them trained
+    assert len(found.tried) == 5  # plain and weighted, each with means and without, and the best of them trained
     assert delta.info.training["form"].endswith("trained by block")
     assert delta.info.training["held_out_after"] == pytest.approx(min(loss for _, loss in found.tried))
     assert training.loss(delta) == pytest.approx(delta.info.training["held_out_after"], rel=1e-3)

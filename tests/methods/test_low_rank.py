@@ -209,7 +209,7 @@ def test_means_of_what_is_left_out_belong_to_the_bias():
     x = torch.randn(200, 10, generator=generator) + 2
     pair = pair_of(a_delta(6, 10), inputs=inputs_of(x))
     (found,) = decompose([pair], [1])
-    shift = mean_shift(pair, found)
+    shift = mean_shift(pair, found.product().view(6, 10))
     approximated = x @ found.product().view(6, 10).t() + shift
     assert torch.allclose(approximated.mean(0), (x @ a_delta(6, 10).t()).mean(0), atol=1e-4)
-    assert mean_shift(pair_of(a_delta(6, 10)), found) is None
+    assert mean_shift(pair_of(a_delta(6, 10)), found.product().view(6, 10)) is None
