@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 _NO_LOGITS = (
     "methods that train need logits with gradients: give {} a forward(batch) that returns them (got {}), or pass "
-    "DeltaPruneCallback(forward_fn=...)"
+    "DeltaPruneCallback(forward_fn=lambda module, batch: logits)"
 )
 
 
@@ -226,7 +226,10 @@ def check_callable(module: pl.LightningModule) -> None:
 
 
 def _logits(module: pl.LightningModule, batch: Any) -> Tensor:
-    output = module(batch[0] if isinstance(batch, tuple | list) else batch)
+    try:
+        output = module(batch[0] if isinstance(batch, tuple | list) else batch)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(_NO_LOGITS.format(type(module).__name__, f"{type(error).__name__}: {error}")) from error
     if not isinstance(output, Tensor):
         raise ValueError(_NO_LOGITS.format(type(module).__name__, type(output).__name__))
     return output

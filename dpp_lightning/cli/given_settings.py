@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dpp_lightning.cli.packaged_configs import UsageError
+from dpp_lightning.storage.safe_text import read_utf8
 
 INLINE = re.compile(r"[\n{]")  # of a --config whose value is YAML itself and no file
 _OPTION = re.compile(r"--?[A-Za-z]")
@@ -138,7 +139,10 @@ def _read_config(value: str) -> Iterator[Setting]:
     if not inline and not Path(value).is_file():
         return
     name = "--config" if inline else value
-    loader = yaml.SafeLoader(value if inline else Path(value).read_text(encoding="utf-8"))
+    try:
+        loader = yaml.SafeLoader(value if inline else read_utf8(Path(value)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     try:
         document = loader.get_single_node()
         if document is not None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from dpp_lightning.storage.safe_text import read_utf8
+
 STATISTICS = ("mean_abs", "variance", "min", "p10", "p90", "max")
 _KEYS = {"source", "score", "seeds", "training_seeds", "bases", "data", "training", "fragments", "columns", "rows",
          "small", "plot", "show", "relative"}  # fmt: skip
@@ -295,7 +297,7 @@ def read_table(path: Path, name: str) -> PaperTable:
     Raises:
         ValueError: something is missing or unknown in it; the message names the file and the key.
     """
-    content = path.read_text(encoding="utf-8")
+    content = read_utf8(path)
     text = yaml.safe_load(content)
     first = next(iter(content.splitlines()), "")
     title = first.removeprefix("#").partition(": dpp reproduce ")[0].strip() if first.startswith("#") else name

@@ -75,7 +75,10 @@ def export_adapter(
         model = _model_of(config, architecture)
         where = "the delta" if isinstance(delta, SparseDelta) else str(delta)
         contents = contents.for_task(task)
-        adapter = make_adapter(contents, model, tensors, dtype=dtype, lora_only=lora_only, force=force, where=where)
+        adapter = make_adapter(
+            contents, model, tensors, dtype=dtype, lora_only=lora_only, force=force, where=where,
+            base_name=name or "the base",
+        )  # fmt: skip
         adapter.write(folder, name, revision)
     return adapter
 

@@ -7,7 +7,9 @@ those of ``modules_to_save``: base plus delta, for which the base's values are n
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -116,6 +118,7 @@ def make_adapter(
     lora_only: bool = False,
     force: bool = False,
     where: str = "the delta",
+    base_name: str = "the base",
 ) -> PeftAdapter:
     """A delta of low rank as a LoRA adapter.
 
@@ -126,7 +129,7 @@ def make_adapter(
         dtype: of factors and biases, one of ``ADAPTER_DTYPES``. Modules that are saved whole have the base's dtype.
         lora_only: leave out biases, norms and heads, which engines other than peft do not load; a note names them.
         force: take the base although it is another one than the delta was drawn from.
-        where: what messages call the delta.
+        where, base_name: what messages call the delta and the base.
 
     Raises:
         ValueError: the delta has kept entries or new rows, does not fit the model, the base is another one, or a tensor
@@ -135,20 +138,24 @@ def make_adapter(
     if dtype not in ADAPTER_DTYPES:
         raise ValueError(f"dtype of a LoRA adapter must be one of {', '.join(ADAPTER_DTYPES)}, got {dtype!r}")
     contents = contents.for_task(None)
-    factors = _read_factors(contents, base, where, force=force)
+    factors = _read_factors(contents, base, where, base_name, force=force)
     places = _places(contents, model)
     by_name = {places[name].source: part for name, part in factors.items() if _changes(part)}
     carried = {places[name].source: tensor for name, tensor in contents.carried.items()}
     changed = {**dict.fromkeys(carried), **dict.fromkeys(by_name)}
     if not by_name:
         raise ValueError(f"{where} changes no linear map or convolution: a LoRA adapter of it would be empty")
-    saved = _saved_modules(model, changed, carried)
-    adapted = [name for name in by_name if not _lies_in(name, saved)]
+    whole = [name for name in changed if name in carried or not _in_lora(model, name)]
+    saved = [] if lora_only else _saved_modules(model, whole)
+    adapted = [name for name in by_name if name not in whole and not _lies_in(name, saved)]
     adapter = _adapted(model, {name: by_name[name] for name in adapted}, FLOATS[dtype], lora_only=lora_only)
     if not adapter.ranks:
-        raise ValueError(f"{where} changes no linear map or convolution: a LoRA adapter of it would be empty")
+        inside = (
+            f" beside {_few(whole)}, with which modules are saved whole: --lora_only leaves them out" if saved else ""
+        )
+        raise ValueError(f"{where} changes no linear map or convolution that LoRA could adapt{inside}; {_CURE}")
     if lora_only:
-        adapter = replace(adapter, notes=_left_out(adapted, saved))
+        adapter = replace(adapter, notes=_left_out(adapted, whole))
     else:
         without_bias = [path for path in adapter.ranks if model.get_submodule(path).bias is None]
         find = _finetuned(named_tensors(model), by_name, carried, base)
@@ -163,14 +170,14 @@ def make_adapter(
 
 
 def _read_factors(
-    contents: DeltaContents, base: Mapping[str, Tensor], where: str, *, force: bool
+    contents: DeltaContents, base: Mapping[str, Tensor], where: str, base_name: str, *, force: bool
 ) -> dict[str, Factors]:
     """The factors of every pruned tensor; the base's values are checked on the way."""
     info, check, factors = contents.info(), EntriesHash(), {}
     if contents.new_rows:
         raise ValueError(f"{where} has new rows of {_few(contents.new_rows)}, which no LoRA adapter holds: {_CURE}")
     shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
-    in_base = find_tensors(shapes, base, info.base_name or "the base", info)
+    in_base = find_tensors(shapes, base, base_name, info)
     for name, tensor in contents.tensors():
         if tensor.factors is None or tensor.values.numel():
             raise ValueError(_no_factors(name, info, where, has_factors=tensor.factors is not None))
@@ -178,7 +185,7 @@ def _read_factors(
         if not force:
             check.update(gather_entries(in_base[name], tensor.changed))
     if not force and check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base_message(info.base_name or "the base", check.hexdigest(), info))
+        raise ValueError(wrong_base_message(base_name, check.hexdigest(), info))
     return factors
 
 
@@ -218,17 +225,21 @@ def _changes(factors: Factors) -> bool:
     return bool(factors.left.any()) and bool(factors.right.any())
 
 
-def _saved_modules(model: nn.Module, changed: Mapping[str, object], carried: Mapping[str, object]) -> list[str]:
-    """The outermost modules of changed tensors that no LoRA layer holds, heads and others that are carried first.
+def _in_lora(model: nn.Module, name: str) -> bool:
+    """Whether a LoRA layer holds a tensor: the weight or the bias of a module that peft has one for."""
+    path, _, leaf = name.rpartition(".")
+    return leaf in ("weight", "bias") and _takes_lora(model, path)
+
+
+def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
+    """The outermost modules of changed tensors that no LoRA layer holds.
 
     Raises:
         ValueError: such a tensor belongs to the model as a whole, or is tied to another one.
     """
     names: dict[str, str] = {}
-    for name in changed:
-        module, _, leaf = name.rpartition(".")
-        if name in carried or leaf not in ("weight", "bias") or not _takes_lora(model.get_submodule(module)):
-            names.setdefault(module, name)
+    for name in whole:
+        names.setdefault(name.rpartition(".")[0], name)
     outermost = {m: n for m, n in names.items() if not any(_lies_in(m, [other]) for other in names if other != m)}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for module, name in outermost.items():
@@ -239,11 +250,23 @@ def _saved_modules(model: nn.Module, changed: Mapping[str, object], carried: Map
     return list(outermost)
 
 
-def _takes_lora(module: nn.Module) -> bool:
-    """Whether peft has a LoRA layer that adds a product of two factors to the module's weight."""
+def _takes_lora(model: nn.Module, path: str) -> bool:
+    """Whether peft has a LoRA layer that adds a product of two factors to a module's weight, and the model runs with
+    it: the layer around a convolution lacks what some models read of theirs, as Whisper ``self.conv1.stride``."""
+    module = model.get_submodule(path)
     if isinstance(module, _CONVOLUTIONS):
-        return module.groups == 1 and module.padding_mode == "zeros"
+        parent, _, own = path.rpartition(".")
+        read = re.search(rf"self\.{own}\.(?!weight\b|bias\b)\w", _source(model.get_submodule(parent)))
+        return module.groups == 1 and module.padding_mode == "zeros" and read is None
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def _source(module: nn.Module) -> str:
+    """The text of a module's class, as far as it is known."""
+    try:
+        return inspect.getsource(type(module))
+    except (OSError, TypeError):
+        return ""
 
 
 def _lies_in(name: str, modules: list[str]) -> bool:
@@ -324,9 +347,10 @@ def _saved_tensors(model: nn.Module, modules: list[str], find: Find) -> dict[str
     return tensors
 
 
-def _left_out(adapted: list[str], saved: list[str]) -> tuple[str, ...]:
+def _left_out(adapted: list[str], whole: list[str]) -> tuple[str, ...]:
     biases = [name for name in adapted if not name.endswith(".weight")]
-    left = [f"{len(names)} {what} ({_few(names)})" for what, names in (("biases", biases), ("modules", saved)) if names]
+    parts = (("biases", biases), ("tensors that no LoRA layer has", whole))
+    left = [f"{len(names)} {what} ({_few(names)})" for what, names in parts if names]
     return (f"left out, so that these are the base's: {' and '.join(left)}",) if left else ()
 
 

@@ -21,7 +21,7 @@ class PruningSpec:
         seed: of the random selections, an integer >= 0.
         dtype: how the kept values are held: float32, bfloat16, float16, float64, int8, int4, int3 or int2; None for the
             method's own. For most methods that is the fine-tuned dtype, at most 32 bits, and where nothing is dropped
-            one that is wide enough for base plus delta to be the fine-tuned model bit for bit: float32 for models of 16
+            one in which base plus delta is the fine-tuned model bit for bit: float32 for models of one dtype of 16
             bits, float64 for others.
         q: what kept values are divided by, given by hand; None for the method's own.
         method_settings: the method's own settings, such as ``{"budget": "model"}`` of ``magnitude``.

@@ -37,6 +37,7 @@ _ECKART = ("The approximation of one matrix by another of lower rank (1936)", "h
 _OURS = ("dpp_lightning: kept values trained by distillation", "https://arxiv.org/abs/1503.02531")
 
 PLUGINS = "dpp_lightning.methods"  # the entry-point group of methods in other packages
+_OF_ALL = ("pruning_rate", "seed", "dtype", "q", "calibration", "scope")  # what every method is given
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -135,7 +136,7 @@ class Method:
         known = self.settings
         for name, value in settings.items():
             if name not in known:
-                hint = _did_you_mean(str(name), known)
+                hint = _did_you_mean(str(name), [*known, *_OF_ALL])
                 raise ValueError(f"unknown method setting {name!r}; {hint}this method has {', '.join(known) or 'none'}")
             choices = known[name]
             if choices and value not in choices:

@@ -6,8 +6,9 @@ weighted factors are better on one task and plain ones on another. So every form
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource, Objective
@@ -29,7 +30,8 @@ _FITS = 3  # of a form, until the fitted one is within the bytes too
 _NEAR, _AIM = 0.95, 0.98  # of the bytes: a larger delta would hardly be better
 _SPARE = 0.98  # of the bytes for forms that are trained: trained values may take a little more than drawn ones
 _COMPARED, _TRAINED = 350, 150  # bytes of what a delta says of the forms it was compared with, and of its training
-_LEAST_LOSS_RATIO = 2.0  # steps of bytes where a loss is wanted
+_FIRST_BUDGET = 20_000  # bytes that are tried first where a loss is wanted
+_OF_BASE = 2.0  # the base's loss
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def choose(
     best = min(within or forms, key=lambda form: form.loss if max_bytes or not within else form.num_bytes)
     if not within:
         raise ValueError(f"auto found no form with a held-out loss of {max_loss:g} or less; the best was {best}")
-    said = {**best.delta.info.training, "compared": [str(form) for form in forms]}
+    if best.loss >= _OF_BASE:
+        warnings.warn(f"the best form is no better than the base ({best}): give it more bytes", stacklevel=2)
+    said = {**best.delta.info.training, "compared": [*map(str, forms), *(search.left_out if max_bytes else ())]}
     found = best.delta.with_changes(training=said)
     return found, FoundRescaling(lambda _: found, tuple((float(f.num_bytes), f.loss) for f in forms))
 
@@ -98,22 +102,36 @@ class _Search:
     spec: PruningSpec
     objective: Objective
     report: Report | None = None
+    left_out: list[str] = field(default_factory=list)
 
     def within_loss(self, max_loss: float) -> list[Form]:
-        """Forms of more and more bytes, until one has that loss or less."""
-        budget, forms = max(20_000, self.plan_bytes // 1000), []
-        while budget < self.plan_bytes:
-            found = self.within_bytes(budget)
-            forms += found
-            if min(form.loss for form in found) <= max_loss:
-                break
-            budget = int(budget * _LEAST_LOSS_RATIO)
+        """Forms of twice as many bytes each time, until one has that loss or less; of half as many, while one has."""
+
+        def tried(budget: int) -> bool:
+            try:
+                found = self.within_bytes(budget)
+            except ValueError as refusal:  # not one form within so few bytes
+                refusals.append(str(refusal))
+                return False
+            forms.extend(found)
+            return min(form.loss for form in found) <= max_loss
+
+        budget, forms, refusals = max(_FIRST_BUDGET, self._plan_bytes // 1000), [], []
+        if tried(budget):
+            while tried(budget := budget // 2):
+                pass
+        else:
+            while budget < self._plan_bytes and not tried(budget := 2 * budget):
+                pass
+        if not forms:
+            raise ValueError(refusals[-1])
         return forms
 
     @property
-    def plan_bytes(self) -> int:
-        """Bytes of a delta that keeps everything in 16 bits: nobody wants more."""
-        return 2 * sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
+    def _plan_bytes(self) -> int:
+        """Bytes of a delta that keeps everything in 16 bits, with what is carried: nobody wants more."""
+        of_pruned = 2 * sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
+        return of_pruned + sum(tensor.numel() * tensor.element_size() for tensor in self.plan.carried.values())
 
     def within_bytes(self, max_bytes: int) -> list[Form]:
         """All forms of at most that many bytes, with what the best of them says of the others.
@@ -127,6 +145,7 @@ class _Search:
                 forms.append(self._form(name, make, max_bytes - _COMPARED))
             except ValueError as refusal:
                 refusals.append(f"{name}: {refusal}")
+                self.left_out.append(f"{name}: none within {max_bytes:,} bytes")
         if not forms:
             raise ValueError(f"auto found no form of at most {max_bytes:,} bytes: {'; '.join(refusals)}")
         return forms
@@ -243,6 +262,6 @@ class _Sizes:
         return low + (high - low) * min(max(share, 0.1), 0.9)
 
     def _beyond(self, size: float, num_bytes: int) -> float:
-        """On from sizes that all fit, or that all exceed."""
-        change = _AIM * self._max - num_bytes
-        return max(size + (change if num_bytes <= self._max else min(change, -size / 50)), size / 4)
+        """On from sizes that all fit, or that all exceed: by the ratio of the bytes or their difference."""
+        wanted = size * _AIM * self._max / max(num_bytes, 1), size + _AIM * self._max - num_bytes
+        return max(wanted) if num_bytes <= self._max else max(min(wanted), size / 4)

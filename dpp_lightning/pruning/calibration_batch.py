@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpp_lightning.pruning.timm_model import TimmConfig, TimmModel, is_timm
 from dpp_lightning.storage.locate import local_folder
+from dpp_lightning.storage.safe_text import read_utf8
 from dpp_lightning.storage.tokenizer_files import read_tokenizer
 
 _TEXT, _PAIRS = (".txt", ".text", ".md"), ".tsv"
@@ -111,7 +112,7 @@ def read_batch(model: ModelClass, data: Path, samples: int, max_length: int) -> 
             f"{data}: calibration data is text ({', '.join(_TEXT)}), pairs of texts ({_PAIRS}) or a batch in "
             ".safetensors"
         )
-    lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if line.strip()][:samples]
+    lines = [line.strip() for line in read_utf8(data).splitlines() if line.strip()][:samples]
     if not lines:
         raise ValueError(f"{data} has no text in it")
     columns = [lines] if data.suffix in _TEXT else _two_columns(lines, data)
@@ -218,5 +219,8 @@ def _tokens(model: ModelClass, data: Path, columns: list[list[str]], max_length:
     length = min(limit for limit in limits if limit > 0)  # XLNet's is -1: it has none
     batch = tokenizer(*columns, padding=True, truncation=True, max_length=length, return_tensors="pt")
     if set(batch["input_ids"].flatten().tolist()) <= set(tokenizer.all_special_ids):  # transformers may make one up
-        raise ValueError(f"{data} is text, of which the tokenizer of {model.source} knows no word: {cure}")
+        raise ValueError(
+            f"{data} is text, of which the tokenizer of {model.source} knows no word; if its files are missing there, "
+            f"copy them to the model's, or {cure}"
+        )
     return {name: tensor for name, tensor in batch.items() if name in model.takes}

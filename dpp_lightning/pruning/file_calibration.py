@@ -163,7 +163,12 @@ class FileCalibration:
             result = model(**batch)
         except CannotTrain:
             raise
-        except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+        except IndexError as error:
+            raise ValueError(
+                f"{self.data} has indices beyond a table of {type(model).__name__}, such as token ids of a larger "
+                f"vocabulary or too many positions (given are {', '.join(batch)}): {one_line(error)}"
+            ) from error
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"{self.data} does not hold the inputs of {type(model).__name__} (given are {', '.join(batch)}; the "
                 f"model takes {self.model_class.inputs}): {one_line(error)}"

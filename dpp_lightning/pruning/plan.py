@@ -216,7 +216,7 @@ class PruningPlan:
         plan = self.covering(spec)
         shapes = [pair.shape for pair in plan.pairs]
         numbers = spec.row.numbers(shapes, plan.drawn_rate(spec), spec.method_settings)
-        return max(0.0, 1 - numbers / (plan.entries_in_scope or sum(map(prod, shapes))))
+        return max(0.0, 1 - numbers / max(plan.entries_in_scope or sum(map(prod, shapes)), 1))
 
     def drawn_rate(self, spec: PruningSpec) -> float:
         """The rate among the tensors that the method covers, at which the entries in scope have the pruning rate.
@@ -318,7 +318,7 @@ class PruningPlan:
             base = gather_entries(pair.base, kept.positions)
             values, dtype, wide = kept.values, spec.dtype if final else spec.drawn_dtype, torch.float32
             if spec.exact:  # whatever the method, all entries are kept as they are
-                values, dtype = None, exact_dtype(pair.finetuned.dtype)
+                values, dtype = None, exact_dtype(pair.base.dtype, pair.finetuned.dtype)
                 wide = FLOATS[dtype]
             if values is None:
                 values = gather_entries(pair.finetuned, kept.positions).to(wide)

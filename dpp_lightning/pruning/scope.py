@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Literal
@@ -123,11 +123,17 @@ class Scope:
                 fates[name] = "prune" if self._inside(name, finetuned) else self.outside
         if "prune" not in fates.values():
             raise ValueError(
-                f"no tensor is left to prune with {self}: of {len(finetuned)} tensors "
+                f"no tensor is left to prune with {self.described()}: of {len(finetuned)} tensors "
                 f"{sum(name in base for name in finetuned)} have a base of their name. First names: "
                 f"fine-tuned {sorted(finetuned)[:3]}, base {sorted(base)[:3]}"
             )
         return fates
+
+    def described(self) -> str:
+        """The settings that are not the defaults, as they are given."""
+        given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        words = [f"{'scope' if n == 'kind' else n}={list(v) if isinstance(v, tuple) else v}" for n, v in given]
+        return ", ".join(words) or "scope=all"
 
     def _check_linear_maps(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse ``linear`` for a model in which nothing is one."""

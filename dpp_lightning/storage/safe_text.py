@@ -7,6 +7,7 @@ A text from outside is never markup, an escape sequence or code: :func:`printabl
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # Control characters, line and paragraph separators, what turns the direction of a line, half characters (surrogates).
 _CONTROL = "\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
@@ -16,6 +17,22 @@ _INVISIBLE += "\uffa0\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 _CONTROLS, _HIDDEN = re.compile(f"[{_CONTROL}]"), re.compile(f"[{_CONTROL}{_INVISIBLE}]")
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~#!]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is none
 _TASK_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")  # Windows drops a dot at the end of a folder
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text, which must be UTF-8; a byte order mark at its start is left out.
+
+    Raises:
+        ValueError: it is not, with the first byte that says so.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start]
+        raise ValueError(
+            f"{path} is no text in UTF-8: its byte {error.start + 1} is 0x{wrong:02x}; save it in UTF-8"
+        ) from error
 
 
 def has_controls(text: str) -> bool:

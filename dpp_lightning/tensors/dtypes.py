@@ -61,13 +61,13 @@ def to_dtype(values: Tensor, dtype: str | None, like: Tensor, name: str) -> Tens
     return cast
 
 
-def exact_dtype(dtype: torch.dtype) -> str:
+def exact_dtype(base: torch.dtype, finetuned: torch.dtype) -> str:
     """The dtype in which the difference of two values is exact, unless the one is 2^29 times the other or more.
 
     Args:
-        dtype: of the values.
+        base, finetuned: dtypes of the values.
     """
-    return "float32" if dtype.itemsize <= 2 else "float64"
+    return "float32" if base == finetuned and base.itemsize <= 2 else "float64"
 
 
 def fake_quantize(values: Tensor, dtype: str) -> Tensor:

@@ -23,8 +23,11 @@ from transformers import (
 from dpp_lightning import METHODS, SparseDelta, prune
 from dpp_lightning.calibration import Calibration, collected_inputs
 from dpp_lightning.calibration.distillation import Distillation, TrainingSettings
+from dpp_lightning.calibration.factor_fit import with_means
+from dpp_lightning.calibration.fit_rescaling import held_tensors
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.methods import PruningSpec
+from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.tensors.names import named_tensors
@@ -460,3 +463,61 @@ def test_methods_that_train_say_what_they_need(method):
             parameters_to_vector([t.values for t in prune(base, finetuned, method, rank=1).tensors.values()]).numel()
             == 0
         )
+
+
+class OneInput(nn.Module):
+    """A net whose first weight has one column."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(1, 16)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def training_of(model, finetuned, pieces):
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(finetuned)
+    training = Distillation(model, pieces, model, samples=sum(map(len, pieces)))
+    model.load_state_dict(base)
+    return training, PruningPlan.of(base, finetuned, Scope())
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_weights_of_one_column_and_of_one_row_are_trained_with_the_others(by_block):
+    """What the training calls its loss is the loss of the delta that it gives."""
+    torch.manual_seed(0)
+    model = OneInput()
+    finetuned = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    training, plan = training_of(model, finetuned, list(torch.randn(20, 8, 1)))
+    delta = plan.draw(PruningSpec("lowrank", method_settings={"rank": 2, "spread": "even", "factors_dtype": "float32"}))
+    settings = TrainingSettings(steps=60, learning_rate=0.05, factors_dtype="float32", by_block=by_block)
+    found, tried = training.train(delta, settings)
+    assert training.loss(found) == pytest.approx(min(loss for _, loss in tried), rel=1e-3, abs=1e-6)
+    for name in ("first.weight", "head.weight"):
+        assert not torch.equal(found.tensors[name].factors.left, delta.tensors[name].factors.left)
+
+
+def test_means_in_the_biases_are_of_what_factors_and_rest_leave():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 4))
+    finetuned = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    x = torch.randn(800, 24) + 2  # inputs with a mean
+    inputs = InputStatistics(x.sum(0).double(), x.square().sum(0).double(), len(x), 1, products=(x.t() @ x).double())
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = PruningPlan.of(base, finetuned, Scope()).with_inputs({"0.weight": inputs})
+    for rest in (1.0, 0.5):
+        settings = {"rank": 1, "factors_dtype": "float32"} | ({"rest": rest, "damping": 0.75} if rest < 1 else {})
+        delta = plan.draw(PruningSpec("lowrank", method_settings=settings))
+        shifted = with_means(plan.pairs, delta, "int2")
+        for found, limit in ((delta, None), (shifted, 1e-3)):
+            held = held_tensors(found, plan.pairs, "int2", "float32")
+            weight, bias = (base[name] + held[name].dense(1.0).view_as(base[name]) for name in ("0.weight", "0.bias"))
+            error = (x @ (finetuned["0.weight"] - weight).t() + finetuned["0.bias"] - bias).mean(0).abs().max()
+            assert error > 0.1 if limit is None else error < limit

@@ -179,3 +179,23 @@ def test_layers_that_the_data_does_not_reach_are_named_and_where_they_are_most_t
         run(1)
     with pytest.raises(ValueError, match=r"wanda goes by the inputs of linear maps, and 9 of 14 .*spare.0.0.weight"):
         run(9)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_methods_that_train_are_given_batches_in_the_trainers_precision(tmp_path, precision):
+    """By a module whose inputs are floats, as the loops hand them over."""
+    callback = DeltaPruneCallback(
+        ["refit", "lowrank", "darex-learned"], 0.5, monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
+        method_settings={"lowrank": {"rank": 2}}, save_full_model=False,
+    )  # fmt: skip
+    fit(callback, precision=precision)
+    assert {row.method for row in callback.results if row.pruning_rate} == {"refit", "lowrank", "darex-learned"}
+
+
+def test_a_module_that_takes_no_batch_is_told_of_forward_fn(tmp_path):
+    class OfTwo(Foreign):
+        def forward(self, x, y):
+            return self.net(x)
+
+    with pytest.raises(ValueError, match=r"give OfTwo a forward\(batch\).*TypeError.*forward_fn=lambda module, batch"):
+        fit(DeltaPruneCallback("refit", 0.5, monitor="acc", output_dir=str(tmp_path)), OfTwo())

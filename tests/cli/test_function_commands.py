@@ -264,10 +264,11 @@ def test_what_is_wrong_is_told_in_a_line(line, said, capsys):
         ("seed: one\n", "run.yaml, line 1"),
         ("weights_only: 3\n", "run.yaml, line 1"),
         ("carry: [1\n", "is no YAML"),
+        ("base: caf\u00e9\n", "run.yaml is no text in UTF-8: its byte 10 is 0xe9"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_line(content, said, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text(content)
+    (tmp_path / "run.yaml").write_text(content, encoding="latin-1")
     recorded = Recorded("prune")
     assert recorded.run("b", "f", "--output", "o", "--config", str(tmp_path / "run.yaml")) == 2
     error = capsys.readouterr().err

@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -24,6 +28,8 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from dpp_lightning import SparseDelta, prune
@@ -135,7 +141,7 @@ def test_a_carried_head_is_saved_whole(tmp_path):
     delta.apply_(base)
     assert torch.allclose(logits(adapted, inputs), logits(base, inputs), atol=2e-5)
     (note,) = export_adapter(delta, fresh, tmp_path / "maps", lora_only=True).notes
-    assert "6 modules (classifier, " in note  # what matters most is named first
+    assert "12 tensors that no LoRA layer has (classifier.weight, " in note  # what matters most is named first
 
 
 def test_at_an_even_rank_never_worse_than_a_plain_svd(tmp_path):
@@ -182,7 +188,7 @@ def test_lora_only_has_nothing_but_lora_weights_and_names_what_is_left_out(tmp_p
     assert settings["bias"] == "none"
     (note,) = adapter.notes
     assert "14 biases (" in note
-    assert "5 modules (" in note
+    assert "10 tensors that no LoRA layer has (" in note
     assert "left out" in note
     loaded(base, tmp_path / "adapter")
 
@@ -235,6 +241,59 @@ def test_deltas_that_are_no_adapter_are_refused_with_the_cure(tmp_path):
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         export_adapter(delta, base, tmp_path / "adapter", overwrite=True)
+
+
+@torch.no_grad()
+def test_a_convolution_whose_attributes_a_model_reads_is_saved_whole(tmp_path):
+    """peft's layer around it lacks them: Whisper's encoder reads ``self.conv1.stride``."""
+    config = WhisperConfig(
+        vocab_size=60, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20,
+        max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    base = WhisperForConditionalGeneration(config).eval()
+    tuned = moved(base)
+    inputs = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.tensor([[1, 5, 9], [1, 7, 3]])}
+    delta = prune(base, tuned, "lowrank", rank=4)
+    export_adapter(delta, base, tmp_path / "adapter")
+    with delta.applied(base):
+        expected = base(**inputs).logits
+    torch.testing.assert_close(loaded(base, tmp_path / "adapter")(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_linear_maps_beside_parameters_of_their_module_are_adapted_where_these_are_left_out(tmp_path):
+    """A block of ConvNeXt has a scale of its own, so that with it all of the block is saved whole."""
+    config = ConvNextConfig(hidden_sizes=[16, 24], depths=[1, 1], num_stages=2, num_labels=3, patch_size=2)
+    base = ConvNextForImageClassification(config).eval()
+    delta = prune(base, moved(base), "lowrank", rank=2)
+    whole = export_adapter(delta, base, tmp_path / "whole")
+    assert not any("pwconv" in path for path in whole.ranks)
+    adapter = export_adapter(delta, base, tmp_path / "adapter", lora_only=True)
+    assert sum("pwconv" in path for path in adapter.ranks) == 4
+    assert "16 tensors that no LoRA layer has (" in adapter.notes[0]
+    loaded(base, tmp_path / "adapter")(**IMAGES)
+    with delta.applied(base):
+        expected = base(**IMAGES).logits
+    assert torch.allclose(loaded(base, tmp_path / "whole")(**IMAGES).logits, expected, atol=1e-4)
+
+
+def test_where_all_maps_lie_beside_such_parameters_that_is_said(tmp_path):
+    base = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=2))
+    delta = prune(base, moved(base), "lowrank", rank=2, include=["*.mixer.*"], outside="revert")
+    said = refusal(delta, base, tmp_path)
+    assert "A_log" in said
+    assert "--lora_only leaves them out" in said
+    assert "incompatible with Mamba-based models" in refusal(delta, base, tmp_path, lora_only=True)
+
+
+def test_another_base_is_named_as_it_was_given(tmp_path):
+    base, tuned, _ = make("bert")
+    other = tmp_path / "other"
+    moved(base, seed=9).save_pretrained(other)
+    delta = prune(base, tuned, "lowrank", rank=2)
+    with pytest.raises(ValueError, match=f"{re.escape(str(other))} is not the base of this delta"):
+        export_adapter(delta, other, tmp_path / "adapter")
 
 
 def test_what_no_lora_layer_holds_is_refused(tmp_path):

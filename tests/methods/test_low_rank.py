@@ -111,6 +111,10 @@ def test_the_rate_counts_the_numbers_of_the_factors():
         ({"rest": 0.0}, "rest must be"),
         ({"damping": 2.0}, "damping must be"),
         ({"rank": 1, "rest": 0.5, "steps": 9}, "nothing is trained beside a sampled rest.*rest= or steps out"),
+        ({"rank": 1, "damping": 0.5}, "damping is of a sampled rest, and there is none"),
+        ({"rank": float("inf")}, "rank must be a finite number"),
+        ({"rank": 1, "rest": float("nan")}, "rest must be a finite number"),
+        ({"pruning_rate": 0.0, "scope": "linear", "outside": "revert"}, "at a rate of 0 a low rank keeps less"),
         ({"factors_dtype": "int5"}, "factors_dtype must be one of"),
         ({"pruning_rate": 0.9999}, "leaves fewer numbers than biases"),
     ],
@@ -119,6 +123,24 @@ def test_settings_out_of_their_range_are_refused(settings, message):
     base, finetuned = two_models()
     with pytest.raises(ValueError, match=message):
         prune(base, finetuned, "lowrank", **{"pruning_rate": 0.5, **settings})
+
+
+@pytest.mark.parametrize("rank", [3, 4, 8])
+def test_an_even_rank_is_the_one_given_beside_a_map_that_has_fewer_rows(rank):
+    pairs = [pair_of(a_delta(*shape), name) for name, shape in
+             (("a.weight", (64, 64)), ("b.weight", (64, 64)), ("head.weight", (2, 64)))]  # fmt: skip
+    assert ranks_of(pairs, 0.9, rank, "even") == [rank, rank, 2]
+    if rank >= 4:
+        assert ranks_of(pairs, 0.9, rank, "auto") == [rank, rank, 2]
+
+
+def test_an_even_rank_by_the_rate_gives_the_larger_maps_what_smaller_ones_cannot_take():
+    shapes = [(64, 64), (64, 64), (2, 64)]
+    for budget in (100, 700, 1413, 2000):
+        rank = low_rank.even_rank(shapes, budget)
+        numbers = [min(rank, *shape) * sum(shape) for shape in shapes]
+        assert sum(numbers) == pytest.approx(budget)
+    assert low_rank.even_rank(shapes, 10**9) == 64
 
 
 def two_models():

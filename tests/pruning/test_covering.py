@@ -66,6 +66,36 @@ def test_nothing_to_cover_is_refused():
         plan_of(Scope(include=("norm.*",))).draw(PruningSpec("refit", 0.9))
 
 
+def test_with_a_rank_the_rate_plays_no_part_however_small_the_share_of_the_maps():
+    base = {"embeddings.weight": torch.randn(3000, 16), "layers.0.a.weight": torch.randn(32, 16)}
+    finetuned = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in base.items()}
+    delta = prune(base, finetuned, "lowrank", rank=4)
+    assert delta.tensors["layers.0.a.weight"].factors.rank == 4
+    with pytest.raises(ValueError, match="keeps more than the 512 of 48,512 entries"):
+        prune(base, finetuned, "lowrank", spread="even")
+
+
+def test_the_weight_of_one_output_is_a_map_and_a_token_of_one_row_is_none():
+    base = {name: torch.zeros(shape) for name, shape in
+            {"layers.0.a.weight": (8, 6), "head.weight": (1, 8), "conv.weight": (1, 3, 3, 3), "cls_token": (1, 1, 8),
+             "token_type_embeddings.weight": (1, 8)}.items()}  # fmt: skip
+    finetuned = {name: torch.randn_like(tensor) for name, tensor in base.items()}
+    delta = prune(base, finetuned, "lowrank", rank=6, factors_dtype="float32")
+    assert delta.info.reverted == ("cls_token", "token_type_embeddings.weight")
+    for name in ("layers.0.a.weight", "head.weight", "conv.weight"):
+        torch.testing.assert_close(delta.tensors[name].dense(1.0), finetuned[name])
+
+
+@pytest.mark.parametrize("method", ["lowrank", "dare"])
+def test_where_a_head_alone_was_trained_it_is_all_there_is(method):
+    base = {"layers.0.a.weight": torch.randn(8, 6), "classifier.weight": torch.randn(2, 8)}
+    finetuned = {**base, "classifier.weight": torch.randn(2, 8)}
+    settings = {"rank": 2} if method == "lowrank" else {}
+    delta = prune(base, finetuned, method, 0.9, carry=["classifier.*"], **settings)
+    assert not delta.tensors
+    assert torch.equal(delta.carried["classifier.weight"], finetuned["classifier.weight"])
+
+
 def test_a_vocabulary_that_grew_is_refused_with_the_cure():
     base, finetuned = pair()
     finetuned.embed = nn.Embedding(40, 8)

@@ -30,6 +30,7 @@ from dpp_lightning.calibration import Calibration
 from dpp_lightning.cli import main
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.file_calibration import FileCalibration
 from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.storage.checkpoints import load_tensors
 
@@ -486,3 +487,40 @@ def test_a_low_rank_with_a_drawn_rest_is_one_file_streamed_and_in_memory(tmp_pat
     name = "delta_model.safetensors"
     assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "held" / name).read_bytes()
     assert sum(len(tensor.values) for tensor in held.tensors.values()) > 500
+
+
+@pytest.mark.parametrize("method", ["refit", "lowrank", "darex-learned", "darex-q-layer", "dare-dpa", "dppa"])
+def test_what_is_fitted_is_kept_at_float32_as_in_memory(tmp_path, method):
+    """In the dtype that fits are drawn in, too."""
+    base, tuned = make_model(tmp_path / "base"), tmp_path / "tuned"
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    perturb(model, 0.3).save_pretrained(tuned)
+    make_tokenizer(tuned)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(["good film", "bad film with a good end", "so bad", "w1 w2", "w3 good"] * 8))
+    settings = {"refit": {"steps": 5}, "lowrank": {"steps": 5, "rank": 2}}.get(method, {})
+    spec = PruningSpec(method, 0.8, dtype="float32", method_settings=settings)
+    prune_checkpoint(base, tuned, tmp_path / "out", spec, calibration=FileCalibration(tuned, texts), weights_only=True)
+    streamed = SparseDelta.from_pretrained(tmp_path / "out")
+    held = prune(base, str(tuned), method, 0.8, calibration=FileCalibration(tuned, texts), dtype="float32", **settings)
+    plain = prune(base, str(tuned), "dare", 0.8)
+    assert streamed.info.factors_dtype == held.info.factors_dtype == ("int3" if method == "lowrank" else None)
+    for name, tensor in held.tensors.items():
+        assert torch.equal(tensor.values, streamed.tensors[name].values)
+        if tensor.factors is not None:
+            assert torch.equal(tensor.factors.left, streamed.tensors[name].factors.left)
+    if method == "dare-dpa":
+        assert any(not torch.equal(t.values, held.tensors[n].values) for n, t in plain.tensors.items())
+    if method in ("refit", "lowrank"):
+        assert streamed.info.training["held_out_after"] < 2
+
+
+def test_at_rate_0_two_dtypes_give_the_fine_tuned_model_bit_for_bit(tmp_path):
+    base, tuned = make_model(tmp_path / "base"), tmp_path / "tuned"
+    model = perturb(BertForSequenceClassification.from_pretrained(base, num_labels=2), 0.01).to(torch.bfloat16)
+    model.save_pretrained(tuned)
+    prune_checkpoint(base, tuned, tmp_path / "delta", PruningSpec("dare", 0.0))
+    apply_checkpoint(base, tmp_path / "delta", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(dense[name].double(), tensor.double()), name

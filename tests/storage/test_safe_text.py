@@ -13,6 +13,7 @@ from dpp_lightning.storage.safe_text import (
     markdown_code,
     markdown_text,
     printable,
+    read_utf8,
 )
 
 EVERY = [chr(code) for code in range(0x110000)]
@@ -78,3 +79,12 @@ def test_markdown_shows_a_text_as_it_is(name):
 )
 def test_names_of_tasks_begin_names_of_files(name, fine):
     assert is_task_name(name) == fine
+
+
+def test_a_text_that_is_no_utf8_is_refused_with_the_byte_and_a_mark_at_the_start_is_none(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"texts\.txt is no text in UTF-8: its byte 4 is 0xe9; save it in UTF-8"):
+        read_utf8(path)
+    path.write_bytes("\ufeffcaf\u00e9\n".encode())
+    assert read_utf8(path) == "caf\u00e9\n"
