@@ -186,7 +186,7 @@ def test_methods_that_train_are_given_batches_in_the_trainers_precision(tmp_path
     """By a module whose inputs are floats, as the loops hand them over."""
     callback = DeltaPruneCallback(
         ["refit", "lowrank", "darex-learned"], 0.5, monitor="acc", output_dir=str(tmp_path), forward_fn=logits,
-        method_settings={"lowrank": {"rank": 2}}, save_full_model=False,
+        method_settings={"lowrank": {"rank": 2}},
     )  # fmt: skip
     fit(callback, precision=precision)
     assert {row.method for row in callback.results if row.pruning_rate} == {"refit", "lowrank", "darex-learned"}
