@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from dpp_lightning.calibration.calibration_data import CalibrationSource, Objective
@@ -159,19 +160,18 @@ class _Search:
 
     def _spec(self, method: str, size: float, **settings: Any) -> PruningSpec:
         """A method at the rate that takes about that many bytes."""
-        in_scope = sum(self.plan.finetuned[name].numel() for name in self.plan.pruned)
-        few = "int2" if size * 8 / _BITS["int2"] < _MANY * in_scope else "int4"
-        bits = _IMPORTANCE_BITS if method == "importance" else _BITS[few]
-        rate = max(_LEAST_RATE, 1 - max(size, 1.0) * 8 / bits / in_scope)
         known = METHODS[method].settings
         settings |= {name: value for name, value in self.spec.method_settings.items() if name in known}  # of training
+        spec = PruningSpec(method, seed=self.spec.seed, method_settings=settings)
+        shapes = {name: tuple(self.plan.finetuned[name].shape) for name in self.plan.pruned}
+        in_scope, least = sum(map(prod, shapes.values())), least_rate(spec, shapes, self.plan.new_rows)
+        few = "int2" if size * 8 / _BITS["int2"] < _MANY * (1 - least) * in_scope else "int4"
+        bits = _IMPORTANCE_BITS if method == "importance" else _BITS[few]
+        rate = max(1 - max(size, 1.0) * 8 / bits / in_scope, least + _LEAST_RATE)
         if "factors_dtype" in known:
             settings["factors_dtype"] = few
-        dtype = few if method == "refit" else None
-        spec = PruningSpec(method, round(rate, 9), self.spec.seed, dtype, method_settings=settings)
-        shapes = {name: tuple(self.plan.finetuned[name].shape) for name in self.plan.pruned}
-        least = least_rate(spec, shapes, self.plan.new_rows) + _LEAST_RATE
-        return replace(spec, pruning_rate=max(spec.pruning_rate, least))
+        dtype = few if method == "refit" else spec.dtype
+        return replace(spec, pruning_rate=round(rate, 9), dtype=dtype, method_settings=settings)
 
     def _with_rest(self, size: float) -> PruningSpec:
         """Half of the bytes for factors, half for a sampled rest."""

@@ -102,8 +102,8 @@ def test_a_loss_is_reached_in_few_bytes_and_where_nothing_reaches_it_that_is_sai
 def test_a_form_that_is_no_better_than_the_base_is_warned_of(monkeypatch):
     monkeypatch.setattr("dpp_lightning.pruning.auto._OF_BASE", 0.1)
     with pytest.warns(UserWarning, match="the best form is no better than the base"):
-        delta, _ = mostly_embeddings(2_600)
-    assert any("none within 2,600 bytes" in line for line in delta.info.training["compared"])
+        delta, _ = mostly_embeddings(2_200)
+    assert any("none within 2,200 bytes" in line for line in delta.info.training["compared"])
 
 
 @pytest.mark.parametrize(
