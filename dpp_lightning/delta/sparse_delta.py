@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from dpp_lightning.tensors.flat_entries import add_rescaled, check_finite, group
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, TensorSource, describe_source, source_names
+
+_EVER_APPLIED: WeakValueDictionary[int, SparseDelta] = WeakValueDictionary()  # by identity
 
 
 class SparseDelta:
@@ -49,6 +52,10 @@ class SparseDelta:
         self.info = info
         self.new_rows = new_rows or {}
         self._applied = AppliedState()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: what it is, and not what it is applied to."""
+        return {**self.__dict__, "_applied": AppliedState()}
 
     def __repr__(self) -> str:
         """Method, rate, q, seed, base and counts in one line; reads no tensor."""
@@ -179,7 +186,7 @@ class SparseDelta:
         Raises:
             ValueError: tensors missing or of another shape, another base, values that overflow the target's dtype, or
                 tensors that cannot be overwritten.
-            RuntimeError: this delta is applied to the target already.
+            RuntimeError: this delta is applied to the target already, or another one is and this one is not forced.
         """
         if not force:
             warn_if_empty(self.contents, "this delta")
@@ -189,6 +196,13 @@ class SparseDelta:
     def _apply(self, place: DeltaTarget, target: TensorSource, *, force: bool) -> None:
         if self._applied.touches(place.named):
             raise RuntimeError("this delta is already applied to the target; call revert_ first")
+        _EVER_APPLIED[id(self)] = self
+        known = [] if force else [delta for ref in _EVER_APPLIED.valuerefs() if (delta := ref()) is not None]
+        if others := [delta for delta in known if delta is not self and delta._applied.touches(place.named)]:
+            raise RuntimeError(
+                f"another delta is applied to the target: {others[0]!r}; take it off first (revert_), or force this "
+                "one on top of it (force=True)"
+            )
         place.check_writable()
         entries = place.entries()
         if not force:

@@ -202,6 +202,7 @@ class _Merger:
         self._check_conflicts()
         self._carried = _merge_carried({source.task: source.contents.carried for source in sources})
         self._new_rows = dict(sources[0].contents.new_rows)
+        self._check_patterns()
         first = sources[0].info
         self.seeded = self.row.keeps_all and all(
             s.info.seeded and not s.factored
@@ -326,6 +327,18 @@ class _Merger:
                         "and they are not the same: prune the deltas again with that tensor carried (--carry), which "
                         "keeps it for each task"
                     )
+
+    def _check_patterns(self) -> None:
+        """Refuse names and patterns of weights that are of no tensor of the deltas."""
+        known = set(self._shapes)
+        for source in self.sources:
+            known |= {*source.contents.carried, *source.info.reverted, *source.info.unchanged}
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            if unmatched := weight.unmatched(known):
+                raise ValueError(
+                    f"the weights of {source.task} name {', '.join(unmatched)}, which is none of its tensors, such as "
+                    f"{', '.join(sorted(self._shapes)[:3])}"
+                )
 
     def _stream(self, source: MergeSource, names: Mapping[str, str]) -> Iterator[tuple[str, SparseTensor]]:
         """A source's tensors in the order of the merge; one that was written in another order is read whole."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import isfinite
 from pathlib import Path
@@ -33,6 +33,11 @@ class DeltaWeight:
             return self.weight[name]
         patterns = [pattern for pattern in self.weight if fnmatchcase(name, pattern)]
         return self.weight[max(patterns, key=len)] if patterns else self.default
+
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """Its names and patterns that are of none of some tensors."""
+        given = self.weight if isinstance(self.weight, Mapping) else ()
+        return [word for word in given if word not in names and not any(fnmatchcase(name, word) for name in names)]
 
     def plain(self) -> float | None:
         """The number, where it is one for all tensors."""

@@ -132,6 +132,7 @@ class DiffGates:
             log_alpha.grad += self._l0_weight * is_open.sum() * tensor_open * (1 - tensor_open)
             if by_gate is not None:
                 log_alpha.grad += (by_gate * gate).sum() * _slope(of_tensor, tensor_gate)
+        assert entries.grad is not None
         found = gated.rows(entries.grad, rows)
         torch.addcmul(found, is_open, 1 - is_open, value=self._l0_weight, out=found).mul_(tensor_open)
         if by_gate is not None:

@@ -117,7 +117,9 @@ class _Search:
             forms.extend(found)
             return min(form.loss for form in found) <= max_loss
 
-        budget, forms, refusals = max(_FIRST_BUDGET, self._plan_bytes // 1000), [], []
+        budget = max(_FIRST_BUDGET, self._plan_bytes // 1000)
+        forms: list[Form] = []
+        refusals: list[str] = []
         if tried(budget):
             while tried(budget := budget // 2):
                 pass

@@ -10,6 +10,8 @@ from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.names import check_prunable
 from dpp_lightning.tensors.shards import is_dtensor
 
+_UNKNOWN = (-1, -1)  # a state that no tensor has
+
 
 class BaseGuard:
     """Knows a model's tensors as they are now, and notices when they are others.
@@ -29,11 +31,28 @@ class BaseGuard:
         if sharded := [name for name, tensor in self._tensors.items() if is_dtensor(tensor)]:
             raise ValueError(f"a pool needs whole tensors, and {few_names(sharded)} are in shards: take one device")
         self._digests = {name: _digest(tensor) for name, tensor in self._tensors.items()}
+        self._persistent = model.state_dict().keys()
+        self._inside: list[tuple[int, int]] | None = None
+        self._written_inside: set[str] = set()
         self.look()
 
+    def open(self) -> None:
+        """What is written from now on, until :meth:`close`, others write."""
+        self._inside = self._state()
+
+    def close(self) -> None:
+        """What is written from now on the pool writes; what was written before, :meth:`check` will hash."""
+        if self._inside is not None:
+            states = zip(self._tensors, self._state(), self._inside, strict=True)
+            written = {name for name, now, then in states if now != then and name in self._persistent}
+            modules = {name.rpartition(".")[0] for name in written}  # a norm writes its statistics past torch's count
+            self._written_inside |= {name for name in self._persistent if name.rpartition(".")[0] in modules}
+            self._inside = None
+
     def look(self) -> None:
-        """Take the model as it is for the base; what was written since was written by the pool."""
-        self._seen = self._state()
+        """Take the model as it is for the base, but for what others wrote; may be called again."""
+        states = zip(self._tensors, self._state(), strict=True)
+        self._seen = [_UNKNOWN if name in self._written_inside else now for name, now in states]
 
     def check(self) -> None:
         """Check that the model is the base still; what was written to is hashed, as another may have put it back.
@@ -48,6 +67,7 @@ class BaseGuard:
                 f"{few_names(changed)} of the model changed since the pool was made, by training, a cast, or another "
                 "delta: take that back, or make a new pool of the base"
             )
+        self._written_inside.clear()
 
     def _state(self) -> list[tuple[int, int]]:
         """Of each tensor where it lies, and how often torch wrote to it."""

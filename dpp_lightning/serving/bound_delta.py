@@ -136,6 +136,7 @@ class BoundDelta:
             that cannot be overwritten.
     """
 
+    @torch.inference_mode(False)  # what is made in a block of it serves others too
     def __init__(self, delta: SparseDelta, model: nn.Module, *, force: bool = False) -> None:
         tasks: list[str | None] = [*delta.info.tasks] if delta.contents.needs_task else [None]
         carried = {task: dict(delta.contents.for_task(task).carried) for task in tasks}
@@ -165,6 +166,7 @@ class BoundDelta:
     def _bytes_when_mixed(self) -> int:
         return sum(change.num_bytes for _, _, change in self._sparse_changes.values())
 
+    @torch.inference_mode(False)
     def changes(self, task: str | None) -> dict[int, tuple[str, Tensor, WeightChange]]:
         """What a mixed batch needs of it, while the model holds the base: identity of a tensor of the model to its
         name, itself, and what changes.

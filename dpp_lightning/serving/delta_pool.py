@@ -151,10 +151,13 @@ class DeltaPool:
         """Forget a delta.
 
         Raises:
-            ValueError: there is none of that name, or it is in use.
+            ValueError: there is none of that name, it is one task of a merged delta, or it is in use.
         """
-        self.evict(name)
-        del self._sources[name]
+        key, task = self._split(name)
+        if task is not None:
+            raise ValueError(f"{name!r} is one task of a merged delta: remove {key!r}, which has all of them")
+        self.evict(key)
+        del self._sources[key]
 
     def preload(self, names: Iterable[str] | None = None) -> None:
         """Read deltas into memory now, so that their first use need not.
@@ -210,6 +213,7 @@ class DeltaPool:
                 begin = perf_counter()
                 bound.write(task, self._undo)
                 self._swap_seconds += perf_counter() - begin
+                self._guard.open()
                 yield self.model
 
     @contextmanager
@@ -355,9 +359,11 @@ class DeltaPool:
             self._guard.check()
             with restored_after(self._leave):
                 self._in_use = True
+                self._guard.open()
                 yield
 
     def _leave(self) -> None:
+        self._guard.close()
         self._guard.look()
         self._in_use = False
 
@@ -427,6 +433,7 @@ class DeltaPool:
     def _restore(self) -> None:
         """Take off what is written; a second call does what the first did not."""
         if self._undo:
+            self._guard.close()
             begin = perf_counter()
             for put_back in self._undo:
                 put_back()

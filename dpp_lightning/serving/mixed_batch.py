@@ -7,7 +7,7 @@ that no row is ever computed with another's weights, or with the base's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dpp_lightning.serving.batch_rows import BatchRows
+from dpp_lightning.serving.row_marks import RowMarks
 from dpp_lightning.serving.sparse_products import (
     CannotMixError,
     Inputs,
@@ -79,6 +80,7 @@ class MixedBatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._rows, self._model, self._batch_first = rows, model, batch_first
+        self._marks = RowMarks((*model.parameters(), *model.buffers()), rows.size)
         self._handles: list[RemovableHandle] = []
         self._changed = {id(tensor): _Changed(name, tensor, of_deltas) for name, tensor, of_deltas in changes}
         self._last: tuple[Tensor, int | None, Inputs] | None = None
@@ -94,19 +96,26 @@ class MixedBatch(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         while self._handles:
             self._handles.pop().remove()
+        error = exception[1] if len(exception) > 1 else None
+        if isinstance(error, Exception) and not isinstance(error, CannotMixError):
+            error.add_note("in a mixed batch of several deltas: DeltaPool.use takes one at a time")
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called for every function of torch, with this mode switched off."""
         kwargs = kwargs or {}
         named = self._first_of((*args, *kwargs.values()))
-        if named is None or func in _METADATA or _is_getter(func):
+        if func in _METADATA or _is_getter(func):
             return func(*args, **kwargs)
+        if named is None:
+            result = func(*args, **kwargs)
+            self._marks.note(func, args, kwargs, result)
+            return result
         if self._first_of(kwargs.values()) is None:
             if func in _ELEMENTWISE:
                 return func(*(self._broadcast(arg, args) for arg in args), **kwargs)
@@ -148,8 +157,7 @@ class MixedBatch(TorchFunctionMode):
         numbers = inputs.is_floating_point()  # else ids, which have no features
         if shape[:1] == (1,):
             return inputs.expand(size, *shape[1:])
-        if shape[:1] != (size,):
-            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows")
+        self._check_rows(inputs, name)
         if shape == (size,) or (len(shape) > 1 + numbers and shape[1] == size):
             if name not in self._batch_first:
                 either = f"{shape}, of which either dimension may be the {size} rows"
@@ -157,6 +165,18 @@ class MixedBatch(TorchFunctionMode):
         else:
             self._batch_first.add(name)
         return inputs
+
+    def _check_rows(self, inputs: Tensor, name: str) -> None:
+        """Refuse inputs of a changed tensor whose first dimension is not the rows, or those and places in one.
+
+        Raises:
+            CannotMixError: with the tensor's name.
+        """
+        if inputs.dim() and inputs.shape[0] != self._rows.size:
+            shape = tuple(inputs.shape)
+            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {self._rows.size} rows")
+        if reason := self._marks.of(inputs):
+            raise CannotMixError(f"{name} got a tensor that is {reason}, which is not the {self._rows.size} rows")
 
     def _name_of(self, inputs: Tensor, *parameters: Tensor | None) -> str:
         """Of the first parameter that is changed.
@@ -216,10 +236,9 @@ class MixedBatch(TorchFunctionMode):
         """A convolution with each row's weight and bias; a weight's changes are made dense, as kernels are small."""
         of_weight, of_bias = self._changed.get(id(weight)), self._changed.get(id(bias))
         name = self._name_of(input, weight, bias)
-        if input.dim() != weight.dim() or len(input) != self._rows.size:
-            raise CannotMixError(
-                f"{name} got a tensor of shape {tuple(input.shape)} in a batch of {self._rows.size} rows"
-            )
+        if input.dim() != weight.dim():
+            raise CannotMixError(f"{name} got a tensor of shape {tuple(input.shape)}, of one example")
+        self._check_rows(input, name)
         outputs = function(input, weight, bias, *settings)
         for delta in range(len(self._rows.keys)):
             changes = [changed.changes[delta] if changed else None for changed in (of_weight, of_bias)]
@@ -247,6 +266,8 @@ class MixedBatch(TorchFunctionMode):
         changed, name, size = self._changed.get(id(weight)), self._name_of(inputs, weight, bias), self._rows.size
         if inputs.dim() != 2 or inputs.shape[0] % size:
             raise CannotMixError(f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows")
+        if reason := self._marks.of(inputs):
+            raise CannotMixError(f"{name} got a tensor that is {reason}, which is not the {size} rows")
         if changed and self._wholes(changed):
             raise CannotMixError(f"{name} is carried whole by a delta")
         outputs = torch.addmm(bias, inputs, weight)
@@ -307,6 +328,9 @@ class MixedBatch(TorchFunctionMode):
         rows, changed = self._per_row(ids, weight), self._changed[id(weight)]
         if max_norm is not None:
             raise CannotMixError(f"{changed.name} is an embedding with max_norm")
+        wholes = self._wholes(changed)
+        if any(whole.shape != weight.shape for whole in wholes.values()):  # ids may lie beyond the base's table
+            raise CannotMixError(f"{changed.name} has other sizes in some deltas of the batch")
         outputs = F.embedding(rows, weight)
         for delta, change in enumerate(changed.changes):
             if change is not None:

@@ -85,8 +85,8 @@ class RequestMap:
             try:
                 with self._pool.mixed(of_rows) as model:
                     return answers.add(model, places)
-            except (CannotMixError, MemoryError) as error:
-                _log.info("requests for %d deltas are grouped: %s", len(distinct), error)
+            except Exception as error:  # of the forward itself it comes again
+                _say("requests for %d deltas are grouped: %s", error, len(distinct))
         for name in distinct:
             self._grouped(answers, [p for p in places if names[p] == name], name, len(places))
         return None
@@ -126,8 +126,8 @@ class RequestMap:
                 if mixed > grouped:
                     break
                 most = size
-        except (CannotMixError, MemoryError) as error:
-            _log.info("requests are grouped by delta, as they cannot be mixed: %s", error)
+        except Exception as error:  # of the forward itself it comes again
+            _say("requests are grouped by delta, as they cannot be mixed: %s", error)
         return most
 
     def _time(
@@ -142,6 +142,12 @@ class RequestMap:
             with self._pool.use(name) as model:
                 forward(model, [requests[name]] * size)
         return middle - begin, perf_counter() - middle
+
+
+def _say(text: str, error: Exception, *counts: int) -> None:
+    """Log why requests are not mixed; what was not foreseen as a warning."""
+    level = logging.INFO if isinstance(error, CannotMixError | MemoryError) else logging.WARNING
+    _log.log(level, text, *counts, f"{type(error).__name__}: {error}")
 
 
 class _Answers(Generic[Request, Result]):

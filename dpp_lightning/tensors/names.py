@@ -242,10 +242,24 @@ def _source_tensors(source: TensorSource) -> dict[str, Tensor]:
 
 
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A tied tensor comes under the name that it has in a mapping: as an input embedding, else its first."""
     persistent = module.state_dict(keep_vars=True).keys()
-    tensors: dict[str, Tensor] = dict(module.named_parameters())
-    tensors.update({name: buffer for name, buffer in module.named_buffers() if name in persistent})
-    return tensors
+    every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    every |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    names: dict[tuple[object, ...], str] = {}
+    for name, tensor in every.items():
+        memory = _memory_of(tensor)
+        if memory not in names or embedding_rank(name) < embedding_rank(names[memory]):
+            names[memory] = name
+    return {name: every[name] for name in dict.fromkeys(names[_memory_of(tensor)] for tensor in every.values())}
+
+
+def _memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """What tensors on one memory have in common; of those that do not say where they lie, themselves."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta" and tensor.numel()
+    if not plain or not tensor.data_ptr():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _mapping_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ def test_one_argument_is_still_a_delta(models, capsys, tmp_path):
             "is a file: expected a folder .* or a hub id",
         ),
         (["base", "small", "--calibration", "base/model.safetensors"], "does not take; it takes input_ids"),
-        (["base", "small", "--calibration", "wrong.safetensors"], "does not hold the inputs"),
+        (["base", "small", "--calibration", "wrong.safetensors"], "has indices beyond a table"),
         (["base", "small", "large"], "large is not expected"),
     ],
 )

@@ -1,7 +1,9 @@
 """prune, SparseDelta and its folder: the formula, bit-exact revert, round trips, refusals."""
 
+import copy
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -362,3 +364,78 @@ def test_the_repr_encodes_nothing(monkeypatch):
     monkeypatch.setattr(SparseDelta, "to_bytes", lambda *_, **__: pytest.fail("encoded"))
     monkeypatch.setattr(torch.Tensor, "__repr__", lambda *_, **__: pytest.fail("shown"))
     assert "'dare'" in repr(delta)
+
+
+class Parts(nn.Module):
+    """Two maps and a head that is tied to an embedding which comes later."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 30, bias=False)
+        self.a, self.b, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(30, 8)
+        self.head.weight = self.embed.weight
+
+
+def moved(model, *names):
+    other = Parts()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if not names or name.startswith(names):
+                parameter += 0.1
+    return other
+
+
+def test_a_second_delta_that_changes_other_entries_of_the_target_is_refused_while_the_first_is_applied():
+    base = Parts()
+    first = prune(base, moved(base, "a", "b"), "dare", 0.5, carry=["b.*"])
+    second = prune(base, moved(base, "b"), "dare", 0.5, carry=["b.bias"])
+    before = state(base)
+    first.apply_(base)
+    with pytest.raises(RuntimeError, match=r"another delta is applied to the target: SparseDelta\('dare'.*revert_"):
+        second.apply_(base)
+    first.revert_(base)
+    second.apply_(base)
+    second.revert_(base)
+    assert same(base.state_dict(), before)
+    first.apply_(base)
+    second.apply_(base, force=True)
+    second.revert_(base)
+    first.revert_(base)
+    assert same(base.state_dict(), before)
+
+
+def test_a_copy_of_an_applied_delta_is_applied_to_nothing():
+    base = Parts()
+    delta = prune(base, moved(base), "dare", 0.5)
+    delta.apply_(base)
+    for copied in (copy.deepcopy(delta), pickle.loads(pickle.dumps(delta))):
+        assert not copied.is_applied
+        assert all(torch.equal(copied.tensors[n].values, t.values) for n, t in delta.tensors.items())
+    delta.revert_(base)
+
+
+def test_a_tied_tensor_has_one_name_in_a_module_and_in_its_state_dict():
+    base = Parts()
+    tuned = moved(base)
+    of_module, of_states = prune(base, tuned, "dare", 0.5), prune(base.state_dict(), tuned.state_dict(), "dare", 0.5)
+    assert list(of_module.tensors) == list(of_states.tensors)
+    assert "embed.weight" in of_module.tensors
+    assert of_module.to_bytes() == of_states.to_bytes()
+    of_states.apply_(base)
+    of_states.revert_(base)
+
+
+def test_two_parameters_on_one_memory_are_one_tensor():
+    base = Parts()
+    base.head.weight = nn.Parameter(base.embed.weight.data)
+    tuned = moved(base)
+    tuned.head.weight = nn.Parameter(tuned.embed.weight.data)
+    delta = prune(base, tuned, "random-drop", 0.5)
+    assert "head.weight" not in delta.tensors
+    before = base.embed.weight.detach().clone()
+    delta.apply_(base)
+    changed = (base.head.weight.detach() != before).float().mean()
+    assert 0.3 < float(changed) < 0.7
+    delta.revert_(base)
+    assert torch.equal(base.head.weight.detach(), before)

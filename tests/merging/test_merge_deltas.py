@@ -135,6 +135,15 @@ def test_a_base_that_differs_only_later_is_found_at_the_end_and_nothing_is_left(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "one", "two"]
 
 
+def test_a_pattern_of_weights_that_matches_no_tensor_is_refused():
+    base, one = pair()
+    deltas = {t: prune(base, one, "dare", 0.5, seed=k) for k, t in enumerate("ab")}
+    name = next(iter(deltas["a"].tensors))
+    with pytest.raises(ValueError, match=r"the weights of a name encoder\.layer\.0\.\*, which is none of its tensors"):
+        merge(base, deltas, weights={"a": {"encoder.layer.0.*": 0.0, name: 1.0}, "b": 0.5})
+    merge(base, deltas, weights={"a": {name: 1.0}, "b": 0.5})
+
+
 def test_weights_go_by_exact_name_then_the_longest_pattern():
     (weight,) = delta_weights([{"*": 0.1, "layers.*": 0.2, "layers.0.*": 0.3, "layers.0.bias": 0.4}], ["t"], 1.0)
     assert [weight(n) for n in ("norm", "layers.1.bias", "layers.0.weight", "layers.0.bias")] == [0.1, 0.2, 0.3, 0.4]

@@ -366,3 +366,63 @@ def test_interrupted_at_every_line_the_base_is_back_at_the_next_use():
         assert same(state(pool.model), clean)
 
     at_every_line(make, work, check, more_than=100)
+
+
+class Normed(nn.Module):
+    """With a norm that counts what it sees in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.map(x))
+
+
+@pytest.mark.parametrize("block", ["use", "base", "mixed"])
+def test_what_changes_the_model_inside_a_block_is_noticed_at_the_next(block):
+    """Running statistics of a model that is not in eval, or a step of an optimizer."""
+    base = Normed()
+    changed = {n: t + 0.1 if n.startswith("map") else t for n, t in base.state_dict().items()}
+    pool = DeltaPool(base)
+    for seed in range(2):
+        pool.add(f"d{seed}", prune(base.state_dict(), changed, "dare", 0.5, seed=seed))
+    inside = {
+        "use": lambda: pool.use("d0"),
+        "base": lambda: pool.use(None),
+        "mixed": lambda: pool.mixed(["d0", "d1"] * 4),
+    }
+    base.eval()
+    with torch.no_grad(), inside[block]() as model:
+        model(torch.randn(8, 4))
+    with pool.use("d1"):
+        pass
+    base.train()
+    with torch.no_grad(), inside[block]() as model:
+        model.norm(torch.randn(8, 4) + 3)
+    with pytest.raises(RuntimeError, match=r"norm\.running_mean.*of the model changed since"), pool.use("d1"):
+        pass
+
+
+def test_a_delta_that_is_used_in_inference_mode_first_is_used_outside_of_it_too():
+    pool = DeltaPool(base_model())
+    pool.add("d", delta_of(1))
+    pool.add("e", delta_of(2))
+    with torch.inference_mode(), pool.mixed(["d", "e"]):
+        pass
+    with torch.inference_mode(), pool.use("d") as model:
+        model.head(torch.ones(2, 4))
+    with pool.use("d") as model:
+        model.head(torch.ones(2, 4)).sum().backward()
+    with pool.mixed(["d", "e"]) as model:
+        model.map(torch.ones(2, 3)).sum().backward()
+
+
+def test_a_task_of_a_merged_delta_is_not_removed_alone():
+    base = base_model()
+    pool = DeltaPool(base)
+    pool.add("m", merge(base, {"x": delta_of(1), "y": delta_of(2)}))
+    with pytest.raises(ValueError, match="'m@x' is one task of a merged delta: remove 'm'"):
+        pool.remove("m@x")
+    pool.remove("m")
+    assert pool.names == []

@@ -261,3 +261,89 @@ def test_what_a_mixed_batch_keeps_is_counted():
         pass
     assert pool.stats().num_bytes <= pool.memory
     assert len(pool.stats().loaded) < 3
+
+
+class Picking(nn.Module):
+    """A head on the tokens that an index picks, or on a table of the model's own, as many as there are rows."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.embed, self.head = way, nn.Embedding(11, 6), nn.Linear(6, 3)
+        self.table = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, tokens, mask=None):
+        x = self.embed(tokens)
+        if self.way == "mask":
+            return self.head(x[mask])
+        if self.way == "order":
+            return self.head(x[torch.tensor([1, 0, 3, 2])])
+        if self.way == "select":
+            return self.head(torch.index_select(x, 0, torch.tensor([1, 0, 3, 2])))
+        if self.way == "table":
+            return x.mean(1) @ self.head(self.table * 2).t()
+        return self.head(x[torch.arange(len(x)), mask.long().argmax(1)])  # one place of each row, in their order
+
+
+def picking_pool(way):
+    torch.manual_seed(0)
+    base = Picking(way).eval()
+    pool = DeltaPool(base)
+    for k in (1, 2):
+        torch.manual_seed(k)
+        tuned_state = {n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()}
+        pool.add(
+            f"d{k}", prune(base.state_dict(), tuned_state, "dare", 0.5, seed=k, exclude=["table"], outside="revert")
+        )
+    return pool
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["mask", "order", "select", "table"])
+def test_what_has_the_length_of_the_batch_by_chance_is_not_taken_for_its_rows(way):
+    """Of four rows four tokens are picked, two of them of the first row."""
+    pool, tokens = picking_pool(way), ids(4)
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0, 1] = mask[0, 3] = mask[2, 2] = mask[3, 1] = True
+    with (
+        pytest.raises(CannotMixError, match=r"head\.(weight|bias) got a tensor that is"),
+        pool.mixed(["d1", "d2", "d2", "d1"]) as model,
+    ):
+        model(tokens, mask)
+
+
+@torch.no_grad()
+def test_one_place_of_each_row_is_the_rows():
+    pool, tokens, rows = picking_pool("pooled"), ids(4), ["d1", "d2", "d2", "d1"]
+    mask = torch.eye(5, dtype=torch.bool)[:4]
+    with pool.mixed(rows) as model:
+        found = model(tokens, mask)
+    for row, name in enumerate(rows):
+        with pool.use(name) as model:
+            torch.testing.assert_close(found[row], model(tokens[row : row + 1], mask[row : row + 1])[0])
+
+
+@torch.no_grad()
+def test_a_vocabulary_that_grew_and_is_carried_is_answered_in_groups():
+    base = Net()
+    pool = DeltaPool(base)
+    for k in range(2):
+        pool.add(f"d{k}", prune(base, tuned(base, k, words=14), "dare", 0.5, seed=k, carry=["embed.*"]))
+    requests = [("d0", [1, 12, 2]), ("d1", [1, 13, 2]), ("d0", [3, 4, 5])]
+
+    def forward(model, some):
+        return list(model(torch.tensor([tokens for _, tokens in some])))
+
+    settings = {"key": lambda request: request[0], "forward": forward}
+    for together, alone in zip(
+        pool.map(requests, **settings), pool.map(requests, mix_up_to=0, **settings), strict=True
+    ):
+        torch.testing.assert_close(together, alone)
+    with pytest.raises(CannotMixError, match=r"embed\.weight has other sizes"), pool.mixed(["d0", "d1"]) as model:
+        model(torch.tensor([[1, 12], [1, 13]]))
+
+
+def test_an_error_of_another_kind_in_a_mixed_batch_says_where_it_was():
+    _, pool = net_pool(2)
+    with pytest.raises(RuntimeError) as error, pool.mixed(["d0", "d1"]) as model:
+        model(torch.ones(2, 3))  # ids that are no integers
+    assert "one at a time" in error.value.__notes__[0]
