@@ -13,7 +13,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
-from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
+from dpp_lightning.callbacks.prune_run.base_weights import (
+    ASK_FOR_PRETRAINED,
+    BaseWeights,
+    declared,
+    has_weights,
+    new_names,
+)
 from dpp_lightning.callbacks.prune_run.best_weights import best_weights, check_loads, kept_none
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData
 from dpp_lightning.callbacks.prune_run.evaluation import (
@@ -249,7 +255,10 @@ class DeltaPruneCallback(pl.Callback):
         """Refuse a monitor that is never logged now, not after hours."""
         if len(trainer.num_sanity_val_batches) > 1 or callbacks_act_in_validation(trainer):
             return  # it keeps no metrics of several loaders, and those of callbacks are no score: on_train_start looks
-        read_monitor(trainer.callback_metrics, self.settings.monitor)
+        try:
+            read_monitor(trainer.callback_metrics, self.settings.monitor)
+        except ValueError:
+            return  # some modules log nothing in this check: on_train_start looks
         self._monitor_checked = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -333,8 +342,8 @@ class DeltaPruneCallback(pl.Callback):
         reshard(pl_module)
         check_shards(self.settings, pl_module)
         self._base.convert_like(pl_module)
-        declared = getattr(pl_module, "pretrained", None) is not None or self._checkpoint_fingerprint is not None
-        if not self._base.explicit and not (declared and trainer.ckpt_path is not None):
+        told = declared(pl_module, "pretrained") is not None or self._checkpoint_fingerprint is not None
+        if not self._base.explicit and not (told and trainer.ckpt_path is not None):
             rank_zero_warn(
                 "DeltaPruneCallback did not prune: nothing tells which weights are the base. Pass "
                 f"{ASK_FOR_PRETRAINED}, or a checkpoint (ckpt_path) written in a fit with this callback"

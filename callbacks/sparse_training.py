@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -75,8 +76,9 @@ class SparseTraining(pl.Callback):
         RuntimeError: at the first step, if a gradient is sparse.
         ValueError: at construction or before the first step, if a setting is outside its range; parameters are in
             shards, quantised or of a LoRA adapter; the module optimises manually; a gradient scaler is used
-            (``16-mixed``); the optimizer does not treat each entry by itself; gradients are to be taken on a stream, or
-            gates to be learned in a training of no known length; or the checkpoint to resume is of another training.
+            (``16-mixed``); another callback adds parameters to the optimizer, or averages weights beside gates; the
+            optimizer does not treat each entry by itself; gradients are to be taken on a stream, or gates to be learned
+            in a training of no known length; or the checkpoint to resume is of another training.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class SparseTraining(pl.Callback):
         if stage == "fit":
             self._forget_fit()
             _check_trainer(trainer, pl_module)
+            _check_callbacks(trainer, self.mask)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the trained entries, before the optimizer's state is restored; by gradients, once there is data."""
@@ -256,10 +259,12 @@ class SparseTraining(pl.Callback):
         if steps == float("inf"):
             raise ValueError(f"mask={self.mask!r} needs to know how long the training is: set max_steps or max_epochs")
         self._gate_steps = max(int(steps * self.gate_share), 1)
-        owners = [owner for n in self._shared(trainer, module)[0] for owner, _ in n.pieces]
-        groups = self.mask == "diff-struct"
+        shared, fates = self._shared(trainer, module)
+        owners = [owner for n in shared for owner, _ in n.pieces]
+        reverted = [owner for n in named_tensors(module) if fates[n.name] == "revert" for owner, _ in n.pieces]
         self._gates = DiffGates(
-            trainer.optimizers[0], owners, self.l0_weight, self.gate_lr, groups=groups, seed=self.seed
+            trainer.optimizers[0], owners, self.l0_weight, self.gate_lr, groups=self.mask == "diff-struct",
+            seed=self.seed, untrained=[owner for owner in reverted if not any(owner is gated for gated in owners)],
         )  # fmt: skip
         if self._gates_state is not None:
             self._gates.load_state_dict(self._gates_state)
@@ -316,6 +321,28 @@ def _check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"{type(module).__name__} clips gradients itself: beside SparseTraining those of the trained entries "
             "are in optimizer.param_groups, and self.parameters() has none"
         )
+
+
+def _check_callbacks(trainer: pl.Trainer, mask: Mask) -> None:
+    """Refuse callbacks that change which entries are trained.
+
+    Raises:
+        ValueError: one that adds parameters to the optimizer, or beside gates one that averages weights.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = (WeightAveraging, StochasticWeightAveraging) if mask in _BY_GATES else ()
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, averages):
+            raise ValueError(
+                f"{name} averages weights from before the mask is fixed too, so that mask={mask!r} would leave a dense "
+                "delta: take another mask, or leave one callback out"
+            )
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{name} adds parameters to the optimizer while it trains, and SparseTraining takes their entries "
+                "before: leave one out; exclude= with outside='revert' trains the others alone"
+            )
 
 
 def _in_owners(

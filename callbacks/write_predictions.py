@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class WritePredictions(BasePredictionWriter):
             for loader_index, (batches, indices_by_batch) in enumerate(
                 zip(batches_by_loader, batch_indices, strict=True)
             )
-            for batch, indices in zip(batches, indices_by_batch, strict=True)
+            for batch, indices in zip(batches, _indices(trainer, batches, indices_by_batch), strict=True)
             for index, prediction in zip(indices, _samples(batch), strict=True)
         ]
         lines = sorted(_gathered(lines), key=lambda line: (line.get("dataloader", 0), line["index"]))
@@ -83,6 +84,22 @@ def _described(trainer: pl.Trainer, index: int, prediction: Any, dataloader_idx:
     """A prediction as the DataModule describes it, else as it is."""
     describe = getattr(trainer.datamodule, "describe_prediction", None)  # type: ignore[attr-defined]
     return {"prediction": prediction} if describe is None else describe(index, prediction, dataloader_idx)
+
+
+def _indices(trainer: pl.Trainer, batches: Sequence[Any], indices: Sequence[Any]) -> Sequence[Any]:
+    """Of each batch the indices of its samples; of a stream, which has none, their numbers as they came.
+
+    Raises:
+        ValueError: a stream on several ranks.
+    """
+    if len(indices) == len(batches):
+        return indices
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"a stream's samples have no order over {trainer.world_size} ranks: predict on one (trainer.devices: 1)"
+        )
+    ends = list(accumulate((len(_samples(batch)) for batch in batches), initial=0))
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def _samples(batch: Any) -> list[Any]:

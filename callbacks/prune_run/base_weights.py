@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,13 @@ class BaseWeights:
             for name in exchange.names:
                 exchange.exchange(name)
             yield
+
+
+def declared(module: nn.Module, name: str) -> str | None:
+    """What a module says of its base under ``pretrained`` or ``revision``: a text or a path; else it is a flag or a
+    part of the module that has this name by chance, and says nothing."""
+    value = getattr(module, name, None)
+    return str(value) or None if isinstance(value, str | Path) else None
 
 
 def new_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -148,6 +149,7 @@ class _Values:
 def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if reason := kept_none(trainer):
         raise ValueError(reason)
+    _await_writing(trainer.strategy.checkpoint_io)
     path = trainer.strategy.broadcast(best_checkpoints(trainer).best_model_path)
     trainer.strategy.barrier("best checkpoint")  # rank 0, or with sharded checkpoints every rank, has written it
     if not any(is_dtensor(p) for p in module.parameters()):
@@ -162,6 +164,13 @@ def _load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "all ranks: set ModelCheckpoint(dirpath=...) to a folder that all nodes share, or take ckpt='last'"
         )
     load_into_shards(module, Path(path))
+
+
+def _await_writing(io: Any) -> None:
+    """Wait for the thread that writes checkpoints, where one does."""
+    executor = getattr(io, "_executor", None) if isinstance(io, AsyncCheckpointIO) else None
+    if executor is not None:
+        executor.submit(lambda: None).result()
 
 
 @torch.no_grad()

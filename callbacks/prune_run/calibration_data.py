@@ -252,7 +252,14 @@ def _training_loaders(trainer: pl.Trainer) -> CombinedLoader:
     source = trainer.fit_loop._data_source
     if source.instance is None or not source.is_defined():
         raise ValueError(f"methods that calibrate need a batch of data, and there is no training data: {CURE}")
-    loaders = source.dataloader()
+    try:
+        loaders = source.dataloader()
+    except Exception as error:
+        module = trainer.datamodule  # type: ignore[attr-defined]
+        if module is None:
+            raise ValueError(f"the training data cannot be had ({_line(error)}): {CURE}") from error
+        module.setup("fit")  # many DataModules take their training data there
+        loaders = source.dataloader()
     return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
 
 

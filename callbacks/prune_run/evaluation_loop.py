@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 
 
 class OneBatch(Sized):
@@ -110,7 +112,7 @@ def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Itera
     loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)
     trainer.state.fn = TrainerFn.TESTING if testing else TrainerFn.VALIDATING
     trainer.state.stage = RunningStage.TESTING if testing else RunningStage.VALIDATING
-    loop.verbose, trainer.loggers = False, []
+    loop.verbose, trainer.loggers = False, [DummyLogger()] if trainer.loggers else []  # a module may log by its own
     try:
         yield
     finally:
@@ -120,10 +122,17 @@ def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Itera
 @contextmanager
 def _loader_replaced(trainer: pl.Trainer, loop: Any, loader: Any, index: int) -> Iterator[None]:
     """Let the loop read another loader to its end, if one is given, in place of its own."""
+    source = loop._data_source
     if loader is None:
-        yield
+        given = source.instance
+        if isinstance(given, CombinedLoader):  # the fit's own loop holds it, and goes on with it
+            source.instance = CombinedLoader(given.iterables, given._mode)
+        try:
+            yield
+        finally:
+            source.instance = given
         return
-    source, limit = loop._data_source, "limit_test_batches" if trainer.testing else "limit_val_batches"
+    limit = "limit_test_batches" if trainer.testing else "limit_val_batches"
     saved = (source.instance, getattr(trainer, limit))
     if loop._combined_loader is None:
         loop.setup_data()

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, new_names
+from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights, declared, new_names
 from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData, CalibrationPasses
 from dpp_lightning.callbacks.prune_run.evaluation import (
     EvaluationPasses,
@@ -125,8 +125,8 @@ class PruneRun:
             self.base,
             replaced,
             self.scope,
-            self.settings.pretrained or getattr(self.module, "pretrained", None),
-            self.settings.revision or getattr(self.module, "revision", None),
+            self.settings.pretrained or declared(self.module, "pretrained"),
+            self.settings.revision or declared(self.module, "revision"),
         )
         return self.calibration.with_inputs(plan)
 

@@ -64,7 +64,7 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
     tested = type(module).test_step is not LightningModule.test_step
     which = "last finite checkpoint" if diverged else "checkpoint"
     lines = [f"The {which} is {_short(Path(path))}", f"To score it: dpp {'test' if tested else 'validate'} {given}"]
-    if getattr(module, "pretrained", None) is not None:  # else a sweep would not know the base
+    if isinstance(getattr(module, "pretrained", None), str | Path):  # else a sweep would not know the base
         lines.append(f"To prune it: dpp sweep {given}{'' if tested else ' --split validation'} --output DIR")
     return "\n".join(lines)
 

@@ -51,6 +51,7 @@ class DiffGates:
         gate_lr: learning rate of log alpha.
         groups: a gate for each tensor beside those of its entries.
         seed: of the gates, an integer >= 0.
+        untrained: parameters that the optimizer is given no gradients of.
 
     Raises:
         ValueError: the optimizer holds none of these parameters, or does not treat each entry by itself.
@@ -58,11 +59,12 @@ class DiffGates:
 
     def __init__(
         self, optimizer: Optimizer, parameters: Iterable[Tensor], l0_weight: float, gate_lr: float, *, groups: bool,
-        seed: int,
+        seed: int, untrained: Iterable[Tensor] = (),
     ) -> None:  # fmt: skip
         check_by_entry(optimizer)
         self._optimizer, self._l0_weight, self._seed, self._step = optimizer, l0_weight, seed, 0
         self._gated: list[_Gated] = []
+        self._untrained = list(untrained)
         chosen = set(parameters)
         for group in optimizer.param_groups:
             group["params"] = [self._delta_of(p, groups) if p in chosen else p for p in group["params"]]
@@ -108,6 +110,8 @@ class DiffGates:
     @torch.no_grad()
     def gather_gradients(self) -> None:
         """Gradients of w and log alpha from those of θ, which are let go."""
+        for parameter in self._untrained:
+            parameter.grad = None
         for index, gated in enumerate(self._gated):
             gradient, gated.parameter.grad = gated.parameter.grad, None
             for log_alpha in gated.log_alphas:

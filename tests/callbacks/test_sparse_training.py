@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from prune_fits import equal, weights
@@ -336,3 +341,26 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         fit(module(), SparseTraining("random", 0.9), ckpt_path=tmp_path / "dense.ckpt")
     with pytest.raises(ValueError, match=r"pruning_rate=0.9, now 0.8"):
         fit(module(), SparseTraining("random", 0.8), ckpt_path=tmp_path / "sparse.ckpt")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_tensors_that_are_reverted_are_not_trained_by_any_mask(mask):
+    lit = module()
+    before = weights(lit)
+    fit(lit, SparseTraining(mask, 0.5, exclude=["0.*"], outside="revert", batches=2), max_epochs=2)
+    differ = changed(before, weights(lit))
+    assert not any(len(places) for name, places in differ.items() if name.startswith("net.0."))
+    assert any(len(places) for places in differ.values())
+
+
+@pytest.mark.parametrize(
+    ("mask", "other", "message"),
+    [
+        ("diff", EMAWeightAveraging(), "EMAWeightAveraging averages weights from before the mask is fixed"),
+        ("diff-struct", StochasticWeightAveraging(swa_lrs=0.01), "StochasticWeightAveraging averages"),
+        ("random", BackboneFinetuning(), "BackboneFinetuning adds parameters to the optimizer.*outside='revert'"),
+    ],
+)
+def test_callbacks_that_change_what_is_trained_are_refused(mask, other, message):
+    with pytest.raises(ValueError, match=message):
+        fit(module(), SparseTraining(mask, 0.5), other)

@@ -124,3 +124,15 @@ def test_dpp_predict_replaces_predictions_on_request_and_no_other_file_ever(tmp_
         assert {path: path.read_bytes() for path in kept} == kept
     assert main([*predict, "out.jsonl", "--overwrite"]) == 0
     assert [line["question"] for line in lines_of(tmp_path / "out.jsonl")] == [row["question"] for row in rows]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Numbers, of which nobody knows how many come."""
+
+    def __iter__(self):
+        return iter((torch.tensor(i),) for i in range(10))
+
+
+def test_the_samples_of_a_stream_are_numbered_as_they_come(tmp_path):
+    trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(Doubles(), DataLoader(Stream(), batch_size=4))
+    assert lines_of(tmp_path / "out.jsonl") == [{"index": i, "prediction": 2 * i} for i in range(10)]

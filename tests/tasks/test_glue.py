@@ -228,11 +228,27 @@ def test_fillers_of_a_shared_evaluation_are_not_scored(base, tmp_path, monkeypat
         ({"label": [-1] * 100}, r"labels \['-1'\] are outside \[0, 1\]"),
         ({"label": [0, 2] * 50}, r"labels \['2'\]"),
         ({"label": [0.5, 1.0] * 50}, r"labels \['0.5'\]"),
+        ({"label": ["yes", "no"] * 50}, "labels are numbers, found 'yes'"),
+        ({"sentence": ["good", None] * 50}, "split train: row 1 has no sentence; remove the row"),
     ],
 )
 def test_labels_outside_the_task_are_refused(columns, message, base, tmp_path):
     with pytest.raises(ValueError, match=message):
         data_module(make_data(tmp_path, "cola", **columns), "cola", base)
+
+
+@pytest.mark.parametrize(("task", "labels", "kind"), [("cola", [0.0, 1.0], int), ("cola", [True, False], int),
+                                                      ("stsb", [1, 4], float)])  # fmt: skip
+def test_labels_of_another_kind_of_number_are_the_task_s(task, labels, kind, base, tmp_path):
+    data = GLUEDataModule(path=make_data(tmp_path / "data", task, label=labels * 50))
+    make_trainer(tmp_path, max_steps=2, enable_checkpointing=False).fit(make_module(task, base), data)
+    assert {type(label) for label in data.splits["train"]["labels"]} == {kind}
+
+
+def test_a_readme_of_one_s_own_beside_the_files_is_none_of_the_data_s(base, tmp_path):
+    path = make_data(tmp_path / "data", "cola")
+    (tmp_path / "data" / "README.md").write_text("# My data\n")
+    assert len(data_module(path, "cola", base).splits["train"]) > 0
 
 
 def test_data_that_does_not_fit_is_refused(base, tmp_path):

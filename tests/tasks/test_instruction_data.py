@@ -7,6 +7,7 @@ from tiny_causal import make_decoder, make_rows, make_tokenizer, save_decoder, w
 
 from dpp_lightning.tasks.causal_lm import InstructionDataModule
 from dpp_lightning.tasks.causal_lm.prompts import PROMPTS, prompt_tokens, resolve_prompt
+from dpp_lightning.tasks.causal_lm.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,19 @@ def test_a_tokenizer_without_padding_will_do_and_one_without_an_end_will_not(fil
     module.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         trainer_of(tmp_path).validate(module, data_of(files), verbose=False)
+
+
+def test_a_test_source_of_several_splits_without_test_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", make_rows(20))
+    where = str(tmp_path / "data")
+    data = InstructionDataModule(path=where, test_path=where, prompt="plain", tokenizer=save_decoder(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"splits \['train', 'validation'\] and no 'test' among them: give the file"):
+        data.setup("fit")
+
+
+def test_a_file_is_the_test_split_where_the_word_is_in_its_name(tmp_path):
+    for name, split in (("latest", "train"), ("gsm8k_test", "test"), ("contest-2", "train"), ("test", "test")):
+        write_rows(tmp_path / f"{name}.jsonl", make_rows(5))
+        assert list(Source(str(tmp_path / f"{name}.jsonl")).load()) == [split], name

@@ -7,6 +7,7 @@ import make_digits_base as maker
 import pytest
 import timm
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -295,6 +296,29 @@ def test_the_schedule_is_the_one_chosen(base, tmp_path, scheduler):
     assert [group.get("new", False) for group in optimizer.param_groups] == [False, True]
     expected = {"linear": 0.0, "constant": 1e-4}.get(scheduler, 1e-5) if isinstance(scheduler, str) else 1e-5
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def waiting(mode, **settings):
+    """A scheduler that lowers the learning rate tenfold at the first epoch after which its metric is no better."""
+    made = ReduceLROnPlateau if settings else torch.optim.lr_scheduler.ReduceLROnPlateau
+    return lambda o: made(o, **settings, mode=mode, factor=0.1, patience=0, threshold=0.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "monitor"),
+    [
+        (waiting("min", monitor="val_loss"), "val_loss"),
+        (waiting("max", monitor="val_accuracy"), "val_accuracy"),
+        (waiting("min"), "val_loss"),
+        (waiting("max"), "val_score"),
+    ],
+)
+def test_a_schedule_that_waits_for_a_metric_goes_by_its_own(base, tmp_path, scheduler, monitor):
+    module = VisionModule(VIT, 10, base, TINY, scheduler=scheduler, scheduler_interval="epoch", seed=0)
+    trainer = fit(module, DigitsDataModule(), tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=1)
+    (config,) = trainer.lr_scheduler_configs
+    assert config.monitor == monitor
+    assert config.scheduler.best == pytest.approx(float(trainer.callback_metrics[monitor]))
 
 
 # ---------------------------------------------------------------- the two-layer network

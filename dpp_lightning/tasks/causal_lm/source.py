@@ -1,5 +1,6 @@
 """Questions and answers from the hub, a local folder, or a JSON, JSONL or parquet file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Source:
         if builder is None or not file.is_file():
             name = self.name or _CONFIGURATIONS.get(self.path)
             return load_data(self.path, name, revision=self.revision, argument=self.argument)
-        split = "test" if "test" in file.stem else "train"
+        split = "test" if "test" in re.split(r"[^a-z]+", file.stem.lower()) else "train"
         return load_data(builder, files={split: str(file)}, source=self.path, argument=self.argument)
 
     def texts(self, data: DatasetDict, split: str) -> Dataset:
@@ -126,6 +127,11 @@ def load_splits(
     splits = _cut_train(source.texts(data, "train"), source.where, fractions, limits, seed) if "train" in data else {}
     tested, data = (test_source, test_source.load()) if test_source else (source, data)
     if "test" in data or test_source is not None:
+        if "test" not in data and len(data) > 1:
+            raise ValueError(
+                f"{tested.where} has the splits {sorted(data)} and no 'test' among them: give the file of the one that "
+                "is to be scored"
+            )
         test = tested.texts(data, "test" if "test" in data else next(iter(data)))
         splits["test"] = test.select(sorted(_shuffled(len(test), seed)[: limits.get("test")]))
     return splits

@@ -67,7 +67,9 @@ def with_schedule(
 
     Args:
         optimizer: the optimizer.
-        scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler.
+        scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler. One that
+            waits for a metric has its own ``monitor``, as Lightning's ``ReduceLROnPlateau``, else ``val_loss`` where
+            its mode is ``min`` and ``val_score`` where it is ``max``.
         interval: how often a scheduler that the user names is stepped.
         trainer: gives the number of steps of the whole training.
         warmup_fraction: fraction of all steps, in [0, 1], that ``linear`` warms up in.
@@ -82,11 +84,18 @@ def with_schedule(
     if scheduler == "constant":
         return optimizer
     if callable(scheduler):
-        config: dict[str, Any] = {"scheduler": scheduler(optimizer), "interval": interval}
+        made = scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": made, "interval": interval, "monitor": _monitor_of(made)}
     else:
         steps = cast(int, trainer.estimated_stepping_batches)
         config = {"scheduler": linear_warmup_decay(optimizer, steps, warmup_fraction), "interval": "step"}
-    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**config, "monitor": "val_score"}})
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+
+
+def _monitor_of(scheduler: Any) -> str:
+    """The metric that a scheduler waits for: one that it names, else the score if that is to rise, else the loss."""
+    named: str | None = getattr(scheduler, "monitor", None)
+    return named or ("val_score" if getattr(scheduler, "mode", "max") == "max" else "val_loss")
 
 
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.06) -> LambdaLR:

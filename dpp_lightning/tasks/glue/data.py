@@ -1,6 +1,7 @@
 """GLUE as data: splits, tokens, batches."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class GLUEDataModule(TaskDataModule):
         needed = ("train", *task.evaluation)
         for split in needed:
             _check_split(data, split, task, f"{DATA_PATH} {self.path} ({self._task_name()})")
-        encoded = {split: _encode(data[split], tokenizer, task.columns, self.max_length) for split in needed}
+        number = float if task.num_labels == 1 else int
+        encoded = {split: _encode(data[split], tokenizer, task.columns, self.max_length, number) for split in needed}
         train = encoded.pop("train")
         self.splits = {**{split: train.select(rows) for split, rows in self._cut(len(train)).items()}, **encoded}
         self._texts = [data[split] for split in task.evaluation]
@@ -166,7 +168,7 @@ class GLUEDataModule(TaskDataModule):
     def _load_data(self) -> DatasetDict:
         task, place = self._task_name(), local_path(self.path)
         check_data_source(self.path)
-        if not place.is_dir() or (place / "README.md").is_file():
+        if not place.is_dir() or _describes(place / "README.md", task):
             return load_data(self.path, task, revision=self.data_revision)
         # without the card of the hub's layout nothing names files such as validation_matched-00000-of-00001.parquet
         splits = ("train", *glue_task(task).evaluation)
@@ -231,6 +233,12 @@ def _check_split(data: DatasetDict, split: str, task: GLUETask, where: str) -> N
     low, high = task.label_range
     allowed = None if task.num_labels == 1 else range(task.num_labels)
     labels = data[split].unique("label")
+    if others := [y for y in labels if y is not None and not isinstance(y, int | float)]:
+        raise ValueError(f"{where}, split {split}: labels are numbers, found {others[0]!r}")
+    for column in task.columns:
+        if None in (texts := data[split][column]):
+            row = list(texts).index(None)
+            raise ValueError(f"{where}, split {split}: row {row} has no {column}; remove the row")
     if wrong := [y for y in labels if y is None or not low <= y <= high or (allowed is not None and y not in allowed)]:
         raise ValueError(
             f"{where}, split {split}: labels {sorted(map(str, wrong))[:5]} are outside [{low}, {high}]; "
@@ -238,16 +246,25 @@ def _check_split(data: DatasetDict, split: str, task: GLUETask, where: str) -> N
         )
 
 
-def _encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int) -> Dataset:
-    """Tokens of every row, without padding, and ``labels``; cached by ``datasets`` between runs."""
+def _describes(card: Path, task: str) -> bool:
+    """Whether a data set's card says which files a task has, as the hub's does; a README of one's own does not."""
+    return card.is_file() and f"config_name: {task}" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _encode(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int, number: type
+) -> Dataset:
+    """Tokens of every row, without padding, and ``labels``, each such a number; cached by ``datasets`` between runs."""
     # the first call changes the tokenizer's state, which is hashed into the key of the cache
     tokenizer(["a"], truncation=True, max_length=max_length)
-    settings = {"tokenizer": tokenizer, "columns": columns, "max_length": max_length}
+    settings = {"tokenizer": tokenizer, "columns": columns, "max_length": max_length, "number": number}
     return data.map(_tokenise, batched=True, fn_kwargs=settings, remove_columns=data.column_names)
 
 
 def _tokenise(
-    rows: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int
-) -> dict[str, list[Any]]:
+    rows: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], max_length: int,
+    number: type,
+) -> dict[str, list[Any]]:  # fmt: skip
     texts = [rows[column] for column in columns]
-    return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": rows["label"]}
+    labels = [number(label) for label in rows["label"]]
+    return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": labels}

@@ -1,0 +1,121 @@
+"""DeltaPruneCallback in modules and trainers as people have them: flags, loggers, loaders and DataModules of their own."""
+
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.utilities import CombinedLoader
+from tiny import Foreign, train_loader, trainer, val_loader
+
+from dpp_lightning import SparseDelta
+from dpp_lightning.callbacks import DeltaPruneCallback
+
+
+def prune_at_the_end(tmp_path, methods="dare", **settings):
+    return DeltaPruneCallback(methods, 0.5, monitor="acc", output_dir=str(tmp_path / "deltas"), **settings)
+
+
+@pytest.mark.parametrize("flag", [True, False, torch.nn.Identity()])
+def test_a_flag_or_a_part_called_pretrained_says_nothing_of_the_base(tmp_path, flag):
+    class Flagged(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.pretrained = flag
+
+    module, callback = Flagged(), prune_at_the_end(tmp_path)
+    trainer(callback).fit(module, train_loader(), val_loader())
+    (row,) = [row for row in callback.results if row.pruning_rate]
+    assert SparseDelta.from_pretrained(tmp_path / "deltas" / row.folder).info.base_name is None
+    with pytest.warns(UserWarning, match="nothing tells which weights are the base"):
+        trainer(prune_at_the_end(tmp_path / "again")).validate(Flagged(), val_loader())
+
+
+def test_a_module_that_logs_by_its_own_logger_does_so_in_the_fit_alone(tmp_path):
+    class Logging(Foreign):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.logger.log_metrics({"foo": 1.0}, step=batch_idx)
+            self.logger.experiment.log_metrics({"bar": 2.0}, step=batch_idx)
+
+    callback = prune_at_the_end(tmp_path, ["dare", "darex-q"])
+    logger = CSVLogger(str(tmp_path / "logs"))
+    trainer(callback, logger=logger).fit(Logging(), train_loader(), val_loader())
+    assert {row.method for row in callback.results if row.pruning_rate} == {"dare", "darex-q"}
+
+
+@pytest.mark.parametrize("mode", ["sequential", "max_size"])
+def test_a_combined_loader_serves_the_fit_and_the_rows(tmp_path, mode):
+    class Two(Foreign):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            part = batch["a"] if isinstance(batch, dict) else batch
+            self.log("acc", (self.net(part[0]).argmax(1) == part[1]).float().mean(), add_dataloader_idx=False)
+
+    callback = prune_at_the_end(tmp_path)
+    loaders = CombinedLoader({"a": val_loader(), "b": val_loader()} if mode != "sequential" else [val_loader()], mode)
+    run = trainer(callback, max_epochs=2, num_sanity_val_steps=0)
+    run.fit(Two(), train_loader(), loaders)
+    assert len([row for row in callback.results if row.pruning_rate]) == 1
+
+
+class Slow(TorchCheckpointIO):
+    """Writes as on a slow disk."""
+
+    def save_checkpoint(self, *args, **settings):
+        time.sleep(0.5)
+        super().save_checkpoint(*args, **settings)
+
+
+def test_the_best_checkpoint_is_waited_for_while_a_thread_writes_it(tmp_path):
+    best = ModelCheckpoint(str(tmp_path / "best"), monitor="acc", mode="max")
+    callback = prune_at_the_end(tmp_path, ckpt="best")
+    run = trainer(best, callback, enable_checkpointing=True, plugins=[AsyncCheckpointIO(Slow())])
+    run.fit(Foreign(), train_loader(), val_loader())
+    assert len([row for row in callback.results if row.pruning_rate]) == 1
+
+
+def test_a_module_that_logs_nothing_in_the_sanity_check(tmp_path):
+    class Late(Foreign):
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                super().validation_step(batch, batch_idx)
+
+    callback = prune_at_the_end(tmp_path)
+    trainer(callback, num_sanity_val_steps=2).fit(Late(), train_loader(), val_loader())
+    assert callback.results
+
+    class Never(Foreign):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(ValueError, match="monitor='acc' was not logged"):
+        trainer(prune_at_the_end(tmp_path / "b"), num_sanity_val_steps=2).fit(Never(), train_loader(), val_loader())
+
+
+class Staged(pl.LightningDataModule):
+    """Makes its training data in ``setup("fit")`` alone, as Lightning's own examples do."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.train = train_loader()
+        self.val = val_loader()
+
+    def train_dataloader(self):
+        return self.train
+
+    def val_dataloader(self):
+        return self.val
+
+
+def test_a_run_without_a_fit_calibrates_on_a_data_module_that_makes_its_training_data_for_a_fit(tmp_path):
+    base = {name: tensor.clone() for name, tensor in Foreign().state_dict().items()}
+    torch.save(base, tmp_path / "base.pt")
+    module = Foreign()
+    trainer(max_epochs=1).fit(module, Staged())
+    callback = prune_at_the_end(tmp_path, "darex-q", pretrained=str(tmp_path / "base.pt"))
+    trainer(callback).validate(module, Staged())
+    (row,) = [row for row in callback.results if row.pruning_rate]
+    assert "train" in row.q_split
