@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -126,8 +127,17 @@ class BaseWeights:
                 self.tensors[named.name] = named.of(copies)
 
     def convert_like(self, module: nn.Module) -> None:
-        """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken."""
+        """Give every tensor the dtype and the shards of the module's: either may have changed since it was taken.
+
+        Values that the dtype rounds are warned of: the deltas do not fit the base as it was then.
+        """
         like = canonical_tensors(module)
+        rounded = next((n for n, t in self.tensors.items() if n in like and _rounds(t, like[n].dtype)), None)
+        if rounded is not None:
+            rank_zero_warn(
+                f"the module holds {rounded} and others in {like[rounded].dtype}, which rounds the base's values: the "
+                "deltas fit the base cast to it, and not the base as it is; cast the base, or train with bf16-mixed"
+            )
         self.tensors = {n: shard_like(t.to(like[n].dtype), like[n]) for n, t in self.tensors.items() if n in like}
 
     def check_complete(self, module: nn.Module, new: set[str]) -> None:
@@ -199,6 +209,12 @@ def declared(module: nn.Module, name: str) -> str | None:
     part of the module that has this name by chance, and says nothing."""
     value = getattr(module, name, None)
     return str(value) or None if isinstance(value, str | Path) else None
+
+
+def _rounds(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a floating-point tensor has values that a narrower dtype has not."""
+    narrower = tensor.is_floating_point() and dtype.is_floating_point and dtype.itemsize < tensor.dtype.itemsize
+    return narrower and not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def new_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> set[str]:

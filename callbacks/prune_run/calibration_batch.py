@@ -69,7 +69,7 @@ def batch_of_items(loaders: Any, samples: int, source: str, *, spread: bool = Fa
     leaves, spec = _flat(loaders)
     taken = []
     for key, loader in leaves:
-        with _generators_kept(loader), isolate_rng():
+        with generators_kept(loader), isolate_rng():
             collated = _collated(loader, samples, f"{source}{key}", spread)
         if collated is None:
             return None
@@ -90,7 +90,7 @@ def own_batch(loaders: Any, source: str) -> CalibrationBatch:
     leaves, spec = _flat(loaders)
     taken = []
     for key, loader in leaves:
-        with _generators_kept(loader), isolate_rng():
+        with generators_kept(loader), isolate_rng():
             try:
                 batch = next(iter(loader))
             except StopIteration:
@@ -205,7 +205,7 @@ def _is_lightnings(batch_sampler: Any) -> bool:
 
 
 @contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
+def generators_kept(loader: Any) -> Iterator[None]:
     """Random generators that a loader, its samplers, its dataset or their transforms hold draw the same after it."""
     generators = list(_generators(loader))
     states = [_state(generator) for generator in generators]

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpp_lightning.calibration.input_collector import collected_inputs
 from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
+from dpp_lightning.callbacks.prune_run.calibration_batch import generators_kept
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
 from dpp_lightning.callbacks.prune_run.first_rank import computed_on_first
 from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
@@ -206,7 +207,10 @@ class EvaluationPasses:
 
     def _run_loop(self, loader: Any) -> dict[str, Any]:
         """One pass of the loop; returns the metrics that were logged in it."""
-        with isolate_rng():
+        loop = self.trainer.test_loop if self.testing else self.trainer.validate_loop
+        given = loop._data_source.instance  # a module makes loaders anew, as it does in training
+        held = () if isinstance(given, pl.LightningModule | pl.LightningDataModule) else given
+        with isolate_rng(), generators_kept(held):
             index = int(self.monitor.partition(LOADER_SUFFIX)[2] or 0)
             metrics, self.num_loaders = run_evaluation_loop(
                 self.trainer, testing=self.testing, loader=loader, index=index

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import CombinedLoader
 from tiny import Foreign, train_loader, trainer, val_loader
+from torch.utils.data import DataLoader
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks import DeltaPruneCallback
@@ -119,3 +120,31 @@ def test_a_run_without_a_fit_calibrates_on_a_data_module_that_makes_its_training
     trainer(callback).validate(module, Staged())
     (row,) = [row for row in callback.results if row.pruning_rate]
     assert "train" in row.q_split
+
+
+def test_a_precision_that_rounds_the_base_is_warned_of(tmp_path):
+    callback = prune_at_the_end(tmp_path, forward_fn=lambda module, batch: module.net(batch[0]))
+    with pytest.warns(
+        UserWarning, match="torch.bfloat16, which rounds the base's values: the deltas fit the base cast"
+    ):
+        trainer(callback, precision="bf16-true").fit(Foreign(), train_loader(), val_loader())
+    assert callback.results
+
+
+def test_rows_are_scored_on_the_samples_of_one_order_and_training_keeps_its_own(tmp_path):
+    """Of a validation loader that shuffles by a generator, which the training loader shares."""
+    states = []
+    for pruned in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        train = DataLoader(train_loader().dataset, 20, shuffle=True, generator=generator)
+        val = DataLoader(val_loader().dataset, 20, shuffle=True, generator=generator)
+        callback = DeltaPruneCallback("dare", [0.0, 0.5], monitor="acc", output_dir=str(tmp_path / "deltas"))
+        torch.manual_seed(0)
+        module = Foreign()
+        run = trainer(*([callback] if pruned else []), max_epochs=2, limit_val_batches=3, num_sanity_val_steps=0)
+        run.fit(module, train, val)
+        states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    whole, kept_all = (next(r for r in callback.results if r.method == m) for m in ("fine-tuned", "dare"))
+    assert kept_all.pruning_rate == 0
+    assert kept_all.score == whole.score
