@@ -41,8 +41,7 @@ class DiffGates:
 
     The optimizer gets w in the place of θ; log alpha has an Adam of its own. Before each step gradients are taken from
     θ (:meth:`gather_gradients`); after each step, by a hook of the optimizer, gates are drawn anew, by seed and step
-    alone, and θ is written. This takes five further numbers an entry: θ0, w, log
-    alpha and its two moments.
+    alone, and θ is written. This takes five further numbers an entry: θ0, w, log alpha and its two moments.
 
     Args:
         optimizer: made on the model's parameters; one that treats each entry by itself.

@@ -55,7 +55,9 @@ class RowMarks:
         return _OWN if id(tensor) in self._own else getattr(tensor, _MARK, None)
 
     def _picks(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a function takes some of the rows, or all of them in another order."""
+        """Whether a function takes some of the rows, or all of them in another order; a table of the model has none."""
+        if args and isinstance(args[0], Tensor) and self._mark_of(args[0]) == _OWN:
+            return False
         if func in _PICKING:
             return True
         if func in _BY_INDEX:
