@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.storage.locate import few_names
+from dpp_lightning.storage.model_folder import delta_side_files, is_tokenizer_file
 
 
 class ApplyDelta(pl.Callback):
@@ -50,6 +53,14 @@ class ApplyDelta(pl.Callback):
         if task is not None and module_task is not None and task != module_task:
             raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {module_task!r}")
         self._delta = delta if task is None else delta.for_task(task)
+        beside = delta_side_files(
+            self.folder, self.revision, tasks=delta_tasks, task=task, absent=delta.info.absent_files
+        )
+        if own := sorted(name for name in beside if is_tokenizer_file(name)):
+            rank_zero_warn(
+                f"{self.folder} has a tokenizer of its own ({few_names(own)}), and the data of this run is made with "
+                "another unless you gave it: dpp apply writes a folder for --model.pretrained that has both"
+            )
 
     def _apply(self, pl_module: pl.LightningModule) -> None:
         assert self._delta is not None

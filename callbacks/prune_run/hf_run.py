@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import TrainingArguments
+
 from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.pieces import pieces_of
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
@@ -71,7 +73,9 @@ class HFPruneRun:
         self.batch, self.labelled, self.source = batch, labelled, source
         self.folder, self.reporter, self.module = folder, reporter, passes.module
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
-        identity = run_identity(settings, base, self.module, new, passes.monitor, passes.split)
+        identity = run_identity(
+            settings, base, self.module, new, passes.monitor, passes.split, precision=_precision(passes.trainer.args)
+        )
         log = ResultsLog(folder / RESULTS_FILE, passes.monitor, identity, method_settings)
         turns = Alone(log, passes, resume=settings.resume, writes=passes.is_first)
         self.rows = RunRows(settings, self.module, passes, turns, reporter)
@@ -179,3 +183,9 @@ class HFPruneRun:
         figures = save_plot_and_name_files(self.rows.results, curves, self.folder, settings, monitor)
         report = RunReport(self.rows.results, figures, prefix, trainer.state.global_step)
         show_run(boards_of_transformers(trainer.callback_handler.callbacks), report)
+
+
+def _precision(arguments: TrainingArguments) -> str:
+    """What a Trainer evaluates in."""
+    named = ("bf16_full_eval", "fp16_full_eval", "bf16", "fp16")
+    return next((name for name in named if getattr(arguments, name, False)), "float32")

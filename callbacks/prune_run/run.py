@@ -62,7 +62,11 @@ class PruneRun:
         self.calibration = CalibrationPasses(settings, self.passes, calibration)
         method_settings = {name: settings.method_settings.get(name, {}) for name in settings.methods}
         new = new_names(self.module, trainer.optimizers)
-        identity = run_identity(settings, base, self.module, new, self.passes.monitor, self.passes.split)
+        identity = run_identity(
+            settings, base, self.module, new, self.passes.monitor, self.passes.split,
+            precision=str(trainer.precision),
+            limit=trainer.limit_test_batches if self.passes.testing else trainer.limit_val_batches,
+        )  # fmt: skip
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
         turns: Turns
         if worker is not None:

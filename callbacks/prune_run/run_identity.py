@@ -17,7 +17,15 @@ ROUNDING = 0.005
 
 
 def run_identity(
-    settings: PruneSettings, base: BaseWeights, module: nn.Module, new: set[str], monitor: str, split: str
+    settings: PruneSettings,
+    base: BaseWeights,
+    module: nn.Module,
+    new: set[str],
+    monitor: str,
+    split: str,
+    *,
+    precision: str,
+    limit: float | None = None,
 ) -> dict[str, Any]:
     """What all rows of a run have in common, as plain values for its file.
 
@@ -29,12 +37,16 @@ def run_identity(
         module: holds the fine-tuned weights.
         new: canonical names of the parameters that were new in this training.
         monitor, split: name of the score, and of the data that it is of.
+        precision: that scores are computed in.
+        limit: share of the split's batches, or their number, that is scored; None for all.
     """
     return {
         "base": base.fingerprint(module, new, settings.scope.carry),
         "fine-tuned": hash_tensors(canonical_tensors(module)),
         "monitor": monitor,
         "split": split,
+        "precision": precision,
+        "limit of batches": None if isinstance(limit, float) and limit == 1 else limit,
         "objective": settings.objective,
         "calibration_samples": settings.calibration_samples,
         "output_layer": settings.output_layer_of(module),

@@ -324,4 +324,6 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
         parameter.data = parameter.data.to(getattr(torch, str(dtype).removeprefix("torch.")))
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:  # the base may have one, and the fine-tuned model none
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     return model

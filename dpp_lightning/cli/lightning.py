@@ -209,10 +209,13 @@ class DPPCLI(LightningCLI):
         """Say that a test without a checkpoint or a delta scores the model as it was made."""
         config = self.config[self.subcommand]
         if config.get("ckpt_path") is None and config.get("delta") is None and self.trainer.is_global_zero:
+            made = "predictions" if self.subcommand == "predict" else "scores"
             say(
-                "dpp test: no checkpoint was given, so the scores are those of the base, with a fresh head if it has "
-                "none: --ckpt_path FILE scores a fine-tuned model, --delta DIR the base with a delta"
+                f"dpp {self.subcommand}: no checkpoint was given, so the {made} are those of the base, with a fresh "
+                "head if it has none: --ckpt_path FILE takes a fine-tuned model, --delta DIR the base with a delta"
             )
+
+    before_validate = before_predict = before_test
 
     def fit(self, **arguments: Any) -> None:
         """``Trainer.fit``, which says where its checkpoint is; stopped by a signal or a lost rank, how to go on."""

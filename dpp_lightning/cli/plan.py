@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -9,6 +10,9 @@ from typing import Any, get_args
 from dpp_lightning.analysis.memory_plan import MODELS, Dtype, ModelShape, fewest_devices, shape_of, table
 from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.storage.locate import hub_id, local_path
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # of safetensors
+_BUFFER = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.inv_freq|num_batches_tracked)$")
 
 
 def plan_devices(
@@ -44,6 +48,10 @@ def plan_devices(
     """
     if model is not None and parameters is not None:
         raise ValueError("give MODEL or --parameters, not both: a model's size is read from its tensors")
+    if parameters is None and (blocks, outside) != (1, 0.0):
+        raise ValueError("--blocks and --outside are of a model that is given by --parameters alone")
+    if model is None and revision is not None:
+        raise ValueError("--revision is of a MODEL that is a hub id, and there is none")
     if model is not None:
         models = {local_path(model).resolve().name: _read_shape(model, revision)}
     elif parameters is not None:
@@ -83,13 +91,21 @@ def _read_shape(model: str, revision: str | None) -> ModelShape:
     repo_id = hub_id(model)
     files = None if repo_id is None else _headers(repo_id, revision)
     if files is not None:
-        return shape_of({name: info.parameter_count for file in files for name, info in file.tensors.items()})
+        infos = {name: info for file in files for name, info in file.tensors.items()}
+        trained = {n: info for n, info in infos.items() if info.dtype in _FLOATS and not _is_buffer(n, info.shape)}
+        return shape_of({name: info.parameter_count for name, info in trained.items()})
     from dpp_lightning.storage.checkpoints import load_tensors
     from dpp_lightning.storage.source_kind import check_model
 
     check_model(model, "MODEL", revision)
 
-    return shape_of({name: tensor.numel() for name, tensor in load_tensors(model, revision).items()})
+    tensors = {name: tensor for name, tensor in load_tensors(model, revision).items() if tensor.is_floating_point()}
+    return shape_of({name: t.numel() for name, t in tensors.items() if not _is_buffer(name, t.shape)})
+
+
+def _is_buffer(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is, by its name, no parameter: a mask of GPT-2's older files, counts, tables of positions."""
+    return _BUFFER.search(name) is not None or (name.endswith("attn.bias") and len(shape) == 4)
 
 
 def _headers(repo_id: str, revision: str | None) -> list[Any] | None:

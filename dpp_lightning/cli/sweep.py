@@ -232,7 +232,8 @@ def _settings(configured: dict[str, Any], options: SweepOptions) -> dict[str, An
     methods = settings.get("method", configured.get("method", []))
     of_methods = {name: s for name, s in (configured.get("method_settings") or {}).items() if name in methods}
     if "auto" in methods and options.limits():
-        of_methods["auto"] = options.limits()
+        others = {n: v for n, v in of_methods.get("auto", {}).items() if n not in ("max_bytes", "max_loss")}
+        of_methods["auto"] = others | options.limits()
     settings |= {"method_settings": of_methods or None, "output_dir": options.output, "plot": options.curve or False}
     settings |= {"resume": True, "apply": False, "ckpt": "last", "push_to_hub": None, "hub_private": None}
     return settings | ({} if options.deltas else {"save_deltas": False})

@@ -1,17 +1,22 @@
 """Predictions as readable lines: in the data's order, described by the DataModule, whole or not at all."""
 
 import json
+import shutil
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import trainer
 from tiny_causal import make_rows, save_decoder, write_rows
 from tiny_glue import make_data, make_model
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpp_lightning.callbacks import WritePredictions
+from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.cli import main
+from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.pruning.prune_checkpoints import prune_checkpoint
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 
 
@@ -136,3 +141,17 @@ class Stream(torch.utils.data.IterableDataset):
 def test_the_samples_of_a_stream_are_numbered_as_they_come(tmp_path):
     trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(Doubles(), DataLoader(Stream(), batch_size=4))
     assert lines_of(tmp_path / "out.jsonl") == [{"index": i, "prediction": 2 * i} for i in range(10)]
+
+
+def test_a_tokenizer_in_a_delta_is_warned_of_where_data_is_made_by_another(tmp_path):
+    base = make_model(tmp_path / "base")
+    tuned = tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file({n: t + 0.01 if t.is_floating_point() else t for n, t in weights.items()}, tuned / "model.safetensors")
+    settings = json.loads((tuned / "tokenizer_config.json").read_text())
+    (tuned / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False, "cls_token": "[SEP]"}))
+    prune_checkpoint(base, tuned, tmp_path / "delta", PruningSpec("dare", 0.5))
+    module = GLUEModule("cola", base, seed=0)
+    with pytest.warns(UserWarning, match=r"has a tokenizer of its own \(.*tokenizer_config.json.*--model.pretrained"):
+        ApplyDelta(str(tmp_path / "delta")).setup(trainer(), module, "test")

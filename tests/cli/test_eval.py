@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from tiny_causal import make_decoder, make_tokenizer, save_decoder, write_rows
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from dpp_lightning import SparseDelta
 from dpp_lightning.cli import main
@@ -248,6 +248,18 @@ def test_model_with_a_delta_is_what_apply_writes(words, dtype, tmp_path):
     assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
     assert model.dtype == getattr(torch, dtype or "float32")
     assert model.generation_config.eos_token_id == dense.generation_config.eos_token_id == 5
+
+
+def test_a_base_s_generation_settings_are_not_those_of_a_fine_tuned_model_without_any(tmp_path):
+    base, tuned = make_pair(tmp_path, torch.float32)
+    settings = GenerationConfig.from_pretrained(base)
+    settings.repetition_penalty = 3.0
+    settings.save_pretrained(base)
+    (Path(tuned) / "generation_config.json").unlink()
+    folder = make_delta(base, tuned, tmp_path / "delta", 0.5)
+    with side_folder(base, folder, None) as beside:
+        model = load_model(base, SparseDelta.from_pretrained(folder), beside, None)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_causal import make_decoder
 
 from dpp_lightning.analysis.memory_plan import GIB, MODELS, ModelShape, table
@@ -58,6 +58,22 @@ def test_a_tied_head_counts_once(tmp_path, capsys):
     assert capsys.readouterr().out == table({"decoder": shape}, [1]) + "\n"
 
 
+def test_masks_and_tables_of_positions_are_no_parameters(model, capsys):
+    tensors = load_file(model / "model.safetensors")
+    extra = {"h.0.attn.bias": torch.zeros(1, 1, 9, 9), "h.0.attn.masked_bias": torch.zeros(1),
+             "embeddings.position_ids": torch.zeros(1, 9, dtype=torch.int64)}  # fmt: skip
+    save_file(tensors | extra, model / "model.safetensors")
+    assert main(["plan", str(model), "--devices", "1"]) == 0
+    shape = ModelShape(28 + 2 * BLOCK + 3, 2, 28, BLOCK + 3)
+    assert capsys.readouterr().out == table({model.name: shape}, [1]) + "\n"
+
+
+@pytest.mark.parametrize("words", [["MODEL", "--blocks", "3"], ["MODEL", "--outside", "9"], ["--revision", "v1"]])
+def test_an_option_that_would_do_nothing_is_refused(model, words, capsys):
+    assert main(["plan", *(str(model) if word == "MODEL" else word for word in words)]) == 2
+    assert words[-2] in capsys.readouterr().err
+
+
 def test_of_a_hub_id_only_headers_are_read(monkeypatch, capsys):
     asked = []
 
@@ -65,7 +81,9 @@ def test_of_a_hub_id_only_headers_are_read(monkeypatch, capsys):
         asked.append((repo_id, revision))
         shards = [{"a.layers.0.w": 60}, {"a.layers.1.w": 63, "a.embed.w": 28}]
         files = {
-            str(i): SimpleNamespace(tensors={n: SimpleNamespace(parameter_count=c) for n, c in shard.items()})
+            str(i): SimpleNamespace(
+                tensors={n: SimpleNamespace(parameter_count=c, dtype="F32", shape=[c]) for n, c in shard.items()}
+            )
             for i, shard in enumerate(shards)
         }
         return SimpleNamespace(files_metadata=files)

@@ -13,6 +13,7 @@ from sweep_job import fitted
 from dpp_lightning import SparseDelta
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli import main
+from dpp_lightning.cli.sweep import SweepOptions, _settings
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.plots import plot_over_rate, plot_over_size, points
 from dpp_lightning.experiments.results import ResultsLog
@@ -151,6 +152,8 @@ def test_a_finished_sweep_only_reports_and_takes_further_rates(job, whole, score
         ({"--split": "validation"}, "split test in the file, validation now"),
         ({"--seeds": "1"}, "first seed 0 in the file, 1 now"),
         ({"--data.max_length": "3"}, "fine-tuned model"),
+        ({"--trainer.limit_test_batches": "1"}, "limit of batches "),
+        ({"--trainer.precision": "bf16-mixed"}, "precision 32-true in the file, bf16-mixed now"),
     ],
 )
 def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):
@@ -160,6 +163,12 @@ def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):
     assert named in error
     assert "another output folder" in error
     assert (whole / "results.jsonl").read_text() == before
+
+
+def test_a_limit_of_bytes_leaves_the_other_settings_of_auto_as_they_are():
+    configured = {"method": ["auto"], "method_settings": {"auto": {"max_loss": 0.1, "steps": 7, "loss": "block"}}}
+    settings = _settings(configured, SweepOptions(output="x", max_bytes="50kB"))
+    assert settings["method_settings"] == {"auto": {"max_bytes": 50_000, "steps": 7, "loss": "block"}}
 
 
 def test_the_configs_own_callback_is_used_but_for_the_grid(job, tmp_path):
