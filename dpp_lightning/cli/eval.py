@@ -20,6 +20,7 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.experiments.terminal_tables import Column, show_table
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.checkpoints import only_dtype
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.storage.output_file import check_output_file
@@ -293,7 +294,8 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
         source: folder or hub id of the base, or of a dense model where there is no delta.
         delta: put on for good, since the model is not used as a base again.
         folder: as :func:`side_folder` gives it.
-        dtype: of the weights; None for the one that the base's configuration names, as ``dpp apply`` writes it.
+        dtype: of the weights; None for the one that the base's files have, as ``dpp apply`` writes it; where these are
+            several, for the one that its configuration names.
 
     Raises:
         ValueError: a delta of another base, or weights without the tensors of a causal language model.
@@ -304,9 +306,9 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
     rows = config.get_text_config().vocab_size
     if delta is not None:  # the base as it is: the delta is checked against its values and may add rows
         config.dtype, config.get_text_config().vocab_size = base_config.dtype, base_config.get_text_config().vocab_size
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype if dtype and delta is None else "auto", output_loading_info=True
-    )
+    # its configuration may name another dtype than its files have, which dpp apply goes by
+    own = dtype or "auto" if delta is None else only_dtype(source) or "auto"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=own, output_loading_info=True)
     model, carried = loaded[0], delta.carried if delta else {}
     canonical = canonical_names(model)
     missing = sorted(name for name in loaded[1]["missing_keys"] if canonical.get(name) not in carried)

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 from dpp_lightning.serving.delta_pool import DeltaPool
+from dpp_lightning.storage.checkpoints import only_dtype
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.tensors.names import canonical_names
@@ -163,7 +164,7 @@ def _load(base: str, task: str) -> tuple[Any, frozenset[str]]:
     """The base for a task, in its own dtype, and the canonical names of those tensors that its files lack."""
     with without_load_report(bar=False):
         loaded: Any = getattr(transformers, MODEL_CLASSES[task]).from_pretrained(
-            base, dtype="auto", output_loading_info=True
+            base, dtype=only_dtype(base) or "auto", output_loading_info=True
         )
     model, info = loaded
     canonical = canonical_names(model)

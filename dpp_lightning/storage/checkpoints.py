@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpp_lightning.storage.file_content import read_json
@@ -153,3 +154,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} stands there twice")
         found[name] = value
     return found
+
+
+def only_dtype(source: str | Path, revision: str | None = None) -> torch.dtype | None:
+    """The dtype of all floating-point tensors of a model's files; None where they have several.
+
+    Args:
+        source, revision: as for :func:`load_tensors`.
+    """
+    dtypes = {tensor.dtype for tensor in load_tensors(source, revision).values() if tensor.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None

@@ -250,6 +250,21 @@ def test_model_with_a_delta_is_what_apply_writes(words, dtype, tmp_path):
     assert model.generation_config.eos_token_id == dense.generation_config.eos_token_id == 5
 
 
+@pytest.mark.parametrize(("of_files", "of_config"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+def test_a_configuration_that_names_another_dtype_than_the_files_have(of_files, of_config, tmp_path):
+    base, tuned = make_pair(tmp_path, of_files)
+    for place in (base, tuned):
+        config = json.loads((Path(place) / "config.json").read_text())
+        (Path(place) / "config.json").write_text(json.dumps(config | {"dtype": of_config}))
+    folder = make_delta(base, tuned, tmp_path / "delta", 0.5)
+    assert main(["apply", base, folder, "--output", str(tmp_path / "dense")]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    with side_folder(base, folder, None) as beside:
+        model = load_model(base, SparseDelta.from_pretrained(folder), beside, None)
+    assert model.dtype == dense.dtype == of_files
+    assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
+
+
 def test_a_base_s_generation_settings_are_not_those_of_a_fine_tuned_model_without_any(tmp_path):
     base, tuned = make_pair(tmp_path, torch.float32)
     settings = GenerationConfig.from_pretrained(base)
