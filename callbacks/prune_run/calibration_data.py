@@ -129,11 +129,19 @@ class CalibrationData:
                 passes.outputs(measured_on(batch), layer, settings.forward_fn, lambda _, output: output)
                 if settings.methods_with_gradients:
                     passes.output_gradients(measured_on(batch), settings.forward_fn)
+                if settings.needs_inputs and not passes.layer_inputs([measured_on(batch)], settings.forward_fn):
+                    return ValueError(_NO_INPUTS.format(type(module).__name__))
                 if settings.methods_that_train:
                     try_training(lambda some: passes.distillation(some, settings.forward_fn), batch)
         except Exception as error:  # of the user's step, in any way
             return error
         return None
+
+
+_NO_INPUTS = (
+    "no weight of {} is multiplied by an input that can be seen, as where weight_norm computes them: leave out the "
+    "methods that go by the layers' inputs, such as wanda"
+)
 
 
 class CalibrationPasses:

@@ -148,3 +148,18 @@ def test_rows_are_scored_on_the_samples_of_one_order_and_training_keeps_its_own(
     whole, kept_all = (next(r for r in callback.results if r.method == m) for m in ("fine-tuned", "dare"))
     assert kept_all.pruning_rate == 0
     assert kept_all.score == whole.score
+
+
+def test_methods_by_inputs_are_refused_before_training_where_no_input_is_known(tmp_path):
+    class Computed(Foreign):
+        def __init__(self):
+            super().__init__()
+            for part in self.net:
+                if isinstance(part, torch.nn.Linear):
+                    torch.nn.utils.parametrizations.weight_norm(part)
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training began")
+
+    with pytest.raises(ValueError, match=r"no weight of Computed is multiplied .*such as wanda"):
+        trainer(prune_at_the_end(tmp_path, "wanda")).fit(Computed(), train_loader(), val_loader())
