@@ -126,8 +126,9 @@ def test_the_rate_is_that_of_sorting(case, keep):
     scores, block = case
     budget = keep * len(scores)
     blocks = scores.split(block)
+    near = 1e-9 if keep < 0.999 else 1e-7  # of nearly all, what those below 1 share is a difference of sums that cancel
     rate, bits = inclusion_rate(lambda: blocks, budget)
-    assert rate == pytest.approx(rate_by_sorting(scores, budget), rel=1e-9)
+    assert rate == pytest.approx(rate_by_sorting(scores, budget), rel=near)
     capped = at_least(scores, bits)
     positive = int((scores > 0).sum())
     if math.isinf(rate):
@@ -135,10 +136,10 @@ def test_the_rate_is_that_of_sorting(case, keep):
         assert torch.equal(capped, scores > 0)
         return
     below = scores[~capped].double().numpy() * rate
-    assert int(capped.sum()) + math.fsum(below) == pytest.approx(budget, rel=1e-9)
+    assert int(capped.sum()) + math.fsum(below) == pytest.approx(budget, rel=near)
     assert positive > budget
-    assert not len(below) or below.max() <= 1 + 1e-9
-    assert not bool(capped.any()) or float(scores[capped].min()) * rate >= 1 - 1e-9
+    assert not len(below) or below.max() <= 1 + near
+    assert not bool(capped.any()) or float(scores[capped].min()) * rate >= 1 - near
 
 
 @pytest.mark.parametrize(
