@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dpp_lightning.callbacks.prune_run.base_weights import declared
 from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.shards import is_dtensor
 
@@ -64,7 +65,7 @@ def next_commands(trainer: Trainer, module: LightningModule) -> str | None:
     tested = type(module).test_step is not LightningModule.test_step
     which = "last finite checkpoint" if diverged else "checkpoint"
     lines = [f"The {which} is {_short(Path(path))}", f"To score it: dpp {'test' if tested else 'validate'} {given}"]
-    if isinstance(getattr(module, "pretrained", None), str | Path):  # else a sweep would not know the base
+    if declared(module, "pretrained") is not None:  # else a sweep would not know the base
         lines.append(f"To prune it: dpp sweep {given}{'' if tested else ' --split validation'} --output DIR")
     return "\n".join(lines)
 

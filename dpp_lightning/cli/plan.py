@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -10,9 +9,9 @@ from typing import Any, get_args
 from dpp_lightning.analysis.memory_plan import MODELS, Dtype, ModelShape, fewest_devices, shape_of, table
 from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.storage.locate import hub_id, local_path
+from dpp_lightning.tensors.blocks import is_buffer_name
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # of safetensors
-_BUFFER = re.compile(r"(^|\.)(masked_bias|position_ids|rotary_emb\.inv_freq|num_batches_tracked)$")
 
 
 def plan_devices(
@@ -104,8 +103,8 @@ def _read_shape(model: str, revision: str | None) -> ModelShape:
 
 
 def _is_buffer(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is, by its name, no parameter: a mask of GPT-2's older files, counts, tables of positions."""
-    return _BUFFER.search(name) is not None or (name.endswith("attn.bias") and len(shape) == 4)
+    """Whether a tensor of floats is no parameter: known by its name, or a mask of GPT-2's older files."""
+    return is_buffer_name(name) or (name.endswith("attn.bias") and len(shape) == 4)
 
 
 def _headers(repo_id: str, revision: str | None) -> list[Any] | None:

@@ -51,6 +51,7 @@ class BaseGuard:
 
     def look(self) -> None:
         """Take the model as it is for the base, but for what others wrote; may be called again."""
+        self.close()
         states = zip(self._tensors, self._state(), strict=True)
         self._seen = [_UNKNOWN if name in self._written_inside else now for name, now in states]
 

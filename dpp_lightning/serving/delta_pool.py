@@ -154,7 +154,7 @@ class DeltaPool:
             ValueError: there is none of that name, it is one task of a merged delta, or it is in use.
         """
         key, task = self._split(name)
-        if task is not None:
+        if task:
             raise ValueError(f"{name!r} is one task of a merged delta: remove {key!r}, which has all of them")
         self.evict(key)
         del self._sources[key]
@@ -363,7 +363,6 @@ class DeltaPool:
                 yield
 
     def _leave(self) -> None:
-        self._guard.close()
         self._guard.look()
         self._in_use = False
 

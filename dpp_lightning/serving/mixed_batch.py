@@ -166,17 +166,22 @@ class MixedBatch(TorchFunctionMode):
             self._batch_first.add(name)
         return inputs
 
-    def _check_rows(self, inputs: Tensor, name: str) -> None:
-        """Refuse inputs of a changed tensor whose first dimension is not the rows, or those and places in one.
+    def _check_rows(self, inputs: Tensor, name: str, *, places: bool = False) -> None:
+        """Refuse inputs of a changed tensor whose first dimension is not the rows.
+
+        Args:
+            inputs: what a function takes beside parameters.
+            name: of the changed tensor.
+            places: the first dimension may be the rows' places, as many of each.
 
         Raises:
             CannotMixError: with the tensor's name.
         """
-        if inputs.dim() and inputs.shape[0] != self._rows.size:
-            shape = tuple(inputs.shape)
-            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {self._rows.size} rows")
+        size, shape = self._rows.size, tuple(inputs.shape)
+        if not shape or (shape[0] % size if places else shape[0] != size):
+            raise CannotMixError(f"{name} got a tensor of shape {shape} in a batch of {size} rows")
         if reason := self._marks.of(inputs):
-            raise CannotMixError(f"{name} got a tensor that is {reason}, which is not the {self._rows.size} rows")
+            raise CannotMixError(f"{name} got a tensor that is {reason}, which is not the {size} rows")
 
     def _name_of(self, inputs: Tensor, *parameters: Tensor | None) -> str:
         """Of the first parameter that is changed.
@@ -263,11 +268,8 @@ class MixedBatch(TorchFunctionMode):
 
     def _addmm(self, bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
         """``torch.addmm`` as Conv1D of transformers calls it: the rows' places in one dimension."""
-        changed, name, size = self._changed.get(id(weight)), self._name_of(inputs, weight, bias), self._rows.size
-        if inputs.dim() != 2 or inputs.shape[0] % size:
-            raise CannotMixError(f"{name} got a tensor of shape {tuple(inputs.shape)} in a batch of {size} rows")
-        if reason := self._marks.of(inputs):
-            raise CannotMixError(f"{name} got a tensor that is {reason}, which is not the {size} rows")
+        changed, name = self._changed.get(id(weight)), self._name_of(inputs, weight, bias)
+        self._check_rows(inputs, name, places=True)  # of two dimensions, as addmm takes no others
         if changed and self._wholes(changed):
             raise CannotMixError(f"{name} is carried whole by a delta")
         outputs = torch.addmm(bias, inputs, weight)

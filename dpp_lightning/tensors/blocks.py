@@ -1,4 +1,4 @@
-"""Blocks of a model, and the linear maps inside them, by the names and shapes of tensors.
+"""Blocks of a model, the linear maps inside them and its buffers, by the names and shapes of tensors.
 
 A block is what a model repeats: a transformer layer, a residual block. Libraries number blocks under a handful of
 words, which are known here. Each name is judged alone, whatever other tensors there are.
@@ -32,6 +32,11 @@ _TABLE = re.compile(
     re.IGNORECASE,
 )
 _LOOKED_UP = {"wte", "wpe", "shared"}  # tables of embeddings whose names do not say so
+_BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
+    r"(?:^|\.)(?:running_(?:mean|var)|num_batches_tracked|final_logits_bias|e_score_correction_bias|cluster_size|embed_avg"
+    r"|inited|initialized|(?:in|out)put_(?:min|max)|latent_(?:mean|std)|global_(?:mean|invstd)|norm_(?:mean|std)|std_scale"
+    r"|std_bias|inv_freq|inv_timescales|mup_vector|slope_rate|masked_bias|relative_position_index)$"
+)
 _EXPERTS = re.compile(
     r"(?:^|[._])(?:experts|moe)\.(?:\w+\.)*(?:[vw]\d+|fc\d+|\w+_proj|\w+_linear)(?:[._]weight)?$|"
     r"(?:^|[._])(?:in|out)put_linear\.weight$"
@@ -104,6 +109,11 @@ def is_linear_map(name: str, shape: Sequence[int], patterns: Sequence[str] = ())
 def is_table(name: str) -> bool:
     """Whether a weight is, by its name, a table that rows are looked up in, or a norm's: it has no input features."""
     return _TABLE.search(name.rpartition(".")[0].rpartition(".")[2]) is not None
+
+
+def is_buffer_name(name: str) -> bool:
+    """Whether a tensor is known by its name to be a statistic or a constant and no parameter."""
+    return _BUFFERS.search(name) is not None
 
 
 def is_multiplied(name: str, shape: Sequence[int]) -> bool:

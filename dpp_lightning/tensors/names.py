@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dpp_lightning.tensors.blocks import is_buffer_name
 from dpp_lightning.tensors.hf_layout import FilePlace, file_layout, transformers_models
 from dpp_lightning.tensors.quantised import check_not_quantised
 from dpp_lightning.tensors.shards import has_unsupported_placements, is_dtensor, is_fsdp1_shard
@@ -62,11 +63,6 @@ _NUMBERED = re.compile(  # what holds parts by number; a change of these words c
 )
 _SHOWN = 4  # names in a message
 _ADAPTER_NAMES = re.compile(r"(^|\.)(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-_BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
-    r"(?:^|\.)(?:running_(?:mean|var)|num_batches_tracked|final_logits_bias|e_score_correction_bias|cluster_size|embed_avg"
-    r"|inited|initialized|(?:in|out)put_(?:min|max)|latent_(?:mean|std)|global_(?:mean|invstd)|norm_(?:mean|std)|std_scale"
-    r"|std_bias|inv_freq|inv_timescales|mup_vector|slope_rate|masked_bias|relative_position_index)$"
-)
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def buffers_among(named: Iterable[NamedTensor], source: TensorSource) -> set[str
     return {
         n.name
         for n in named
-        if _BUFFERS.search(n.name) or (by_type and not n.in_model and not isinstance(n.owner, nn.Parameter))
+        if is_buffer_name(n.name) or (by_type and not n.in_model and not isinstance(n.owner, nn.Parameter))
     }
 
 

@@ -347,3 +347,14 @@ def test_an_error_of_another_kind_in_a_mixed_batch_says_where_it_was():
     with pytest.raises(RuntimeError) as error, pool.mixed(["d0", "d1"]) as model:
         model(torch.ones(2, 3))  # ids that are no integers
     assert "one at a time" in error.value.__notes__[0]
+
+
+@torch.no_grad()
+def test_a_number_is_no_row_and_makes_none_of_the_next():
+    _, pool = net_pool(2)
+    with (
+        pytest.raises(CannotMixError, match=r"norm\.weight got a tensor of shape \(\) in a batch of 2 rows"),
+        pool.mixed(["d0", "d1"]) as model,
+    ):
+        torch.mul(torch.tensor(2.0), model.norm.weight)
+    assert "norm.weight" not in pool._batch_first
