@@ -66,6 +66,7 @@ class PruneRun:
             settings, base, self.module, new, self.passes.monitor, self.passes.split,
             precision=str(trainer.precision),
             limit=trainer.limit_test_batches if self.passes.testing else trainer.limit_val_batches,
+            data=trainer.datamodule,  # type: ignore[attr-defined]
         )  # fmt: skip
         self.log = ResultsLog(folder / RESULTS_FILE, self.passes.monitor, identity, method_settings)
         turns: Turns

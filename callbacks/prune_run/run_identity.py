@@ -26,6 +26,7 @@ def run_identity(
     *,
     precision: str,
     limit: float | None = None,
+    data: object = None,
 ) -> dict[str, Any]:
     """What all rows of a run have in common, as plain values for its file.
 
@@ -39,6 +40,8 @@ def run_identity(
         monitor, split: name of the score, and of the data that it is of.
         precision: that scores are computed in.
         limit: share of the split's batches, or their number, that is scored; None for all.
+        data: what gives it; a DataModule's ``split_seed`` and ``fractions``, if it has them, say which samples are held
+            out for calibration.
     """
     return {
         "base": base.fingerprint(module, new, settings.scope.carry),
@@ -47,6 +50,8 @@ def run_identity(
         "split": split,
         "precision": precision,
         "limit of batches": None if isinstance(limit, float) and limit == 1 else limit,
+        "split_seed": getattr(data, "split_seed", None),
+        "fractions": getattr(data, "fractions", None),
         "objective": settings.objective,
         "calibration_samples": settings.calibration_samples,
         "output_layer": settings.output_layer_of(module),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpp_lightning.delta.contents import DeltaContents, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader
-from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.match_tensors import check_digest, find_tensors, wrong_base_message
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.dense_files import write_dense_files
 from dpp_lightning.storage.locate import local_path
@@ -20,7 +20,7 @@ from dpp_lightning.storage.output_folder import DENSE, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.finite import is_finite
-from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries
+from dpp_lightning.tensors.flat_entries import EntriesHash, add_rescaled, gather_entries, samples_of
 from dpp_lightning.tensors.name_matching import dense_names
 from dpp_lightning.tensors.names import named_tensors
 
@@ -80,8 +80,7 @@ def apply_checkpoint(
             task=task,
             absent=info.absent_files,
         )
-        shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
-        shapes |= dict.fromkeys(_base_names(contents))
+        shapes = contents.shapes_in_base
         named = named_tensors(load_tensors(base, base_revision))
         tensors = find_tensors(shapes, {n.name: n.tensor for n in named}, str(base), info, longer=True)
         base_names = {id(n.owner): n.saved for n in named}
@@ -130,8 +129,8 @@ def _dense_blocks(
         yield from _overwritten_blocks(name, tensors[name], sparse, add_rescaled(kept, *sparse.change(info.q)))
         if name in contents.new_rows:
             yield contents.new_rows[name].to(tensors[name].dtype).reshape(-1)
-    if not force and check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base_message(base_name, check.hexdigest(), info))
+    if not force:
+        check_digest(check, info, samples_of(tensors, contents.shapes_in_base), base_name)
     for name in _base_names(contents):
         yield from tensors[name].reshape(-1).split(_BLOCK)
     for tensor in contents.carried.values():

@@ -23,9 +23,7 @@ def check_checkpoint(base: str | Path, delta: DeltaReader, *, force: bool = Fals
         ValueError: another base, or tensors that are missing or of another shape.
     """
     tensors = {named.name: named.tensor for named in named_tensors(load_tensors(base))}
-    shapes: dict[str, tuple[int, ...] | None] = dict(delta.contents.table)
-    shapes |= dict.fromkeys((*delta.info.reverted, *delta.info.unchanged))
-    found = find_tensors(shapes, tensors, str(base), delta.info, longer=True)
+    found = find_tensors(delta.contents.shapes_in_base, tensors, str(base), delta.info, longer=True)
     if not force:
         held = (gather_entries(found[name], sparse.changed) for name, sparse in delta.contents.tensors())
-        check_base(held, delta.info, str(base))
+        check_base(held, delta.contents, found, str(base))

@@ -84,7 +84,8 @@ class DeltaInfo:
         seeded: kept positions follow from seed and tensor names, so that no positions need storing.
         base_name, base_revision: hub id or folder of the base, if known.
         base_fingerprint: xxh3-128 over the base's tensors that the delta changes or relies on.
-        base_check: xxh3-128 over the base's values at the positions that change, checked at every ``apply_``.
+        base_check: xxh3-128 over the base's values at the positions that change, or samples of what is left alone where
+            none changes, checked at every ``apply_``.
         base_first: the same over the first pruned tensor alone, so that streaming knows a wrong base at once.
         entries: number of entries of the whole fine-tuned model.
         dense_bytes: bytes of the whole fine-tuned model in its own dtype.
@@ -164,6 +165,12 @@ class DeltaContents:
     carried: Mapping[str, Tensor]
     new_rows: Mapping[str, Tensor]
     info: Callable[[], DeltaInfo]
+
+    @property
+    def shapes_in_base(self) -> dict[str, tuple[int, ...] | None]:
+        """Names of what is not carried, and the base's shapes: those of pruned tensors, None for what is left alone."""
+        info = self.info()
+        return {**dict(self.table), **dict.fromkeys((*info.reverted, *info.unchanged))}
 
     @property
     def needs_task(self) -> bool:

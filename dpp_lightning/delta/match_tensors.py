@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from torch import Tensor, nn
 
-from dpp_lightning.delta.contents import DeltaInfo
-from dpp_lightning.tensors.flat_entries import EntriesHash
+from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
+from dpp_lightning.tensors.flat_entries import EntriesHash, is_sampled, samples_of
 from dpp_lightning.tensors.name_matching import match_names
 from dpp_lightning.tensors.names import NamedTensor, TensorSource, named_tensors
 
@@ -64,13 +64,14 @@ def named_for(target: TensorSource, names: Set[str]) -> list[NamedTensor]:
     return named
 
 
-def check_base(entries: Iterable[Tensor], info: DeltaInfo, target: str) -> None:
+def check_base(entries: Iterable[Tensor], contents: DeltaContents, base: TensorSource, where: str) -> None:
     """Check that what a target holds at the entries that change are the values of the delta's base.
 
     Args:
         entries: of every pruned tensor in the delta's order, shapes (changed,); one at a time is enough.
-        info: the delta's description.
-        target: what the message calls it.
+        contents: the delta.
+        base: the target, of which samples are read where no entry changes.
+        where: what the message calls it.
 
     Raises:
         ValueError: they are not.
@@ -78,8 +79,35 @@ def check_base(entries: Iterable[Tensor], info: DeltaInfo, target: str) -> None:
     check = EntriesHash()
     for values in entries:
         check.update(values)
-    if check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base_message(target, check.hexdigest(), info))
+    check_digest(check, contents.info(), base_samples(contents, base, where), where)
+
+
+def check_digest(check: EntriesHash, info: DeltaInfo, samples: Iterable[Tensor], where: str) -> None:
+    """The end of :func:`check_base`, for those who hash the entries themselves.
+
+    Args:
+        check: hash of the entries.
+        info: the delta's description.
+        samples: :func:`dpp_lightning.tensors.flat_entries.samples_of` the base, read only where no entry changes.
+        where: what the message calls the base.
+
+    Raises:
+        ValueError: another base.
+    """
+    digest = check.hexdigest(samples)
+    if digest != info.base_check:
+        raise ValueError(wrong_base_message(where, digest, info))
+
+
+def base_samples(contents: DeltaContents, base: TensorSource, where: str) -> Iterator[Tensor]:
+    """Samples of what a delta leaves to its base; nothing is read before the first is asked for.
+
+    Raises:
+        ValueError: tensors that the base lacks.
+    """
+    shapes = {name: shape for name, shape in contents.shapes_in_base.items() if is_sampled(name)}
+    held = {named.name: named.tensor for named in named_for(base, shapes.keys())}
+    yield from samples_of(find_tensors(shapes, held, where, contents.info(), longer=True), shapes)
 
 
 def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:

@@ -206,7 +206,7 @@ class SparseDelta:
         place.check_writable()
         entries = place.entries()
         if not force:
-            check_base(entries.values(), self.info, describe_source(target))
+            check_base(entries.values(), self.contents, target, describe_source(target))
         applied, originals = place.fitted(self._applied_values(place, entries)), place.held(entries)
         before, after = self._applied, self._applied.including(place.named, originals)
         try:
@@ -301,7 +301,7 @@ class SparseDelta:
         place, base_names = self._target(base), source_names(base)
         entries = place.entries()
         if not force:
-            check_base(entries.values(), self.info, describe_source(base))
+            check_base(entries.values(), self.contents, base, describe_source(base))
         sums = self._sums(place, entries)
         names = match_names(self.tensors, base_names)
         for name, sparse in self.tensors.items():

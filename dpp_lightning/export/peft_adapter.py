@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
-from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.match_tensors import base_samples, check_digest, find_tensors
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.dtypes import FLOATS
@@ -184,8 +184,8 @@ def _read_factors(
         factors[name] = tensor.factors
         if not force:
             check.update(gather_entries(in_base[name], tensor.changed))
-    if not force and check.hexdigest() != info.base_check:
-        raise ValueError(wrong_base_message(base_name, check.hexdigest(), info))
+    if not force:
+        check_digest(check, info, base_samples(contents, base, base_name), base_name)
     return factors
 
 

@@ -20,7 +20,7 @@ from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader, write_files
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.merging.products import sum_of_products
-from dpp_lightning.merging.sources import MergeSource, names_in_base
+from dpp_lightning.merging.sources import MergeSource, matched_to_base
 from dpp_lightning.merging.weights import Weights, delta_weights
 from dpp_lightning.methods.kept_entries import GrowingBuffer
 from dpp_lightning.methods.merge_rules import WeightedEntries, get_merge, trimmed, weighted_sum
@@ -35,7 +35,7 @@ from dpp_lightning.storage.safe_text import printable
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.dtypes import check_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import hash_tensors
-from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
+from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries, samples_of
 from dpp_lightning.tensors.names import canonical_tensors
 
 _BLOCK = 1 << 18  # entries of a tensor that are merged at once; their sums fit into the cache
@@ -192,11 +192,11 @@ class _Merger:
         base_name: str | None = None,
         base_revision: str | None = None,
     ) -> None:
-        self.base, self.sources, self.settings = base, sources, settings
+        self.sources, self.settings = sources, settings
         self.base_name, self.base_revision = base_name, base_revision
         self.row = get_merge(settings.method)
         self.weights = delta_weights(settings.weights, [source.task for source in sources], self.row.weight)
-        self._names = names_in_base(sources, base, base_name or "the base")
+        self.base, self._names = matched_to_base(sources, base, base_name or "the base")
         self._check_factors()
         self._shapes = self._merged_shapes()
         self._check_conflicts()
@@ -265,7 +265,7 @@ class _Merger:
             base_name=printable(self.base_name) if self.base_name else first.base_name,
             base_revision=self.base_revision or (None if self.base_name else first.base_revision),
             base_fingerprint=self._fingerprint(unchanged),
-            base_check=self._check.hexdigest(),
+            base_check=self._check.hexdigest(samples_of(self.base, {**dict.fromkeys(unchanged), **self._shapes})),
             base_first=self._check.first,
             entries=total + sum(self.base[n].numel() for n in unchanged) + dense,
             dense_bytes=max(info.dense_bytes for info in infos),

@@ -13,7 +13,7 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import find_tensors
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.storage.safe_text import is_task_name
-from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
+from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries, samples_of
 from dpp_lightning.tensors.name_matching import match_names
 
 
@@ -66,8 +66,7 @@ class MergeSource:
         Raises:
             ValueError: tensors that the base lacks or has in another shape, all in one message.
         """
-        shapes: dict[str, tuple[int, ...] | None] = dict(self.contents.table)
-        shapes |= dict.fromkeys((*self.info.reverted, *self.info.unchanged))
+        shapes = self.contents.shapes_in_base
         find_tensors(shapes, base, where, self.info, longer=True)
         return match_names(shapes, base)
 
@@ -90,7 +89,8 @@ class MergeSource:
         for name, tensor in self.contents.tensors():
             check.update(gather_entries(base[names[name]], tensor.changed))
             yield names[name], tensor
-        if check.hexdigest() != self.info.base_check:
+        held = {name: base[in_base] for name, in_base in names.items()}
+        if check.hexdigest(samples_of(held, self.contents.shapes_in_base)) != self.info.base_check:
             raise ValueError(_wrong_bases_message([self], [self]))
 
 
@@ -105,6 +105,26 @@ def names_in_base(sources: Sequence[MergeSource], base: Mapping[str, Tensor], wh
     if wrong:
         raise ValueError(_wrong_bases_message(wrong, sources))
     return all_names
+
+
+def matched_to_base(
+    sources: Sequence[MergeSource], base: Mapping[str, Tensor], where: str
+) -> tuple[Mapping[str, Tensor], list[dict[str, str]]]:
+    """The base by the deltas' names, and every delta's names of what is not carried, to those.
+
+    Where the base is part of a larger model and all its names are longer by one prefix, that is left out, so that what
+    is merged is called as in the deltas, and as what they carry.
+
+    Raises:
+        ValueError: as :func:`names_in_base`.
+    """
+    all_names = names_in_base(sources, base, where)
+    pairs = {(name, in_base) for names in all_names for name, in_base in names.items()}
+    prefixes = {in_base.removesuffix(name) if in_base.endswith(name) else "" for name, in_base in pairs}
+    if len(prefixes) != 1 or not (prefix := prefixes.pop()):
+        return base, all_names
+    within = {name.removeprefix(prefix): tensor for name, tensor in base.items() if name.startswith(prefix)}
+    return within, [{name: name for name in names} for names in all_names]
 
 
 def _has_factors(delta: SparseDelta | DeltaReader) -> bool:

@@ -28,7 +28,7 @@ from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safe_text import printable
 from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
-from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries
+from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries, samples_of
 from dpp_lightning.tensors.name_matching import match_models, match_names, saved_names
 from dpp_lightning.tensors.names import TensorSource, buffers_among, check_prunable, has_file_names, named_tensors
 from dpp_lightning.tensors.quantised import check_not_quantised
@@ -409,10 +409,10 @@ class PruningPlan:
         return cast(delta, self.covering(spec).pairs, spec), rescaling
 
     def info(self, spec: PruningSpec, check: EntriesHash, *, final: bool = False) -> DeltaInfo:
-        """What the delta says of itself, given the hash of the base's values where it changes; ``final`` as for
-        :meth:`stream`."""
+        """What the delta says of itself; ``check``: of the base where it changes; ``final``: as for :meth:`stream`."""
         rate = self.rate_of(spec)
         drawn_rate = spec.rest if spec.rest < 1 else self.drawn_rate(spec)
+        alone = {n: None for n, fate in self.fates.items() if n in self.unchanged or fate == "revert"}
         return DeltaInfo(
             method=spec.method,
             pruning_rate=rate,
@@ -422,7 +422,7 @@ class PruningPlan:
             base_name=self.base_name and printable(self.base_name),
             base_revision=self.base_revision,
             base_fingerprint=self.fingerprint,
-            base_check=check.hexdigest(),
+            base_check=check.hexdigest(samples_of(self.base, {**alone, **{p.name: p.shape for p in self.pairs}})),
             base_first=check.first,
             entries=sum(t.numel() for t in self.finetuned.values()),
             dense_bytes=total_bytes(self.finetuned),

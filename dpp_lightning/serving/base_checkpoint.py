@@ -19,7 +19,7 @@ from torch import Tensor
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo, SparseTensor
 from dpp_lightning.delta.empty_delta import warning_if_empty
 from dpp_lightning.delta.folder import DeltaReader
-from dpp_lightning.delta.match_tensors import find_tensors, wrong_base_message
+from dpp_lightning.delta.match_tensors import base_samples, check_digest, find_tensors, wrong_base_message
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.storage.source_kind import check_model
@@ -147,8 +147,9 @@ class BaseCheckpoint:
                 raise ValueError(wrong_base_message(self._source, check.first, info))
             if held.numel():
                 changes[names[name]] = _change(name, base, held, sparse, info)
-        if not force and check.hexdigest() != info.base_check:
-            raise ValueError(wrong_base_message(self._source, check.hexdigest(), info))
+        if not force:
+            by_name = {name: self.tensors[file_name] for name, file_name in self._canonical.items()}
+            check_digest(check, info, base_samples(contents, by_name, self._source), self._source)
         return changes
 
     def _carried(self, carried: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, TensorChange]:

@@ -306,7 +306,7 @@ def _pruned(
     bases = {name: places[name].tensor.detach() for name in delta.tensors}
     if not force:
         held = (gather_entries(bases[name], tensor.changed) for name, tensor in delta.tensors.items())
-        check_base(held, delta.info, describe_source(model))
+        check_base(held, delta.contents, model, describe_source(model))
     entries: list[ChangedEntries] = []
     wholes: list[ChangedTensor] = []
     for name, tensor in delta.tensors.items():

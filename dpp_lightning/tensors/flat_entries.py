@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 
 import torch
 import xxhash
@@ -11,6 +12,8 @@ from torch import Tensor
 from dpp_lightning.tensors.fingerprint import raw_bytes
 from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.shards import gather_from_shards, is_dtensor, scatter_to_shards
+
+_SAMPLES = 1024
 
 
 def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class EntriesHash:
 
     Attributes:
         first: the hash after the first tensor that has kept entries, by which a wrong base is recognised early; empty
-            before that tensor.
+            before that tensor, and where no tensor has any.
     """
 
     def __init__(self) -> None:
@@ -68,9 +71,37 @@ class EntriesHash:
         if not self.first and values.numel():
             self.first = self._digest.hexdigest()
 
-    def hexdigest(self) -> str:
-        """32 hexadecimal digits."""
-        return self._digest.hexdigest()
+    def hexdigest(self, samples: Iterable[Tensor]) -> str:
+        """32 hexadecimal digits.
+
+        Args:
+            samples: what is hashed where there are no kept positions, and read only then: :func:`samples_of`.
+        """
+        digest = self._digest.copy()
+        for values in () if self.first else samples:
+            digest.update(raw_bytes(values.float()))
+        return digest.hexdigest()
+
+
+def samples_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...] | None]) -> Iterator[Tensor]:
+    """At most 1,024 entries of each weight, evenly spaced: by what a base is known of which no entry changes.
+
+    The delta of linear probing is a head alone, and is still of one base.
+
+    Args:
+        tensors: name to tensor, of any dtype.
+        shapes: the names that :func:`is_sampled` chooses from, and the shapes of the first rows that count; None: all.
+    """
+    for name in sorted(filter(is_sampled, shapes)):
+        tensor, shape = tensors[name], shapes[name]
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            numel = tensor.numel() if shape is None else prod(shape)
+            yield gather_entries(tensor, torch.arange(0, numel, max(1, -(-numel // _SAMPLES))))
+
+
+def is_sampled(name: str) -> bool:
+    """Whether a tensor is a weight by its name: buffers, which files and modules need not share, are none."""
+    return name.rpartition(".")[2] == "weight"
 
 
 def add_rescaled(base: Tensor, values: Tensor, q: float) -> Tensor:

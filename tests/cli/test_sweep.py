@@ -154,6 +154,8 @@ def test_a_finished_sweep_only_reports_and_takes_further_rates(job, whole, score
         ({"--data.max_length": "3"}, "fine-tuned model"),
         ({"--trainer.limit_test_batches": "1"}, "limit of batches "),
         ({"--trainer.precision": "bf16-mixed"}, "precision 32-true in the file, bf16-mixed now"),
+        ({"--data.split_seed": "3"}, "split_seed 0 in the file, 3 now"),
+        ({"--data.calibration_fraction": "0.2"}, "fractions {"),
     ],
 )
 def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):

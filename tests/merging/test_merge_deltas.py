@@ -7,6 +7,7 @@ import torch
 from merge_cases import deltas_of, dense
 from tiny import pair
 from tiny_glue import make_model
+from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
 from dpp_lightning import SparseDelta, merge, prune
@@ -109,6 +110,21 @@ def test_deltas_of_one_seed_share_their_positions_and_the_file_needs_none(tmp_pa
     assert all(torch.equal(sparse.indices, merged.tensors[name].indices) for name, sparse in loaded.tensors.items())
     assert not merge(base, {**deltas, "other": prune(base, finetuned, "dare", 0.8, seed=6)}).info.seeded
     assert not merge(base, deltas, "ties").info.seeded
+
+
+def test_a_base_that_is_part_of_a_larger_model_gives_the_merge_the_deltas_names():
+    """``student.head.weight`` beside a carried ``head.bias`` would be of no model."""
+    base = pair()[0]
+    tuned = [pair(seed=0, scale=0.01 * (k + 1))[1] for k in range(2)]
+    deltas = {f"t{k}": prune(base, t, "dare", 0.5, carry=["head.bias"]) for k, t in enumerate(tuned)}
+    plain, within = (merge(b, deltas).for_task("t0") for b in (base, nn.ModuleDict({"student": base})))
+    assert list(within.tensors) == list(plain.tensors)
+    assert list(within.carried) == list(plain.carried) == ["head.bias"]
+    within.apply_(base)
+    assert torch.equal(base.head.bias, tuned[0].head.bias)
+    within.revert_(base)
+    within.apply_(nn.ModuleDict({"student": base}))
+    assert torch.equal(base.head.bias, tuned[0].head.bias)
 
 
 def test_a_delta_of_another_base_is_named():

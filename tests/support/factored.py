@@ -35,7 +35,7 @@ def factored_pair(
         drawn_rate=drawn_rate,
         rest=rest,
         factors_dtype=factors_dtype,
-        base_check=check.hexdigest(),
+        base_check=check.hexdigest(()),
         base_first=check.first,
     )
     return base, SparseDelta(tensors, delta.carried, info, delta.new_rows)
