@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dpp_lightning.delta.sparse_delta import SparseDelta
+from dpp_lightning.storage.file_content import read_json_object
 from dpp_lightning.storage.locate import few_names
+from dpp_lightning.storage.model_configuration import CONFIG, other_settings
 from dpp_lightning.storage.model_folder import delta_side_files, is_tokenizer_file
 
 
@@ -31,6 +36,7 @@ class ApplyDelta(pl.Callback):
     def __init__(self, delta: str, task: str | None = None, revision: str | None = None) -> None:
         self.folder, self.task, self.revision = delta, task, revision
         self._delta: SparseDelta | None = None  # read in setup
+        self._config: Path | None = None
 
     @property
     def state_key(self) -> str:
@@ -56,6 +62,7 @@ class ApplyDelta(pl.Callback):
         beside = delta_side_files(
             self.folder, self.revision, tasks=delta_tasks, task=task, absent=delta.info.absent_files
         )
+        self._config = beside.get(CONFIG)
         if own := sorted(name for name in beside if is_tokenizer_file(name)):
             rank_zero_warn(
                 f"{self.folder} has a tokenizer of its own ({few_names(own)}), and the data of this run is made with "
@@ -64,8 +71,14 @@ class ApplyDelta(pl.Callback):
 
     def _apply(self, pl_module: pl.LightningModule) -> None:
         assert self._delta is not None
-        if not self._delta.is_applied:
-            self._delta.apply_(pl_module)
+        if self._delta.is_applied:
+            return
+        if self._config and (others := _other_settings(pl_module, self._config)):
+            rank_zero_warn(
+                f"{self.folder} has a {CONFIG} with another {few_names(others)} than the model of this run, which "
+                "keeps its own: give --model.pretrained the folder that dpp apply writes"
+            )
+        self._delta.apply_(pl_module)
 
     def _revert(self, pl_module: pl.LightningModule) -> None:
         if self._delta is not None and self._delta.is_applied:
@@ -86,3 +99,12 @@ class ApplyDelta(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the base weights back."""
         self._revert(pl_module)
+
+
+def _other_settings(module: pl.LightningModule, path: Path) -> list[str]:
+    """Settings in a delta's configuration that the module's transformers model of that kind has otherwise."""
+    saved = read_json_object(path)
+    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    held = [config for config in configs if hasattr(config, "to_dict")]
+    ours = [config for config in held if getattr(config, "model_type", None) == saved.get("model_type")]
+    return other_settings(type(ours[0]).from_dict(saved).to_dict(), ours[0].to_dict()) if ours else []

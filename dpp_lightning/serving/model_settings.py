@@ -15,17 +15,11 @@ from torch import nn
 
 from dpp_lightning.storage.file_content import read_json_object
 from dpp_lightning.storage.locate import few_names
+from dpp_lightning.storage.model_configuration import CONFIG, OF_ANSWERS, other_settings
 from dpp_lightning.storage.model_folder import copy_files, is_tokenizer_file
 from dpp_lightning.tensors.interrupts import restored_after
 
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
-_USED = ("id2label", "label2id", "problem_type", "pad_token_id")  # of a configuration, by pipelines and heads
-# Of a configuration what does not change the answers of a model that is there: notes, training, what is written above.
-_IDLE = (
-    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "vocab_size", "use_cache",
-    "initializer_range", "gradient_checkpointing", "finetuning_task", "bos_token_id", "eos_token_id",
-    "task_specific_params", "output_attentions", "output_hidden_states",
-)  # fmt: skip
+_GENERATION = "generation_config.json"
 _TOKENIZER_SETTINGS = (
     "model_max_length", "padding_side", "truncation_side", "special_tokens_map", "chat_template", "model_input_names",
 )  # fmt: skip
@@ -86,7 +80,7 @@ class SettingsReader:
     def __init__(self, pool: Pool, tokenizer: Any) -> None:
         self._pool, model = pool, pool.model
         self._config: Any = model.config
-        own = {name: getattr(self._config, name, None) for name in _USED}
+        own = {name: getattr(self._config, name, None) for name in OF_ANSWERS}
         self._base = ModelSettings(own, getattr(model, "generation_config", None), tokenizer)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         self._known: dict[str, ModelSettings] = {}
@@ -114,17 +108,17 @@ class SettingsReader:
     def _read(self, name: str) -> ModelSettings:
         files = self._pool.side_files(name)
         of_tokenizer = {file: path for file, path in files.items() if is_tokenizer_file(file)}
-        rest = [f for f, path in files.items() if path and f not in (*of_tokenizer, _CONFIG, _GENERATION)]
+        rest = [f for f, path in files.items() if path and f not in (*of_tokenizer, CONFIG, _GENERATION)]
         if rest:
             warnings.warn(f"the pipeline does not use the {few_names(rest)} of the delta {name}", stacklevel=2)
-        config = self._read_config(name, files.get(_CONFIG))
+        config = self._read_config(name, files.get(CONFIG))
         generation = self._base.generation
         if generation is not None and _GENERATION in files:
             generation = _read_generation(files[_GENERATION], config)
         tokenizer = self._base.tokenizer
         if tokenizer is not None and of_tokenizer:
             tokenizer = self._same_or(_with_files(tokenizer, of_tokenizer, name))
-        return ModelSettings({key: getattr(config, key, None) for key in _USED}, generation, tokenizer)
+        return ModelSettings({key: getattr(config, key, None) for key in OF_ANSWERS}, generation, tokenizer)
 
     def _read_config(self, name: str, path: Path | None) -> Any:
         """The configuration of a fine-tuned model, of the base's class."""
@@ -136,13 +130,7 @@ class SettingsReader:
             config.label2id = {label: number for number, label in config.id2label.items()}
             return config
         config = kind.from_dict(read_json_object(path))
-        theirs, ours = config.to_dict(), self._config.to_dict()
-        others = sorted(
-            key
-            for key in theirs.keys() & ours.keys()
-            if theirs[key] != ours[key] and key not in (*_USED, *_IDLE) and "drop" not in key
-        )
-        if others:
+        if others := other_settings(config.to_dict(), self._config.to_dict()):
             warnings.warn(
                 f"config.json of the delta {name} has another {few_names(others)} than the pool's model, which keeps "
                 "its own: answers differ from those of the fine-tuned model that dpp apply writes",

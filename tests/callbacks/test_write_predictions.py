@@ -143,6 +143,24 @@ def test_the_samples_of_a_stream_are_numbered_as_they_come(tmp_path):
     assert lines_of(tmp_path / "out.jsonl") == [{"index": i, "prediction": 2 * i} for i in range(10)]
 
 
+def test_another_configuration_in_a_delta_is_warned_of(tmp_path, recwarn):
+    base = make_model(tmp_path / "base")
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = load_file(tmp_path / "tuned" / "model.safetensors")
+    weights = {n: t + 0.01 if t.is_floating_point() else t for n, t in weights.items()}
+    save_file(weights, tmp_path / "tuned" / "model.safetensors")
+    saved = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    for name, changed in (("labels", {"id2label": {"0": "no", "1": "yes"}}), ("activation", {"hidden_act": "relu"})):
+        (tmp_path / "tuned" / "config.json").write_text(json.dumps(saved | changed))
+        prune_checkpoint(base, tmp_path / "tuned", tmp_path / name, PruningSpec("dare", 0.5))
+        callback, module = ApplyDelta(str(tmp_path / name)), GLUEModule("cola", base, seed=0)
+        callback.setup(trainer(), module, "test")
+        callback.on_test_start(trainer(), module)
+    told = [str(w.message) for w in recwarn if "config.json" in str(w.message)]
+    assert len(told) == 1
+    assert "has a config.json with another hidden_act than the model of this run" in told[0]
+
+
 def test_a_tokenizer_in_a_delta_is_warned_of_where_data_is_made_by_another(tmp_path):
     base = make_model(tmp_path / "base")
     tuned = tmp_path / "tuned"
