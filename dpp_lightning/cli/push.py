@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from huggingface_hub.utils import validate_repo_id
+
 from dpp_lightning.cli.command import FunctionCommand, say
 from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.storage.hub import plain_errors, upload_folder
@@ -33,6 +35,7 @@ def push_delta(
     path = local_path(folder)
     if not path.is_dir():
         raise not_found(folder, "folder", "FOLDER")
+    validate_repo_id(repo_id)
     check_delta(folder, "FOLDER", order=_ORDER)
     DeltaReader.open(folder)
     files = sorted(file for file in path.rglob("*") if file.is_file())

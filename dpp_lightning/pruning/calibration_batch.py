@@ -135,6 +135,9 @@ def prepared(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
     """A batch as the model takes it: floating point in the model's dtype, and targets for an encoder-decoder.
 
     An encoder-decoder that is given no targets gets its own input as target, shifted by its start token.
+
+    Raises:
+        ValueError: it has no start token.
     """
     ready = {}
     for name, tensor in batch.items():
@@ -144,7 +147,13 @@ def prepared(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     if not encoder_decoder or shift is None or "input_ids" not in ready or any(name in ready for name in _TARGETS):
         return ready
-    ready["decoder_input_ids"] = shift(ready["input_ids"])
+    try:
+        ready["decoder_input_ids"] = shift(ready["input_ids"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} has no first token ({one_line(error)}): name a "
+            "decoder_start_token_id in config.json, or give decoder_input_ids in a file of tensors"
+        ) from error
     ready["decoder_attention_mask"] = ready.get("attention_mask", torch.ones_like(ready["input_ids"]))
     return ready
 

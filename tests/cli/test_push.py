@@ -62,6 +62,14 @@ def test_what_is_no_delta_is_not_sent(folder, calls, tmp_path, capsys):
     assert not calls
 
 
+def test_a_malformed_id_is_refused_before_anything_is_said_to_be_sent(folder, calls, capsys):
+    assert main(["push", str(folder), "me/my delta"]) == 2
+    told = capsys.readouterr().err
+    assert "me/my delta" in told
+    assert "uploading" not in told
+    assert not calls
+
+
 class Refused(Exception):
     """As the hub's client raises what its HTTP library does: no OSError."""
 

@@ -79,6 +79,14 @@ def test_text_does_for_an_encoder_decoder_and_for_a_tokenizer_without_padding(tm
         assert inputs["h.0.attn.c_attn.weight"].tokens == words
 
 
+@pytest.mark.parametrize("start", [{}, {"decoder_start_token_id": None}])
+def test_an_encoder_decoder_without_a_first_token_is_refused_with_the_cure(tmp_path, start):
+    settings = {name: value for name, value in T5.items() if name != "decoder_start_token_id"} | start
+    source = folder(tmp_path / "m", "T5ForConditionalGeneration", "T5Config", settings, tokenizer=FULL)
+    with pytest.raises(ValueError, match=r"no first token .*: name a decoder_start_token_id in config.json, or give"):
+        FileCalibration(source, text(tmp_path)).layer_inputs()
+
+
 def test_pixels_have_the_model_s_dtype_and_all_towers_are_seen(tmp_path):
     config = {
         "text_config": {**WIDTHS, "eos_token_id": 2},

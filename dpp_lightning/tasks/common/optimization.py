@@ -68,8 +68,8 @@ def with_schedule(
     Args:
         optimizer: the optimizer.
         scheduler: ``linear`` (warm-up, then down to 0), ``constant`` (neither), or what makes a scheduler. One that
-            waits for a metric has its own ``monitor``, as Lightning's ``ReduceLROnPlateau``, else ``val_loss`` where
-            its mode is ``min`` and ``val_score`` where it is ``max``.
+            waits for a metric has its own ``monitor``, as ``lightning.pytorch.cli.ReduceLROnPlateau`` (by that name,
+            as torch has another), else ``val_loss`` where its mode is ``min`` and ``val_score`` where it is ``max``.
         interval: how often a scheduler that the user names is stepped.
         trainer: gives the number of steps of the whole training.
         warmup_fraction: fraction of all steps, in [0, 1], that ``linear`` warms up in.
