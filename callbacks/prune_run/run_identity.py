@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dpp_lightning._version import __version__
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.tensors.fingerprint import hash_tensors
@@ -44,6 +45,7 @@ def run_identity(
             out for calibration.
     """
     return {
+        "dpp_lightning": ".".join(__version__.split(".")[:2]),  # defaults are part of its rows
         "base": base.fingerprint(module, new, settings.scope.carry),
         "fine-tuned": hash_tensors(canonical_tensors(module)),
         "monitor": monitor,

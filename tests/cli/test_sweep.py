@@ -10,7 +10,7 @@ import pytest
 import yaml
 from sweep_job import fitted
 
-from dpp_lightning import SparseDelta
+from dpp_lightning import SparseDelta, __version__
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.cli import main
 from dpp_lightning.cli.sweep import SweepOptions, _settings
@@ -20,6 +20,7 @@ from dpp_lightning.experiments.results import ResultsLog
 from dpp_lightning.experiments.row_groups import grid
 from dpp_lightning.methods.registry import METHODS
 
+VERSION = ".".join(__version__.split(".")[:2])
 METHODS_SWEPT = ("dare", "darex-q", "magnitude")
 GRID = {"--methods": METHODS_SWEPT, "--rates": ("0.5", "0.9"), "--seeds": ("0", "1")}
 MEASURED = ("seconds", "prune_seconds", "score_seconds", "forwards")
@@ -165,6 +166,12 @@ def test_rows_of_another_run_are_refused(changed, named, job, whole, capsys):
     assert named in error
     assert "another output folder" in error
     assert (whole / "results.jsonl").read_text() == before
+
+
+def test_rows_of_another_version_are_refused_since_its_defaults_may_be_others(job, whole, tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text((whole / "results.jsonl").read_text().replace(f'"{VERSION}"', '"0.0"'))
+    assert main(["sweep", *job, "--output", str(tmp_path), *options(GRID)]) == 2
+    assert f"dpp_lightning 0.0 in the file, {VERSION} now" in capsys.readouterr().err
 
 
 def test_a_limit_of_bytes_leaves_the_other_settings_of_auto_as_they_are():
