@@ -31,6 +31,7 @@ _SPREAD_BELOW = 4  # even ranks from which spreading them by singular values gai
 _MOST_TIMES = 4  # the even rank that one map may have where ranks are spread
 _EXACT_SIDE = 1024  # larger maps are decomposed by a randomised range finder (Halko, Martinsson and Tropp 2011)
 _OVERSAMPLED, _POWERS = 16, 4
+_LEVEL, _MOST_KEPT = 16, 64  # directions of a map that are found at once at least, and kept at most
 _RIDGE = 1e-7  # of the largest variance of an input, added to all: second moments of few tokens are singular
 
 
@@ -196,8 +197,9 @@ def spread_ranks(
     directions: list[tuple[float, int, int]] = []
     for index, (pair, (rows, columns)) in enumerate(zip(pairs, shapes, strict=True)):
         if columns > 1 and rows:
-            values = singular_values(_matrix(pair), min(most, rows, columns))
-            directions += [(-(float(v) ** 2) / (rows + columns), index, rows + columns) for v in values]
+            delta = _matrix(pair)
+            squares = (_leading(pair, delta, min(most, rows, columns)).t() @ delta.double()).square().sum(1)
+            directions += [(-float(square) / (rows + columns), index, rows + columns) for square in squares]
     ranks = [1 if columns == 1 else 0 for _, columns in shapes]
     for _, index, size in sorted(directions):
         if size > budget:
@@ -239,7 +241,7 @@ def decompose(
             continue
         metric = input_metric(pair.inputs, pair.shape) if weighted and rank else None
         if metric is None:
-            left = _directions(delta, rank)
+            left = _leading(pair, delta, rank)
             right = left.t() @ delta.double()
         else:
             left, right = _weighted(delta, rank, *metric)
@@ -260,30 +262,41 @@ def input_metric(inputs: InputStatistics | None, shape: Sequence[int]) -> tuple[
     return covariance + ridge, inputs.axis == 0
 
 
-def singular_values(matrix: Tensor, count: int) -> Tensor:
-    """The largest singular values, float64, shape (count,)."""
-    small = _projected(matrix, count)
-    return torch.linalg.svdvals(small)[:count] if small is not None else _gram(matrix).sqrt()[:count]
+def _leading(pair: TensorPair, delta: Tensor, rank: int) -> Tensor:
+    """The first left singular vectors of a tensor's delta, float64, shape (rows, rank).
+
+    They are found for 16, 32 or 64 directions at once and kept with the pair, so that further ranks cost nothing, and
+    one rank gives the same directions whatever was asked for before.
+    """
+    level = max(_LEVEL, 1 << max(rank - 1, 0).bit_length())
+    if level > _MOST_KEPT:
+        return _directions(delta, rank)
+    known = pair.leading_directions
+    if level not in known:
+        known[level] = _directions(delta, min(level, *delta.shape)).clone()
+    return known[level][:, :rank]
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    m = matrix.double()
-    m = m if m.shape[0] <= m.shape[1] else m.t()
-    return torch.linalg.eigvalsh(m @ m.t()).flip(0).clamp_min(0)
-
-
-def _directions(matrix: Tensor, rank: int) -> Tensor:
-    """The first left singular vectors, float64, shape (rows, rank)."""
+def _directions(matrix: Tensor, rank: int, metric: Tensor | None = None) -> Tensor:
+    """The first left singular vectors of a matrix, or of matrix metric^(1/2), float64, shape (rows, rank)."""
     rows, columns = matrix.shape
     m = matrix.double()
     if min(rows, columns) > _EXACT_SIDE:
-        basis = _range(m, rank)
-        left, _, _ = torch.linalg.svd(basis.t() @ m, full_matrices=False)
-        return basis @ left[:, :rank]
+        basis = _range(m, rank, metric)
+        small = basis.t() @ m
+        if metric is None:
+            return basis @ torch.linalg.svd(small, full_matrices=False).U[:, :rank]
+        return basis @ _largest(small @ metric @ small.t(), rank)
     if rows <= columns:
-        return torch.linalg.eigh(m @ m.t()).eigenvectors.flip(1)[:, :rank]
-    right = torch.linalg.eigh(m.t() @ m).eigenvectors.flip(1)[:, :rank]
-    return _orthonormal(m @ right)
+        return _largest((m if metric is None else m @ metric) @ m.t(), rank)
+    if metric is not None:
+        m = m @ _root(metric)
+    return _orthonormal(m @ _largest(m.t() @ m, rank))
+
+
+def _largest(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues of a symmetric matrix, shape (rows, rank)."""
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
 
 
 def _weighted(matrix: Tensor, rank: int, metric: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
@@ -294,9 +307,9 @@ def _weighted(matrix: Tensor, rank: int, metric: Tensor, of_rows: bool) -> tuple
     """
     m = matrix.double()
     if of_rows:
-        right = _directions((_root(metric) @ m).t(), rank)
+        right = _directions(m.t(), rank, metric)
         return m @ right, right.t()
-    left = _directions(m @ _root(metric), rank)
+    left = _directions(m, rank, metric)
     return left, left.t() @ m
 
 
@@ -309,21 +322,19 @@ def _orthonormal(vectors: Tensor) -> Tensor:
     return torch.linalg.qr(vectors).Q if vectors.shape[1] else vectors
 
 
-def _range(matrix: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis of nearly the largest directions, shape (rows, rank + oversampled), the same every time."""
+def _range(matrix: Tensor, rank: int, metric: Tensor | None) -> Tensor:
+    """An orthonormal basis of nearly the largest directions, shape (rows, rank + oversampled), the same every time.
+
+    The root of a metric, which takes minutes for many inputs, is not needed: matrix metric matrix^T is applied.
+    """
     count = min(rank + _OVERSAMPLED, *matrix.shape)
     generator = torch.Generator().manual_seed(0)
-    basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype))
+    inputs = torch.randn(matrix.shape[1], count, generator=generator, dtype=matrix.dtype)
+    basis = _orthonormal(matrix @ inputs)
     for _ in range(_POWERS):
-        basis = _orthonormal(matrix @ _orthonormal(matrix.t() @ basis))
+        inputs = matrix.t() @ basis
+        basis = _orthonormal(matrix @ (_orthonormal(inputs) if metric is None else metric @ inputs))
     return basis
-
-
-def _projected(matrix: Tensor, count: int) -> Tensor | None:
-    if min(matrix.shape) <= _EXACT_SIDE:
-        return None
-    m = matrix.double()
-    return _range(m, count).t() @ m
 
 
 def mean_shift(pair: TensorPair, change: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,6 +68,11 @@ class TensorPair:
         if not is_dtensor(finetuned):
             base, finetuned = base.reshape(-1), finetuned.reshape(-1)
         return cls(name, shape, base, finetuned, inputs, block, linear)
+
+    @cached_property
+    def leading_directions(self) -> dict[int, Tensor]:
+        """Left singular vectors of the delta, by how many; what :mod:`dpp_lightning.methods.low_rank` has found."""
+        return {}
 
     @property
     def numel(self) -> int:
