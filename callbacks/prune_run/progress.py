@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from dpp_lightning.experiments.row_groups import Row, rate_text
 from dpp_lightning.experiments.tables import console_table, seconds_text
 
 RESULTS_FILE = "results.jsonl"
+SECONDS_OF_SILENCE = 60
 
 
 class Reporter(Protocol):
@@ -65,7 +67,10 @@ class Reporter(Protocol):
 
 
 class LogReporter:
-    """Reports every row through Lightning's logger of messages."""
+    """Reports every row through Lightning's logger of messages, and once a minute what is tried for one."""
+
+    def __init__(self) -> None:
+        self._told, self._row = time.monotonic(), ""
 
     def begin(self, pending: Sequence[Row], kept: int) -> None:
         """Report how many rows an earlier run has made."""
@@ -73,10 +78,12 @@ class LogReporter:
             rank_zero_info(f"{kept} rows were made before, {len(pending)} are left")
 
     def next(self, row: Row | None, done: int) -> None:
-        """Nothing: its line comes when it is made."""
+        """Nothing yet: its line comes when it is made."""
+        self._row = "" if row is None else f"{row[0]} p={row[1]:g} seed={row[2]}: "
 
     def row(self, result: Result, monitor: str) -> None:
         """Report the row's score."""
+        self._told = time.monotonic()
         rank_zero_info(describe_result(result, monitor))
 
     def note(self, text: str) -> None:
@@ -84,7 +91,10 @@ class LogReporter:
         rank_zero_info(text)
 
     def stage(self, text: str) -> None:
-        """Nothing: it would be a line for every candidate."""
+        """Report it where the last line is a minute old: there may be hundreds, and a log should show a long fit."""
+        if time.monotonic() - self._told >= SECONDS_OF_SILENCE:
+            self._told = time.monotonic()
+            rank_zero_info(self._row + text)
 
 
 def describe_result(result: Result, monitor: str) -> str:

@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 import textwrap
+import time
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from dpp_lightning.cli.near_miss import explain
 from dpp_lightning.cli.packaged_configs import UsageError
 from dpp_lightning.storage.safe_text import printable_lines
 
+_SECONDS_OF_SILENCE = 60
 _CONFIG = "YAML file with any of these parameters by name, positional ones too; what is typed beside it wins"
 
 
@@ -239,6 +241,7 @@ class BytesDone:
 
     def __init__(self, bar: Progress, task: TaskID, action: str) -> None:
         self._bar, self._task, self._action = bar, task, action
+        self._told = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         """So many bytes are done, of so many."""
@@ -246,9 +249,12 @@ class BytesDone:
         self._bar.update(self._task, completed=done, total=total)
 
     def stage(self, text: str) -> None:
-        """Show what is being tried beside the bar."""
+        """Show what is being tried beside the bar; in a log, where there is none, a line a minute."""
         self._show()
         self._bar.update(self._task, description=f"{self._action}: {text}")
+        if not self._bar.console.is_terminal and time.monotonic() - self._told >= _SECONDS_OF_SILENCE:
+            self._told = time.monotonic()
+            say(f"{self._action}: {text}")
 
     def _show(self) -> None:
         if not self._bar.live.is_started:

@@ -1,6 +1,7 @@
 """What is seen while a run goes on: the training's bar ends before the table, and candidates are told of."""
 
 import io
+import logging
 import re
 import sys
 
@@ -152,6 +153,18 @@ def test_there_is_a_bar_only_on_a_terminal_and_where_the_trainer_shows_bars(monk
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with rows_reporter(shown=shown) as reporter:
         assert isinstance(reporter, RowsBar if terminal and shown else LogReporter)
+
+
+def test_a_log_says_once_a_minute_what_is_tried(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr("dpp_lightning.callbacks.prune_run.progress.time.monotonic", lambda: now[0])
+    with rows_reporter(shown=False) as reporter, caplog.at_level(logging.INFO):
+        reporter.next(("refit", 0.99, 1), 0)
+        for step in range(200):
+            now[0] += 1
+            reporter.stage(f"step {step}")
+    said = [record.message for record in caplog.records if "step" in record.message]
+    assert said == [f"refit p=0.99 seed=1: step {step}" for step in (59, 119, 179)]
 
 
 def test_every_epoch_of_trained_coefficients_is_told(tmp_path):

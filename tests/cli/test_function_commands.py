@@ -13,6 +13,7 @@ import pytest
 from tiny_glue import make_model
 
 from dpp_lightning.cli import main
+from dpp_lightning.cli.command import progress_bar
 from dpp_lightning.cli.commands import COMMANDS
 from dpp_lightning.cli.near_miss import explain
 
@@ -338,6 +339,17 @@ def test_help_says_what_each_exit_code_means(capsys):
     shown = capsys.readouterr().out
     section = shown[shown.index("exit codes:") :]
     assert re.findall(r"^  (\d+) ", section, re.MULTILINE) == ["0", "1", "2", "130", "143"]
+
+
+def test_a_log_shows_once_a_minute_what_is_tried(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("dpp_lightning.cli.command.time.monotonic", lambda: now[0])
+    with progress_bar("pruning") as progress:
+        for step in range(130):
+            now[0] += 1
+            progress.stage(f"step {step}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "━" not in line]
+    assert [line for line in lines if "step" in line] == ["pruning: step 59", "pruning: step 119"]
 
 
 # --- dpp configs --copy ---------------------------------------------------------------------------------------------
