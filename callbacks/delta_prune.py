@@ -25,9 +25,11 @@ from dpp_lightning.callbacks.prune_run.calibration_data import CalibrationData
 from dpp_lightning.callbacks.prune_run.evaluation import (
     ForwardFn,
     callbacks_act_in_validation,
+    check_evaluation,
     check_logged,
     read_monitor,
 )
+from dpp_lightning.callbacks.prune_run.evaluation_trial import check_optimizers
 from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import (
     NOTHING_TRAINED,
@@ -266,6 +268,7 @@ class DeltaPruneCallback(pl.Callback):
         assert self._base is not None
         reshard(pl_module)
         check_shards(self.settings, pl_module)
+        check_optimizers(trainer)
         # a base that the checkpoint's fingerprint is compared with may rest on an optimizer's rounded copy
         resumed = self._checkpoint_fingerprint is not None
         self._base.adopt_optimizer_copies(pl_module, trainer.optimizers, verified=resumed)
@@ -279,6 +282,7 @@ class DeltaPruneCallback(pl.Callback):
             check_loads(pl_module)
         if not self._monitor_checked:
             check_logged(trainer, self.settings.monitor)
+        check_evaluation(trainer)
         self._take_calibration_data(trainer, pl_module)
 
     def on_train_batch_start(

@@ -27,6 +27,7 @@ from dpp_lightning.callbacks.prune_run.calibration_batch import (
 )
 from dpp_lightning.callbacks.prune_run.evaluation import EvaluationPasses
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch
+from dpp_lightning.callbacks.prune_run.evaluation_trial import training_as_it_was
 from dpp_lightning.callbacks.prune_run.settings import SAMPLES, PruneSettings
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.pruning.known_inputs import unknown_inputs
@@ -121,7 +122,8 @@ class CalibrationData:
 
     def _fault(self, batch: Any) -> Exception | None:
         """What goes wrong where the batch is used as after the fit; None if nothing does."""
-        settings, passes = self._settings, EvaluationPasses(self._trainer, self._settings.monitor)
+        settings, trying = self._settings, self._trainer.state.fn == TrainerFn.FITTING
+        passes = EvaluationPasses(self._trainer, settings.monitor, trying=trying)
         module = self._trainer.lightning_module
         try:
             with _as_it_was(self._trainer), isolate_rng():
@@ -291,14 +293,15 @@ def _try_labelled(trainer: pl.Trainer, settings: PruneSettings, loaders: Any, so
 
 @contextmanager
 def _as_it_was(trainer: pl.Trainer) -> Iterator[None]:
-    """The module's modes, and what Lightning notes of the loop that it is in, are as before after a pass that failed or
-    that was made between two steps."""
+    """The module's modes, its training, and what Lightning notes of the loop that it is in, are as before after a pass
+    that failed or that was made between two steps."""
     module: Any = trainer.lightning_module
     modes = [(child, child.training) for child in module.modules()]
     connector: Any = trainer._logger_connector
     noted = (module._current_fx_name, connector._first_loop_iter)
     try:
-        yield
+        with training_as_it_was(trainer):
+            yield
     finally:
         for child, training in modes:
             child.training = training

@@ -21,6 +21,7 @@ from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.calibration_batch import generators_kept
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
+from dpp_lightning.callbacks.prune_run.evaluation_trial import check_evaluated_weights, training_as_it_was
 from dpp_lightning.callbacks.prune_run.first_rank import computed_on_first
 from dpp_lightning.callbacks.prune_run.training import SharedDistillation, without_padding
 from dpp_lightning.methods.input_statistics import InputStatistics
@@ -45,14 +46,15 @@ class EvaluationPasses:
     Args:
         trainer: inside a fit, a validate or a test.
         monitor: name of the logged metric that is the score; ``val_x`` means ``test_x`` where the trainer is testing.
+        trying: the passes are made before training, to see what they need; the module takes them for a sanity check.
 
     Attributes:
         monitor: from the first score on the metric's full name, which with several loaders tells the loader.
         num_loaders: of the split, once there is a score.
     """
 
-    def __init__(self, trainer: pl.Trainer, monitor: str) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: pl.Trainer, monitor: str, *, trying: bool = False) -> None:
+        self.trainer, self._trying = trainer, trying
         self.testing = trainer.state.fn == TrainerFn.TESTING
         self.monitor = monitor
         if self.testing and monitor.startswith("val_"):
@@ -74,6 +76,10 @@ class EvaluationPasses:
         self.monitor = full_name(metrics, self.monitor)
         # rank 0's value on all ranks, so that all of them come to the same decisions
         return float(self.trainer.strategy.broadcast(float(metrics[self.monitor])))
+
+    def evaluate(self) -> None:
+        """A pass over the scored split of which nothing is wanted."""
+        self._run_loop(None)
 
     def from_first(self, compute: Callable[[], T]) -> T:
         """What the first rank computes, on all of them, or the error that it raises; all ranks must call."""
@@ -128,8 +134,7 @@ class EvaluationPasses:
                 while outputs:
                     output = outputs.pop(0)
                     # (samples, tokens, ...) becomes (tokens that are no padding, ...)
-                    without_padding = output if mask is None or output.shape[:2] != mask.shape else output[mask]
-                    reduced.append(reduce(len(reduced), without_padding))
+                    reduced.append(reduce(len(reduced), without_padding(output, mask)))
         if not reduced:
             raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
         return reduced
@@ -213,7 +218,7 @@ class EvaluationPasses:
         with isolate_rng(), generators_kept(held):
             index = int(self.monitor.partition(LOADER_SUFFIX)[2] or 0)
             metrics, self.num_loaders = run_evaluation_loop(
-                self.trainer, testing=self.testing, loader=loader, index=index
+                self.trainer, testing=self.testing, loader=loader, index=index, trying=self._trying
             )
         reshard(self.trainer.lightning_module)
         return metrics
@@ -298,11 +303,28 @@ def check_logged(trainer: pl.Trainer, monitor: str) -> None:
     Raises:
         ValueError: if it is not logged.
     """
+    passes = EvaluationPasses(trainer, monitor)
+    with _one_batch(trainer), training_as_it_was(trainer):
+        passes.score()
+    warn_of_several_loaders(passes, monitor)
+
+
+def check_evaluation(trainer: pl.Trainer) -> None:
+    """Evaluate one validation batch to see that it is done with the weights that the module holds.
+
+    Raises:
+        ValueError: as :func:`dpp_lightning.callbacks.prune_run.evaluation_trial.check_evaluated_weights`.
+    """
+    passes = EvaluationPasses(trainer, "", trying=True)
+    with _one_batch(trainer), training_as_it_was(trainer):
+        check_evaluated_weights(trainer, passes.evaluate)
+
+
+@contextmanager
+def _one_batch(trainer: pl.Trainer) -> Iterator[None]:
     limit = trainer.limit_val_batches
     trainer.limit_val_batches = 1
-    passes = EvaluationPasses(trainer, monitor)
     try:
-        passes.score()
+        yield
     finally:
         trainer.limit_val_batches = limit
-    warn_of_several_loaders(passes, monitor)

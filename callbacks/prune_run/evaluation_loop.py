@@ -34,7 +34,7 @@ class NoBatches:
 
 
 def run_evaluation_loop(
-    trainer: pl.Trainer, *, testing: bool, loader: Any = None, index: int = 0
+    trainer: pl.Trainer, *, testing: bool, loader: Any = None, index: int = 0, trying: bool = False
 ) -> tuple[dict[str, Any], int]:
     """One pass of the validation or test loop over the weights as they stand.
 
@@ -47,19 +47,21 @@ def run_evaluation_loop(
         testing: take the test loop.
         loader: data to evaluate on, all of it; default the loop's own loaders under the trainer's limits.
         index: in place of which of the loop's loaders ``loader`` is read, if steps take the loader's index.
+        trying: let the module take the pass for Lightning's sanity check, which keeps no metrics of several loaders.
 
     Returns:
-        The metrics that the module logged, by name, and the number of loaders that steps and metrics distinguish.
+        The metrics that the module logged in the pass, by name, and the number of loaders that steps and metrics
+        distinguish.
     """
     loop = trainer.test_loop if testing else trainer.validate_loop
     with (
         _callbacks_resting(trainer),
-        _metrics_restored(trainer),
-        _silently_evaluating(trainer, loop, testing),
+        _metrics_restored(trainer) as before,
+        _silently_evaluating(trainer, loop, testing, trying),
         _loader_replaced(trainer, loop, loader, index),
     ):
         loop.run()
-        metrics = dict(trainer.callback_metrics)
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if before.get(name) is not value}
         count = _count_loaders(loop)
         loop.teardown()
     return metrics, count
@@ -87,14 +89,12 @@ def _callbacks_resting(resting: pl.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _metrics_restored(trainer: pl.Trainer) -> Iterator[None]:
-    """Empty the trainer's metrics for one pass and put them back after it."""
+def _metrics_restored(trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
+    """Put the trainer's metrics back after one pass, in which hooks may read them; yields them as they were."""
     live: list[dict[str, Any]] = [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
     saved = [(metrics, dict(metrics)) for metrics in live]
-    for metrics in live:
-        metrics.clear()
     try:
-        yield
+        yield saved[0][1]
     finally:
         for metrics, before in saved:
             metrics.clear()
@@ -102,21 +102,25 @@ def _metrics_restored(trainer: pl.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool) -> Iterator[None]:
+def _silently_evaluating(trainer: pl.Trainer, loop: Any, testing: bool, trying: bool) -> Iterator[None]:
     """Put the trainer into its evaluating state, with loggers and printing off, and back.
 
     The loop may be in the middle of a pass of the user's (``Trainer.validate``). So that the results of that pass and
     its record of which modules were training survive, the loop gets fresh ones for the extra pass.
     """
     saved = (trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results)
+    sanity_steps = trainer.num_sanity_val_steps
     loop._module_mode, loop._results = type(loop._module_mode)(), type(loop._results)(training=False)
     trainer.state.fn = TrainerFn.TESTING if testing else TrainerFn.VALIDATING
     trainer.state.stage = RunningStage.TESTING if testing else RunningStage.VALIDATING
+    if trying:
+        trainer.state.stage, trainer.num_sanity_val_steps = RunningStage.SANITY_CHECKING, float("inf")
     loop.verbose, trainer.loggers = False, [DummyLogger()] if trainer.loggers else []  # a module may log by its own
     try:
         yield
     finally:
         trainer.state.fn, trainer.state.stage, loop.verbose, trainer.loggers, loop._module_mode, loop._results = saved
+        trainer.num_sanity_val_steps = sanity_steps
 
 
 @contextmanager

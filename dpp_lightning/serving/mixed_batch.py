@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ from dpp_lightning.serving.sparse_products import (
     add_embedded,
     add_products,
 )
+from dpp_lightning.serving.unseen_uses import UnseenUses
+
+# Names of the changed tensors that have gone through a forward in which all uses of them were seen.
+_WATCHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 _GETTERS = frozenset(  # of a tensor's attributes, those that tell nothing of its values
     {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_quantized",
@@ -84,20 +89,31 @@ class MixedBatch(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
         self._changed = {id(tensor): _Changed(name, tensor, of_deltas) for name, tensor, of_deltas in changes}
         self._last: tuple[Tensor, int | None, Inputs] | None = None
+        self._following = False
+        self._unseen: UnseenUses | None = None
 
     def __enter__(self) -> MixedBatch:
         for module in self._model.modules():
             if _bypasses_python(module):
                 raise CannotMixError(f"the model is compiled ({type(module).__name__})")
             vectors = [id(p) for p in module.parameters(recurse=False) if id(p) in self._changed and p.dim() == 1]
-            if vectors:
+            if vectors and not any(True for _ in module.children()):  # its input is what they are combined with
                 note = partial(self._note_dimensions, vectors)
                 self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        names = {changed.name for changed in self._changed.values()}
+        if not names <= _WATCHED.get(self._model, set()):
+            tensors = [(changed.name, changed.tensor) for changed in self._changed.values()]
+            self._unseen = UnseenUses(tensors, lambda: self._following)
+            self._unseen.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        if self._unseen is not None:
+            self._unseen.__exit__(*exception)
+            if not any(exception):
+                _WATCHED.setdefault(self._model, set()).update(changed.name for changed in self._changed.values())
         while self._handles:
             self._handles.pop().remove()
         error = exception[1] if len(exception) > 1 else None
@@ -116,6 +132,16 @@ class MixedBatch(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._marks.note(func, args, kwargs, result)
             return result
+        before, self._following = self._following, True
+        try:
+            return self._changed_result(named, func, args, kwargs)
+        finally:
+            self._following = before
+
+    def _changed_result(
+        self, named: _Changed, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a function that takes a changed tensor gives, with each row's change of it."""
         if self._first_of(kwargs.values()) is None:
             if func in _ELEMENTWISE:
                 return func(*(self._broadcast(arg, args) for arg in args), **kwargs)

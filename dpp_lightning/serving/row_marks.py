@@ -1,8 +1,9 @@
 """Marks of tensors whose first dimension is not the rows of a batch, however long it is.
 
 A mixed batch tells the rows by the length of a tensor's first dimension. Two kinds of tensors may have that length by
-chance: what an index picked out of the rows, such as masked tokens or those of an expert, and what the model makes of
-its own tensors alone, such as learned queries or a table of positions. Both are marked as they are made.
+chance: what was picked out of the rows or put into another order, such as masked tokens, those of an expert or
+negatives of the batch, and what the model makes of its own tensors alone, such as learned queries or a table of
+positions. Both are marked as they are made.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PICKED, _OWN = "picked by an index", "made of the model's own tensors alone"
+_PICKED, _OWN = "picked or put into another order", "made of the model's own tensors alone"
 _MARK = "_dpp_no_rows"
 _PICKING = frozenset({torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero})
 _BY_INDEX = frozenset({torch.index_select, Tensor.index_select})
+# Names of functions that move what lies along a dimension, and where that comes among the arguments.
+_MOVING = {
+    "flip": 1, "roll": 2, "rot90": 2, "sort": 1, "topk": 2, "gather": 1, "scatter": 1, "scatter_": 1, "index_copy": 1,
+    "index_copy_": 1, "index_add": 1, "index_add_": 1, "take_along_dim": 2,
+}  # fmt: skip
+_WITHOUT_DIM = {"flip": True, "roll": True, "rot90": True, "take_along_dim": True}  # others take the last
+_PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "narrow": 1, "select": 1}
+_RESHAPING = ("reshape", "view", "flatten", "unflatten")
+_WRITING = ("__setitem__", "scatter_", "index_copy_", "index_add_")
 
 
 class RowMarks:
@@ -43,10 +53,14 @@ class RowMarks:
         if not given:
             return
         marks = [self._mark_of(tensor) for tensor in given]
-        mark = _PICKED if _PICKED in marks or self._picks(func, args, kwargs) else None
+        picked = _PICKED in marks or self._picks(func, args, kwargs) or self._regroups(func, given[0], result)
+        mark = _PICKED if picked else None
         if mark is None and all(found == _OWN for found in marks):
             mark = _OWN
         if mark is not None:
+            written = args[:1] if getattr(func, "__name__", "") in _WRITING and mark == _PICKED else ()
+            for tensor in _tensors(written):
+                setattr(tensor, _MARK, mark)
             for tensor in _tensors((result,)):
                 if not any(tensor is one for one in given):  # what was written in place stays what it was
                     setattr(tensor, _MARK, mark)
@@ -64,10 +78,40 @@ class RowMarks:
             axis = args[1] if len(args) > 1 else kwargs.get("dim")
             index = args[2] if len(args) > 2 else kwargs.get("index")
             return axis == 0 and self._reorders(index)
-        if func is not Tensor.__getitem__:
+        name = getattr(func, "__name__", "")
+        if name in ("__getitem__", "__setitem__"):
+            first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+            written = name == "__setitem__"
+            if isinstance(first, Tensor | list):
+                return not (written and torch.as_tensor(first).dtype == torch.bool) and self._reorders(first)
+            return not written and self._takes_some(args[0], first)
+        return self._moves(name, args, kwargs)
+
+    def _regroups(self, func: Callable[..., Any], given: Tensor, result: Any) -> bool:
+        """Whether a reshape gives as many rows out of a first dimension that is no multiple of them."""
+        shape = given.shape
+        if getattr(func, "__name__", "") not in _RESHAPING or not isinstance(result, Tensor) or not shape:
             return False
-        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(first, Tensor | list) and self._reorders(first)
+        return result.shape[:1] == (self._rows,) and shape[0] != 1 and shape[0] % self._rows != 0
+
+    def _takes_some(self, tensor: Tensor, first: Any) -> bool:
+        """Whether a number or slice takes some of the rows, or all in another order."""
+        if tensor.shape[:1] != (self._rows,) or not isinstance(first, int | slice):
+            return False
+        return isinstance(first, int) or first.indices(self._rows) != (0, self._rows, 1)
+
+    def _moves(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a function of that name puts rows into another order, or takes them apart."""
+        if (name not in _MOVING and name not in _PIECES) or not args or not isinstance(args[0], Tensor):
+            return False
+        place = _MOVING.get(name, _PIECES.get(name, 0))
+        given = args[place:] if name == "flip" else args[place : place + 1]
+        dims = kwargs.get("dims", kwargs.get("dim", given or None))
+        if dims is None or dims == ():
+            return name in _WITHOUT_DIM or (name in _PIECES and args[0].shape[:1] == (self._rows,)) or args[0].dim() < 2
+        flat = [dim for part in (dims if isinstance(dims, list | tuple) else [dims]) for dim in _numbers(part)]
+        along = any(dim in (0, -args[0].dim()) for dim in flat)
+        return along and (name in _MOVING or args[0].shape[:1] == (self._rows,))
 
     def _reorders(self, index: Any) -> bool:
         """Whether an index of the first dimension is another than all rows in their order."""
@@ -85,3 +129,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _numbers(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value]

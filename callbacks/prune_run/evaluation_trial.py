@@ -1,0 +1,130 @@
+"""Whether a module evaluates the weights that it holds, tried before training, which goes on as if it were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from dpp_lightning.storage.locate import few_names
+from dpp_lightning.tensors.shards import is_dtensor
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
+    """Undo what the module's own hooks do to the training in a pass before it.
+
+    Put back are the settings of optimizers and schedules, the module's numbers and words, such as a best score or how
+    long it has not risen, and whether training is to stop.
+    """
+    module: Any = trainer.lightning_module
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    states = [dict(scheduler.state_dict()) for scheduler in schedulers]
+    attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    should_stop = trainer.should_stop
+    try:
+        yield
+    finally:
+        for group, before in zip(groups, settings, strict=True):
+            group.update(before)
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
+        vars(module).update(attributes)
+        trainer.should_stop = should_stop
+
+
+def check_optimizers(trainer: pl.Trainer) -> None:
+    """Refuse optimizers that hold other weights for evaluation than for training.
+
+    Raises:
+        ValueError: one has ``train()`` and ``eval()``, as those of schedulefree do.
+    """
+    for optimizer in trainer.optimizers:
+        if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds other weights for evaluation than for training, and pruned models "
+                "would be scored by neither: train without DeltaPruneCallback, save the weights after its eval(), and "
+                "prune them with dpp prune or Trainer.validate"
+            )
+
+
+def check_evaluated_weights(trainer: pl.Trainer, evaluate: Callable[[], object]) -> None:
+    """Refuse a module whose evaluation puts other weights, such as their average, in the place of its own.
+
+    Some entries are changed for one pass; what a submodule then finds in their place is what they were before where
+    the weights of another set have been copied over them. Compiled modules and parameters in shards are passed over.
+
+    Args:
+        trainer: at the start of a fit.
+        evaluate: a pass over some validation data. What goes wrong in it is not looked at here.
+
+    Raises:
+        ValueError: with the names of such parameters.
+    """
+    module = trainer.lightning_module
+    if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()):
+        return
+    marks = {id(p): _Mark.of(name, p) for name, p in module.named_parameters() if _can_be_marked(p)}
+    replaced: set[str] = set()
+
+    def look(owner: nn.Module, inputs: object) -> None:
+        for parameter in owner._parameters.values():
+            mark = marks.get(id(parameter))
+            if mark is not None and torch.equal(mark.entry(), mark.before):
+                replaced.add(mark.name)
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        for mark in marks.values():
+            mark.put()
+        evaluate()
+    except Exception:  # of the user's step; it is told where the score or the data is tried
+        pass
+    finally:
+        hook.remove()
+        for mark in marks.values():
+            mark.remove()
+    if replaced:
+        raise ValueError(
+            f"the evaluation of {type(module).__name__} puts other weights in the place of "
+            f"{few_names(sorted(replaced))}, such as an average that it keeps, so that it would not score pruned "
+            "models: average by Lightning's WeightAveraging, or prune the averaged weights with dpp prune"
+        )
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The first entry of a parameter, which is changed and put back."""
+
+    name: str
+    parameter: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, name: str, parameter: Tensor) -> _Mark:
+        mark = cls(name, parameter, torch.empty(0))
+        return cls(name, parameter, mark.entry().clone())
+
+    def entry(self) -> Tensor:
+        return self.parameter.detach()[(0,) * self.parameter.dim()]
+
+    def put(self) -> None:
+        self.entry().add_((self.before.abs() + 1) / 16)
+
+    def remove(self) -> None:
+        self.entry().copy_(self.before)
+
+
+def _can_be_marked(parameter: Tensor) -> bool:
+    wide = parameter.is_floating_point() and parameter.element_size() > 1
+    return wide and parameter.numel() > 0 and not is_dtensor(parameter) and not parameter.is_inference()
