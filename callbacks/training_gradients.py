@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from dpp_lightning.calibration.pieces import pieces_of
 from dpp_lightning.callbacks.prune_run.calibration_batch import batch_of_items
+from dpp_lightning.callbacks.prune_run.evaluation_trial import training_as_it_was
 
 _WITHOUT_DATA = "take mask='random' or mask='magnitude', which need no data"
 
@@ -42,7 +43,7 @@ def mean_gradients(
     """
     taken = _training_batches(trainer, batches)
     sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters}
-    with _apart_from_training(trainer.lightning_module):
+    with training_as_it_was(trainer), _apart_from_training(trainer.lightning_module):
         for index, batch in enumerate(taken):
             gradients = torch.autograd.grad(_loss(trainer, batch, index), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -87,9 +88,11 @@ def _loss(trainer: pl.Trainer, batch: Any, index: int) -> Tensor:
 
 @contextmanager
 def _apart_from_training(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode and no logging; modes, random states and metrics are as before afterwards."""
+    """Evaluation mode and no logging; modes, random states, metrics, parameters and buffers, which a training step may
+    change as it does averages and queues, are as before afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     counts = {child: child.update_count for child in module.modules() if isinstance(child, Metric)}
+    held = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
     module.eval()
     module.__dict__["log"] = lambda *_, **__: None  # log_dict calls it as well
     try:
@@ -99,6 +102,10 @@ def _apart_from_training(module: pl.LightningModule) -> Iterator[None]:
         del module.__dict__["log"]
         for child, training in modes:
             child.training = training
+        with torch.no_grad():
+            for tensor, before in held:
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
         for metric, count in counts.items():
             if metric.update_count != count:
                 metric.reset()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 AdapterView = Literal["adapter", "merged"]
 ADAPTER_FOLDER, ADAPTER_FILE, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 _ADAPTER = FolderKind("an adapter", (ADAPTER_FILE, ADAPTER_CONFIG))
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LORA_PREFIX = "lora_"  # peft: lora_A, lora_B, lora_embedding_A, ...
 
 
@@ -81,6 +83,7 @@ def adapter_view(
     if adapter is None:
         yield base
     elif kind == "merged":
+        _check_mergeable(adapter)
         # inside the block the tensors have other names, so they are recognised by their identity
         known = {n.identity: n.name for n in named_tensors(module) if n.name in base.tensors}
         with _merged(_lora_layers(adapter), keep=keep), _unwrapped(adapter):
@@ -90,7 +93,9 @@ def adapter_view(
             saved = {name: saved[wrapped] for name, wrapped in names.items() if wrapped in saved}
             yield BaseWeights(plain, explicit=base.explicit, saved=saved)
     else:
-        zeros = {n: torch.zeros_like(t) for n, t in canonical_tensors(module).items() if _is_lora_parameter(n)}
+        active = adapter.active_adapters[0]
+        tensors = canonical_tensors(module)
+        zeros = {name: torch.zeros_like(t) for name, t in tensors.items() if _is_lora_parameter(name, active)}
         yield BaseWeights({**base.tensors, **zeros}, explicit=base.explicit, saved=base.saved)
 
 
@@ -116,8 +121,10 @@ def save_adapter(adapter: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(temporary))
 
 
-def _is_lora_parameter(name: str) -> bool:
-    return any(component.startswith(_LORA_PREFIX) for component in name.split("."))
+def _is_lora_parameter(name: str, adapter: str) -> bool:
+    """Whether a parameter is of the adapter of that name, as ``lora_A.default.weight``; others are not trained."""
+    components = name.split(".")
+    return any(a.startswith(_LORA_PREFIX) and b == adapter for a, b in pairwise(components))
 
 
 def _lora_layers(adapter: nn.Module) -> list[Any]:
@@ -136,6 +143,22 @@ def _check_plain_lora(adapter: PeftModel) -> None:
         raise ValueError(
             f"found the active adapters {active} of type {kind}{dora}; expected a single one of plain LoRA, "
             "whose delta is scaling B A"
+        )
+    start = str(getattr(config, "init_lora_weights", True))
+    if start.lower().startswith(_CHANGING_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} takes a part of the base's weights into the adapter, so that neither the "
+            "adapter nor the base in memory is of the base that was loaded: take another initialisation"
+        )
+
+
+def _check_mergeable(adapter: nn.Module) -> None:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    if any(isinstance(child, TrainableTokensLayer) for child in adapter.modules()):
+        raise ValueError(
+            "lora='merged' does not merge trainable_token_indices, whose rows peft keeps apart: take lora='adapter', "
+            "or train the embedding by modules_to_save"
         )
 
 

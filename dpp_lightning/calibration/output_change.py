@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 Measure = Literal["mean", "top-logits"]
@@ -42,7 +43,7 @@ class OutputChange:
         if self.measure == "mean":
             return output_change(self._reference, self.run(_whole))
         outputs = self.run(lambda number, output: output.gather(-1, self._top[number]).float())
-        total = sum((a - b).square().sum().item() for a, b in zip(self._reference, outputs, strict=True))
+        total = sum(_difference(a, b).square().sum().item() for a, b in zip(self._reference, outputs, strict=True))
         return float(total) / max(sum(t.numel() for t in outputs), 1)
 
     def _largest(self, number: int, output: Tensor) -> Tensor:
@@ -53,6 +54,11 @@ class OutputChange:
 
 def _whole(number: int, output: Tensor) -> Tensor:
     return output
+
+
+def _difference(reference: Tensor, output: Tensor) -> Tensor:
+    """Their difference, 0 where both are the same infinity, as of classes that a model masks."""
+    return torch.where(reference == output, 0.0, reference - output)
 
 
 def output_change(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
@@ -69,7 +75,7 @@ def output_change(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> flo
             f"outputs of shapes {[tuple(t.shape) for t in outputs]} cannot be compared with the fine-tuned model's "
             f"{[tuple(t.shape) for t in reference]}; the calibration batch must be the same for both"
         )
-    total = sum((a.double() - b.double()).abs().sum().item() for a, b in zip(reference, outputs, strict=True))
+    total = sum(_difference(a.double(), b.double()).abs().sum().item() for a, b in zip(reference, outputs, strict=True))
     return float(total) / max(sum(t.numel() for t in reference), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log
@@ -66,7 +67,14 @@ def search_q(objective: Callable[[float], float], pruning_rate: float) -> Search
             if following is None:
                 break
             cost(following)
-    return SearchResult(min(tried.values(), key=lambda pair: pair[1])[0], tuple(tried.values()))
+    found, best = min(tried.values(), key=lambda pair: pair[1])
+    if best == inf:
+        warnings.warn(
+            f"the objective is not finite for any q, so that q = {found:g} was not found by it: look for outputs that "
+            "are not finite",
+            stacklevel=2,
+        )
+    return SearchResult(found, tuple(tried.values()))
 
 
 def _next_share(costs: dict[float, float]) -> float | None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dpp_lightning.tensors.flat_entries import gather_entries, scatter_entries
 
 # They take a parameter as a matrix, keep parameters of their own, or take sparse gradients.
+_ALL = "give the optimizer all that is to be trained, unfrozen, before the training begins"
 _NOT_BY_ENTRY = {"LBFGS", "Muon", "SparseAdam", "ZeroRedundancyOptimizer"}
 
 
@@ -42,11 +43,14 @@ class KeptParameters:
         num_kept: how many of them are trained.
 
     Raises:
-        ValueError: no entry would be trained, or the optimizer does not treat each entry by itself.
+        ValueError: no entry would be trained, the optimizer does not treat each entry by itself, or two of its
+            parameters lie on one memory.
     """
 
     def __init__(self, optimizer: Optimizer, positions: Mapping[Tensor, Tensor]) -> None:
         check_by_entry(optimizer)
+        _check_memory(optimizer)
+        self._optimizer = optimizer
         self._kept: list[_Kept] = []
         self._untrained: list[Tensor] = []
         in_optimizer = [p for group in optimizer.param_groups for p in group["params"] if p in positions]
@@ -59,6 +63,8 @@ class KeptParameters:
             )
         for group in optimizer.param_groups:
             self._replace(optimizer, group, positions)
+        self._frozen = [parameter for parameter in self._untrained if not parameter.requires_grad]
+        self._in_optimizer = _count(optimizer)
         self._hook = optimizer.register_step_post_hook(lambda *_: self._write())
 
     def _replace(self, optimizer: Optimizer, group: dict[str, Any], positions: Mapping[Tensor, Tensor]) -> None:
@@ -90,8 +96,14 @@ class KeptParameters:
         """Give the optimizer the gradients of the trained entries, and let go of the model's.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or parameters were unfrozen or added to the optimizer since it began.
         """
+        if _count(self._optimizer) != self._in_optimizer:
+            raise RuntimeError(f"parameters were added to the optimizer, of which all entries would be trained: {_ALL}")
+        if unfrozen := [tuple(parameter.shape) for parameter in self._frozen if parameter.grad is not None]:
+            raise RuntimeError(
+                f"parameters of shapes {unfrozen} were unfrozen, of which no entry would be trained: {_ALL}"
+            )
         for kept in self._kept:
             gradient = kept.parameter.grad
             if gradient is not None and gradient.is_sparse:
@@ -128,3 +140,23 @@ def _kept_state(entry: Any, parameter: Tensor, positions: Tensor) -> Any:
     """What an optimizer holds of a parameter: gathered where it has an entry for each of the parameter's."""
     by_entry = isinstance(entry, Tensor) and entry.shape == parameter.shape
     return gather_entries(entry, positions) if by_entry else entry
+
+
+def _count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _check_memory(optimizer: Optimizer) -> None:
+    """Refuse two parameters on one memory, of which one's untrained entries would be trained by the other.
+
+    Raises:
+        ValueError: with their shapes.
+    """
+    places: dict[int, Tensor] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.numel()):
+        other = places.setdefault(parameter.data_ptr(), parameter)
+        if other is not parameter:
+            raise ValueError(
+                f"two parameters, of shapes {tuple(other.shape)} and {tuple(parameter.shape)}, lie on one memory: let "
+                "the module hold one parameter in both places (a.weight = b.weight), as is done to tie weights"
+            )
