@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.locate import local_path
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -42,8 +43,9 @@ class WritePredictions(BasePredictionWriter):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that the file can be written before the first prediction is made."""
         super().setup(trainer, pl_module, stage)
+        path = self._path(trainer)
         if stage == "predict" and trainer.is_global_zero:
-            check_writable(self._path(trainer).parent)
+            check_writable(path.parent)
 
     def write_on_epoch_end(
         self,
@@ -68,16 +70,17 @@ class WritePredictions(BasePredictionWriter):
             for batch, indices in zip(batches, _indices(trainer, batches, indices_by_batch), strict=True)
             for index, prediction in zip(indices, _samples(batch), strict=True)
         ]
+        path = self._path(trainer)
         lines = sorted(_gathered(lines), key=lambda line: (line.get("dataloader", 0), line["index"]))
         if not trainer.is_global_zero:
             return
-        path = self._path(trainer)
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         rank_zero_info(f"{len(lines)} predictions are in {path}")
 
     def _path(self, trainer: pl.Trainer) -> Path:
-        return Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / PREDICTIONS_FILE)
+        """All ranks must call: the log folder is broadcast."""
+        return local_path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / PREDICTIONS_FILE)
 
 
 def _described(trainer: pl.Trainer, index: int, prediction: Any, dataloader_idx: int) -> dict[str, Any]:

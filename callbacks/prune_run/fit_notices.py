@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
 from dpp_lightning.experiments.earlier_run import entries_of_run, next_name
 from dpp_lightning.experiments.results import PLOT_FILE
+from dpp_lightning.storage.locate import local_path
 
 NOTHING_TRAINED = (
     "DeltaPruneCallback did not prune: this fit had no step to take (the checkpoint is of the end of training, or "
@@ -29,8 +30,8 @@ def trial_settings(settings: PruneSettings) -> PruneSettings:
 
 
 def folder_of(settings: PruneSettings, trainer: pl.Trainer) -> Path:
-    """The output folder of a callback in a trainer."""
-    return Path(settings.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
+    """The output folder of a callback in a trainer. All ranks must call: the log folder is broadcast."""
+    return local_path(settings.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "deltas")
 
 
 def settings_of_all(trainer: pl.Trainer) -> list[PruneSettings]:
@@ -59,7 +60,7 @@ def check_several(settings: Sequence[PruneSettings], folders: Sequence[Path]) ->
 
 
 def metric_prefix(settings: PruneSettings, trainer: pl.Trainer) -> str:
-    """See :func:`prefix_of`."""
+    """See :func:`prefix_of`. All ranks must call."""
     return prefix_of(folder_of(settings, trainer), [folder_of(other, trainer) for other in settings_of_all(trainer)])
 
 

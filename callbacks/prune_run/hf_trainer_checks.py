@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from dpp_lightning.callbacks.prune_run.base_weights import has_weights
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.tensors.shards import is_dtensor
 
 _LATER = "leave it out, save the model, and take `dpp prune BASE FINETUNED`"
@@ -63,7 +64,7 @@ def pruning_callbacks(trainer: Trainer) -> list[PruneSettings]:
 
 def hf_folder(settings: PruneSettings, trainer: Trainer) -> Path:
     """The output folder of a callback in a trainer."""
-    return Path(settings.output_dir or Path(str(trainer.args.output_dir)) / "deltas")
+    return local_path(settings.output_dir or Path(str(trainer.args.output_dir)) / "deltas")
 
 
 def go_last(trainer: Trainer, callback: TrainerCallback) -> None:

@@ -157,7 +157,8 @@ def report_results(
         trainer: whose loggers are written to. All ranks call, rank 0 writes.
         monitor: name of the score.
     """
-    metrics = mean_scores(results, settings, monitor, metric_prefix(settings, trainer))
+    prefix = metric_prefix(settings, trainer)  # a collective
+    metrics = mean_scores(results, settings, monitor, prefix)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
@@ -169,7 +170,6 @@ def report_results(
         rank_zero_info("fast_dev_run: each method was tried at one rate and seed, and nothing was saved")
         return
     figures = save_plot_and_name_files(results, curves, folder, settings, monitor)
-    prefix = metric_prefix(settings, trainer)
     show_run(boards_of_lightning(trainer.loggers), RunReport(results, figures, prefix, trainer.global_step))
 
 

@@ -8,14 +8,14 @@ positions. Both are marked as they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _PICKED, _OWN = "picked or put into another order", "made of the model's own tensors alone"
-_MARK = "_dpp_no_rows"
+_MARK, _PIECE = "_dpp_no_rows", "_dpp_piece_of_rows"
 _PICKING = frozenset({torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero})
 _BY_INDEX = frozenset({torch.index_select, Tensor.index_select})
 # Names of functions that move what lies along a dimension, and where that comes among the arguments.
@@ -26,6 +26,7 @@ _MOVING = {
 _WITHOUT_DIM = {"flip": True, "roll": True, "rot90": True, "take_along_dim": True}  # others take the last
 _PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "narrow": 1, "select": 1}
 _RESHAPING = ("reshape", "view", "flatten", "unflatten")
+_SPLITTING, _JOINING = ("unbind", "split", "chunk", "tensor_split"), ("cat", "concat", "stack")
 _WRITING = ("__setitem__", "scatter_", "index_copy_", "index_add_")
 
 
@@ -52,6 +53,8 @@ class RowMarks:
         given = list(_tensors((*args, *kwargs.values())))
         if not given:
             return
+        if getattr(func, "__name__", "") in _JOINING and _are_all_in_order(given):
+            return
         marks = [self._mark_of(tensor) for tensor in given]
         picked = _PICKED in marks or self._picks(func, args, kwargs) or self._regroups(func, given[0], result)
         mark = _PICKED if picked else None
@@ -64,6 +67,9 @@ class RowMarks:
             for tensor in _tensors((result,)):
                 if not any(tensor is one for one in given):  # what was written in place stays what it was
                     setattr(tensor, _MARK, mark)
+        if getattr(func, "__name__", "") in _SPLITTING and mark == _PICKED and _PICKED not in marks:
+            for index, piece in enumerate(result):
+                setattr(piece, _PIECE, (given[0], index, len(result)))
 
     def _mark_of(self, tensor: Tensor) -> str | None:
         return _OWN if id(tensor) in self._own else getattr(tensor, _MARK, None)
@@ -129,6 +135,17 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _are_all_in_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are the pieces of one that was split, all of them and in their order."""
+    whole: Any = None
+    for place, tensor in enumerate(tensors):
+        of, index, count = getattr(tensor, _PIECE, (None, 0, 0))
+        whole = of if whole is None else whole
+        if of is None or of is not whole or index != place or count != len(tensors):
+            return False
+    return True
 
 
 def _numbers(value: Any) -> list[int]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dpp_lightning.callbacks import DeltaPruneCallback
+from dpp_lightning.callbacks import DeltaPruneCallback, WritePredictions
 from dpp_lightning.optim import AdamR
 from dpp_lightning.tasks.glue import GLUEDataModule, GLUEModule
 from dpp_lightning.tensors.names import without_wrappers
@@ -280,3 +280,19 @@ def glue_fit(strategy, base, data, epochs, resumed_from, saved_to):
         "pretrained": {name: full_tensor(t).detach().clone() for name, t in theta0.items() if t is not None},
         "rows": [(row.method, row.q, row.score) for row in delta.results],
     }
+
+
+class Predicting(Shared):
+    """Also predicts."""
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+def fit_in_the_log_folder(strategy, folder):
+    """A fit and predictions that are written where the logger writes, which a trainer asks all of its ranks."""
+    delta, module = prune(None, method="dare"), Predicting()
+    trainer = make_trainer(strategy, [delta, WritePredictions()], logger=CSVLogger(folder, "log", "0"), max_epochs=1)
+    trainer.fit(module, datamodule=Data())
+    trainer.predict(module, DataLoader(blobs(8), 4))
+    return len(delta.results)

@@ -75,6 +75,14 @@ def test_every_rank_gives_the_rows_and_deltas_of_one_process(watched, tmp_path, 
     assert_left_alone(tmp_path)
 
 
+def test_ranks_that_write_into_the_log_folder_end_well(tmp_path):
+    """The folder is a collective: one that rank 0 alone asked for ended every such training in an error."""
+    results = distjobs.run(strategycases.fit_in_the_log_folder, 2, "ddp", str(tmp_path), lightning=True)
+    assert results == {0: 3, 1: 3}
+    assert (tmp_path / "log" / "0" / "deltas" / "dare-p0.9-seed0" / "delta_model.safetensors").is_file()
+    assert len((tmp_path / "log" / "0" / "predictions.jsonl").read_text().splitlines()) == 2 * 8
+
+
 def assert_same_rows(rows, expected_rows):
     """Of the same methods and kept entries; q and scores up to rounding."""
     for (method, q, score, num_kept), (*expected, expected_num) in zip(rows, expected_rows, strict=True):

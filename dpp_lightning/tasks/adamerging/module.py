@@ -21,6 +21,7 @@ from dpp_lightning.merging.merge_deltas import merge_checkpoints
 from dpp_lightning.merging.sources import MergeSource
 from dpp_lightning.merging.trained_weights import MergedTensors
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
+from dpp_lightning.storage.locate import local_path
 from dpp_lightning.storage.output_folder import DELTA, check_output
 from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.storage.source_kind import check_delta
@@ -185,17 +186,18 @@ class AdaMergingModule(ScoredModule):
 
     def on_fit_start(self) -> None:
         """Check now, not after hours, that the output folder can be written."""
+        folder = self._folder()
         if self.trainer.is_global_zero:
-            check_writable(self._folder())
+            check_writable(folder)
             deltas = [(f"model.deltas.{task}", delta) for task, delta in self.deltas.items()]
             inputs = [("model.pretrained", self.pretrained), *deltas]
-            check_output(self._folder() / DELTA_FOLDER, DELTA, overwrite=True, inputs=inputs)
+            check_output(folder / DELTA_FOLDER, DELTA, overwrite=True, inputs=inputs)
 
     def on_train_end(self) -> None:
         """Write the coefficients and the merged delta."""
+        folder, weights = self._folder(), self.coefficients_by_task()
         if not self.trainer.is_global_zero:
             return
-        folder, weights = self._folder(), self.coefficients_by_task()
         with atomic_file(folder / COEFFICIENTS_FILE) as path:
             path.write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
         deltas = list(self.deltas.values())
@@ -214,7 +216,8 @@ class AdaMergingModule(ScoredModule):
         checkpoint["state_dict"] = {"coefficients": checkpoint["state_dict"]["coefficients"]}
 
     def _folder(self) -> Path:
-        return Path(self.output_dir or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "merged")
+        """All ranks must call: the log folder is broadcast."""
+        return local_path(self.output_dir or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "merged")
 
     def _head(self, task: str) -> dict[str, Tensor]:
         self._heads[task] = {name: tensor.to(self.device) for name, tensor in self._heads[task].items()}
