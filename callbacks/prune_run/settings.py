@@ -14,7 +14,7 @@ from dpp_lightning.callbacks.prune_run.evaluation import ForwardFn
 from dpp_lightning.callbacks.prune_run.hub_upload import repository_ids
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView
 from dpp_lightning.experiments.row_groups import Row, grid
-from dpp_lightning.methods.pruning_spec import PruningSpec
+from dpp_lightning.methods.pruning_spec import PruningSpec, with_numbers_of_bytes
 from dpp_lightning.methods.registry import METHODS, get_method
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.sampling.sampler import exact_rate, stream_key
@@ -64,6 +64,9 @@ class PruneSettings:
     callback: str = "DeltaPruneCallback"
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "method_settings", {name: with_numbers_of_bytes(s) for name, s in self.method_settings.items()}
+        )
         faults = [
             *_refused(get_method, self.methods),
             *_refused(exact_rate, self.rates),

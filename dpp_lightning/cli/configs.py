@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def show_configs(name: str | None = None, *, copy: bool = False, output: str = "
         sys.stdout.writelines(f"{name:{width}}  {packaged_configs.title(name)}".rstrip() + "\n" for name in names)
     elif copy:
         target = _copy(name, Path(output))
-        say(f"{target}: change it, then dpp fit --config {target}")
+        say(f"{target}: change it, then dpp fit --config {shlex.quote(str(target))}")
     else:
         sys.stdout.write(packaged_configs.read(name))
 

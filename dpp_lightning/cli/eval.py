@@ -24,6 +24,7 @@ from dpp_lightning.storage.checkpoints import only_dtype
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.storage.output_file import check_output_file
+from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.storage.source_kind import check_delta, check_model
 from dpp_lightning.storage.tokenizer_files import check_vocabulary, read_tokenizer
 from dpp_lightning.tensors.devices import usable_device
@@ -206,6 +207,11 @@ def _make_harness(
     logging.getLogger(HFLM.__module__).addFilter(lambda record: "`pretrained`" not in str(record.msg))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     harness.pretrained = source  # by which the result names the commit
+    if harness.prefix_token_id is None:
+        raise ValueError(
+            f"MODEL {source}: its tokenizer has neither a bos_token nor an eos_token, with which the harness begins a "
+            "text: save it with one"
+        )
     leaves = (leaf for item in tasks for leaf in (item.get_all_tasks() if hasattr(item, "child_names") else [item]))
     for task in leaves:
         room = (task.config.generation_kwargs or {}).get("max_gen_toks", harness.max_gen_toks)
@@ -308,7 +314,8 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
         config.dtype, config.get_text_config().vocab_size = base_config.dtype, base_config.get_text_config().vocab_size
     # its configuration may name another dtype than its files have, which dpp apply goes by
     own = dtype or "auto" if delta is None else only_dtype(source) or "auto"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=own, output_loading_info=True)
+    with without_load_report(bar=False):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=own, output_loading_info=True)
     model, carried = loaded[0], delta.carried if delta else {}
     canonical = canonical_names(model)
     missing = sorted(name for name in loaded[1]["missing_keys"] if canonical.get(name) not in carried)

@@ -44,8 +44,9 @@ def export_to_folder(
     task: str | None = None,
     force: bool = False,
 ) -> None:
-    """Write a trainer's checkpoint as a folder that from_pretrained loads, or with --base as a delta folder; or with
-    --peft a delta of low rank as a LoRA adapter.
+    """Write a trainer's checkpoint as a folder that from_pretrained loads, or with --base as a delta folder.
+
+    With --peft a delta of low rank becomes a LoRA adapter.
 
     Taken are a Lightning .ckpt, a sharded checkpoint of Lightning (FSDP, ModelParallel) and a
     torch.distributed.checkpoint folder, block by block, without a GPU or a process group. No code in the checkpoint is

@@ -32,6 +32,7 @@ _NOISY_WARNINGS = (
     r"The dirpath has changed from",
     r"Checkpoint directory .* exists and is not empty",
     r".*litmodels",
+    r".*`is_gradient_checkpointing` is deprecated",
     r"Be aware that when using `ckpt_path`",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,8 @@ def prune_to_folder(
             trainer's checkpoint with several
     """
     limits = {"max_bytes": number_of_bytes(max_bytes, "--max_bytes") if max_bytes else None, "max_loss": max_loss}
-    all_settings = {**(method_settings or {}), **_named(settings), **{k: v for k, v in limits.items() if v is not None}}
+    given = {name: value for name, value in limits.items() if value is not None}
+    all_settings = _merged(method_settings or {}, _named(settings), given)
     spec = PruningSpec(method, pruning_rate, seed, dtype, q, all_settings)
     inputs = ("BASE", base), ("FINETUNED", finetuned)
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
@@ -127,6 +128,20 @@ COMMAND = FunctionCommand(
         "hub": "base_revision",
     },
 )
+
+
+def _merged(*sources: Mapping[str, float | str]) -> dict[str, float | str]:
+    """Settings from several places, of which no two may say something else.
+
+    Raises:
+        ValueError: two do.
+    """
+    merged: dict[str, float | str] = {}
+    for source in sources:
+        for name, value in source.items():
+            if merged.setdefault(name, value) != value:
+                raise ValueError(f"the setting {name} is given twice, as {merged[name]!r} and as {value!r}: keep one")
+    return merged
 
 
 def _named(settings: Sequence[str]) -> dict[str, float | str]:

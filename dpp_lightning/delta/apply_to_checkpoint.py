@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.match_tensors import check_digest, find_tensors, wrong_base_message
 from dpp_lightning.storage.checkpoints import Progress, load_tensors
 from dpp_lightning.storage.dense_files import write_dense_files
-from dpp_lightning.storage.locate import local_path
+from dpp_lightning.storage.locate import few_names, local_path
+from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.model_folder import dense_side_files
 from dpp_lightning.storage.output_folder import DENSE, output_folder
 from dpp_lightning.storage.safetensors_writer import Entry, ShardedWriter
@@ -86,6 +88,8 @@ def apply_checkpoint(
         base_names = {id(n.owner): n.saved for n in named}
         in_base = {name: base_names[id(tensor)] for name, tensor in tensors.items()}
         entries = list(_entries(contents, tensors, in_base))
+        if not (reader.folder / CONFIG).is_file() and task is None:
+            _warn_of_heads(contents, {n.name: n.tensor for n in named}, str(base))
         with ShardedWriter(folder, entries, max_shard_bytes) as writer:
             total, done = sum(entry.nbytes for entry in entries), 0
             for block in _dense_blocks(contents, tensors, str(base), force=force):
@@ -95,6 +99,21 @@ def apply_checkpoint(
                     progress(done, total)
         write_dense_files(side_files, folder, entries)
     return local_path(output)
+
+
+def _warn_of_heads(contents: DeltaContents, base: Mapping[str, Tensor], where: str) -> None:
+    """Say which carried tensors have other rows than the base's, by whose configuration the model will be built."""
+    others = [
+        f"{name} ({len(tensor)} rows, there {len(base[name])})"
+        for name, tensor in contents.carried.items()
+        if name in base and tensor.dim() and base[name].dim() and len(tensor) != len(base[name])
+    ]
+    if others:
+        warnings.warn(
+            f"the delta has no {CONFIG} of its own, and that of {where} does not fit {few_names(others)}: write the "
+            "number of labels there (num_labels of transformers, num_classes of timm), or give it on loading",
+            stacklevel=3,
+        )
 
 
 def _base_names(contents: DeltaContents) -> tuple[str, ...]:

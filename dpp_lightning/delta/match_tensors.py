@@ -121,7 +121,7 @@ def wrong_base_message(target: str, digest: str, info: DeltaInfo) -> str:
     return (
         f"{target} is not the base of this delta: its values at the kept positions hash to {digest}, those of the base "
         f"{info.base_name or '(unnamed)'} to {info.base_check}. Use that base in its own dtype, or force the delta "
-        "onto this one (force=True, --force)"
+        "onto this one where there is such an option (force=True, --force)"
     )
 
 

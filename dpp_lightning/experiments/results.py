@@ -21,7 +21,7 @@ from dpp_lightning.storage.safe_text import has_controls
 
 PLOT_FILE = "q_curve.png"
 
-_CURE = "Choose another output folder, or leave resume out: the earlier run is then kept in a folder earlier-1"
+_CURE = "Choose another output folder; a callback without resume= keeps the earlier run in a folder earlier-1"
 
 _TYPES = {**get_type_hints(Result), "monitor": str, "settings": dict}
 _LONGEST = 200  # characters of a value in a message

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from dpp_lightning.storage.file_content import read_json
+from dpp_lightning.storage.locate import not_found
 
 Weight = float | Mapping[str, float]
 Weights = float | Sequence[Weight] | Mapping[str, Weight]
@@ -93,7 +94,9 @@ def read_weights(words: Sequence[str]) -> Weights | None:
     except ValueError:
         pass
     path = Path(words[0])
-    if len(words) > 1 or not path.is_file():
+    if len(words) == 1 and not path.is_file():
+        raise not_found(words[0], "JSON file", "--weights, which are numbers or a file:")
+    if len(words) > 1:
         raise ValueError(f"--weights takes numbers or one JSON file, got {' '.join(words)!r}")
     content = read_json(path)
     if not isinstance(content, list | dict):

@@ -9,6 +9,7 @@ from typing import Any
 from dpp_lightning.methods.registry import Fit, Method, get_method
 from dpp_lightning.methods.rescaling import check_q
 from dpp_lightning.sampling.sampler import stream_key
+from dpp_lightning.storage.byte_count import number_of_bytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PruningSpec:
 
     def __post_init__(self) -> None:
         row = get_method(self.method)
+        object.__setattr__(self, "method_settings", with_numbers_of_bytes(self.method_settings))
         row.check(self.pruning_rate, self.method_settings)
         if row.fit is not None and row.fit.draws and self.dtype is not None:
             raise ValueError(f"{self.method} chooses how the values of its forms are held: leave dtype= out")
@@ -144,3 +146,13 @@ class PruningSpec:
             if self.fit.one_q
             else f"{self.method} fits its rescaling: give calibration data (calibration=, --calibration)"
         )
+
+
+def with_numbers_of_bytes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings with ``max_bytes`` as a number, which may be given as ``"50kB"``.
+
+    Raises:
+        ValueError: text that says no number of bytes.
+    """
+    given = settings.get("max_bytes")
+    return {**settings, "max_bytes": number_of_bytes(given, "max_bytes")} if isinstance(given, str) else dict(settings)

@@ -136,7 +136,8 @@ class Method:
         known = self.settings
         for name, value in settings.items():
             if name not in known:
-                hint = _did_you_mean(str(name), [*known, *_OF_ALL])
+                others = [other for other, row in METHODS.items() if name in row.settings]
+                hint = f"it is one of {', '.join(others)}; " if others else _did_you_mean(str(name), [*known, *_OF_ALL])
                 raise ValueError(f"unknown method setting {name!r}; {hint}this method has {', '.join(known) or 'none'}")
             choices = known[name]
             if choices and value not in choices:

@@ -242,7 +242,8 @@ def _check(best: Architecture) -> None:
     if lines:
         raise ValueError(
             f"the checkpoint's tensors are not those of {best.name}{under}: {', '.join(lines)}. Is the configuration "
-            "that of the model it was trained from? --config_from and --architecture say so"
+            "that of the model it was trained from? --config_from and --architecture say so; of a timm model dpp prune "
+            "BASE CHECKPOINT makes the delta"
         )
 
 

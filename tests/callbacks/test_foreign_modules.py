@@ -163,3 +163,98 @@ def test_methods_by_inputs_are_refused_before_training_where_no_input_is_known(t
 
     with pytest.raises(ValueError, match=r"no weight of Computed is multiplied .*such as wanda"):
         trainer(prune_at_the_end(tmp_path, "wanda")).fit(Computed(), train_loader(), val_loader())
+
+
+class OwnAverage(Foreign):
+    """Keeps an average of its weights and evaluates that, as modules of diffusion models do."""
+
+    def setup(self, stage):
+        self.average = [p.detach().clone() for p in self.parameters()]
+
+    def on_train_batch_end(self, *arguments):
+        for average, p in zip(self.average, self.parameters(), strict=True):
+            average.lerp_(p.detach(), 0.3)
+
+    def on_validation_epoch_start(self):
+        self.kept = [p.detach().clone() for p in self.parameters()]
+        for average, p in zip(self.average, self.parameters(), strict=True):
+            p.data.copy_(average)
+
+    def on_validation_epoch_end(self):
+        for kept, p in zip(self.kept, self.parameters(), strict=True):
+            p.data.copy_(kept)
+
+
+class InItsStep(OwnAverage):
+    """The same inside the step, as torch_ema's context is used."""
+
+    on_validation_epoch_end = Foreign.on_validation_epoch_end
+
+    def on_validation_epoch_start(self):
+        """Nothing."""
+
+    def validation_step(self, batch, batch_idx):
+        OwnAverage.on_validation_epoch_start(self)
+        super().validation_step(batch, batch_idx)
+        OwnAverage.on_validation_epoch_end(self)
+
+
+@pytest.mark.parametrize("kind", [OwnAverage, InItsStep])
+def test_a_module_that_evaluates_other_weights_than_its_own_is_refused_before_training(tmp_path, kind):
+    module = kind()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"puts other weights in the place of net.0.bias, .*WeightAveraging"):
+        trainer(prune_at_the_end(tmp_path)).fit(module, train_loader(), val_loader())
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_an_optimizer_with_weights_for_evaluation_is_refused_before_training(tmp_path):
+    class ScheduleFree(torch.optim.Adam):
+        def train(self):
+            """As schedulefree has it."""
+
+        eval = train
+
+    with pytest.raises(ValueError, match=r"ScheduleFree holds other weights for evaluation than for training"):
+        trainer(prune_at_the_end(tmp_path)).fit(Foreign(optimizer=ScheduleFree), train_loader(), val_loader())
+
+
+@pytest.mark.parametrize("method", ["dare", "darex-q", "wanda"])
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_what_a_module_does_at_the_end_of_a_validation_is_not_done_by_the_passes_before_training(
+    tmp_path, method, sanity_steps
+):
+    class Stepping(Foreign):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            self.best, self.waited = 0.0, 0
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.05)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)]
+
+        def lr_scheduler_step(self, *arguments):
+            """By the hook below."""
+
+        def on_validation_epoch_end(self):
+            if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+                self.waited += 1
+            if not self.trainer.sanity_checking:
+                self.lr_schedulers().step()
+                self.log("gap", self.trainer.callback_metrics["loss"])
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    ends = []
+    for callbacks in ([], [prune_at_the_end(tmp_path, method)]):
+        module = Stepping()
+        torch.manual_seed(1)
+        run = trainer(*callbacks, max_epochs=4, num_sanity_val_steps=sanity_steps)
+        run.fit(module, train_loader(), val_loader())
+        ends.append((module.net[0].weight.detach().clone(), module.waited))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1] == 4

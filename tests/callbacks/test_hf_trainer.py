@@ -246,3 +246,38 @@ def test_a_lora_adapter_is_pruned_and_saved(tmp_path):
     trainer.model, finetuned = loaded, values_of(model)
     assert trainer.evaluate()["eval_accuracy"] == callback.results[-1].score
     assert not equal(before, finetuned)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' takes a part of the base's weights"),
+        ({"init_lora_weights": "olora"}, "merged", "init_lora_weights='olora'"),
+        ({"trainable_token_indices": [1, 2]}, "merged", "does not merge trainable_token_indices"),
+    ],
+)
+def test_adapters_that_are_no_sum_with_the_base_are_refused_before_training(tmp_path, settings, lora, message):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], **settings)
+    trainer = make_trainer(tmp_path, peft.get_peft_model(fresh_model(), config))
+
+    def train():
+        HFDeltaPruneCallback("dare", 0.5, lora=lora).attach(trainer)
+        trainer.train()
+
+    with pytest.raises(ValueError, match=message):
+        train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_adapter_beside_the_active_one_is_not_pruned(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    model = peft.get_peft_model(fresh_model(), config)
+    model.add_adapter("other", config)
+    model.set_adapter("default")
+    HFDeltaPruneCallback("dare", 0.5).attach(trainer := make_trainer(tmp_path, model))
+    trainer.train()
+    delta = SparseDelta.from_pretrained(tmp_path / "out" / "deltas" / "dare-p0.5-seed0")
+    assert delta.tensors
+    assert not [name for name in delta.tensors if ".other." in name]

@@ -364,3 +364,52 @@ def test_tensors_that_are_reverted_are_not_trained_by_any_mask(mask):
 def test_callbacks_that_change_what_is_trained_are_refused(mask, other, message):
     with pytest.raises(ValueError, match=message):
         fit(module(), SparseTraining(mask, 0.5), other)
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    lit = module()
+    lit.net[3].weight.data = lit.net[0].weight.data.view(-1)[:64].repeat(64).view(64, 64)
+    lit.net[5].weight.data = lit.net[3].weight.data[:3]
+    with pytest.raises(ValueError, match=r"of shapes \(64, 64\) and \(3, 64\), lie on one memory"):
+        fit(lit, SparseTraining("random", 0.9))
+
+
+@pytest.mark.parametrize("later", ["unfrozen", "added"])
+def test_what_is_trained_later_is_refused_when_it_comes(later):
+    class Later(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net.parameters() if later == "unfrozen" else self.net[3:].parameters(), 1e-3)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[0].requires_grad_(True)
+                if later == "added":
+                    self.optimizers().add_param_group({"params": self.net[0].parameters()})
+
+    with pytest.raises(RuntimeError, match="before the training begins"):
+        fit(Later(), SparseTraining("random", 0.9))
+
+
+def test_gradients_before_the_first_step_leave_what_a_training_step_changes():
+    class Queue(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.zeros(20))
+            self.register_buffer("steps", torch.tensor(0))
+
+        def training_step(self, batch, batch_idx):
+            self.center.lerp_(batch[0].mean(0), 0.1)
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    ends = []
+    for mask in ("magnitude", "fisher"):
+        lit = Queue()
+        fit(lit, SparseTraining(mask, 0.9))
+        ends.append((lit.steps.item(), lit.center.clone()))
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])

@@ -358,3 +358,122 @@ def test_a_number_is_no_row_and_makes_none_of_the_next():
     ):
         torch.mul(torch.tensor(2.0), model.norm.weight)
     assert "norm.weight" not in pool._batch_first
+
+
+class Moved(nn.Module):
+    """Between two maps what comes of the rows is moved."""
+
+    def __init__(self, move):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.move = nn.Linear(6, 6), nn.Linear(6, 6), move
+
+    def forward(self, x):
+        return self.second(self.move(torch.tanh(self.first(x))))
+
+
+def pool_of(make):
+    base, pool = make(), None
+    pool = DeltaPool(base)
+    for seed, name in enumerate("ab"):
+        tuned = make()
+        torch.manual_seed(seed + 5)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        pool.add(name, prune(base, tuned, "dare", 0.3, seed=seed))
+    return pool
+
+
+ORDER = torch.tensor([2, 0, 1]).view(3, 1, 1)
+REORDERED = {
+    "flip": lambda h: h.flip(0),
+    "roll": lambda h: h.roll(1, 0),
+    "rot90": lambda h: h.rot90(2, (0, 1)),
+    "slices": lambda h: torch.cat([h[1:], h[:1]]),
+    "rows": lambda h: torch.stack([h[2], h[1], h[0]]),
+    "unbind": lambda h: torch.stack(h.unbind(0)[::-1]),
+    "split": lambda h: torch.cat(h.split(1)[::-1]),
+    "narrow": lambda h: torch.cat([h.narrow(0, 1, 2), h.narrow(0, 0, 1)]),
+    "sort": lambda h: h.sort(0).values,
+    "topk": lambda h: h.topk(3, dim=0).values,
+    "gather": lambda h: h.gather(0, ORDER.expand_as(h)),
+    "take_along_dim": lambda h: h.take_along_dim(ORDER.expand_as(h), 0),
+    "scatter": lambda h: torch.zeros_like(h).scatter(0, ORDER.expand_as(h), h),
+    "index_copy": lambda h: torch.zeros_like(h).index_copy(0, ORDER.flatten(), h),
+    "reshape": lambda h: h.permute(1, 0, 2).reshape(h.shape),
+}
+
+
+@pytest.mark.parametrize("how", REORDERED)
+def test_rows_in_another_order_are_refused(how):
+    """Negatives of a batch, for one: each row would be computed with the delta of another."""
+    x, pool, refused = torch.randn(3, 5, 6), pool_of(lambda: Moved(REORDERED[how])), "picked or put into another order"
+    with pytest.raises(CannotMixError, match=refused), torch.no_grad(), pool.mixed(["a", None, "b"]) as model:
+        model(x)
+
+
+KEPT = {
+    "along tokens": lambda h: h.flip(1).roll(1, 1).sort(-1).values,
+    "pieces in their order": lambda h: torch.cat(h.split(1)) + torch.stack(h.unbind(0)),
+    "tokens together": lambda h: h.reshape(-1, h.shape[-1]).view(h.shape),
+    "all of them": lambda h: h[:] + h[0:3] + h[:, :5],
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_what_leaves_the_rows_in_their_order_is_mixed(how):
+    pool, x = pool_of(lambda: Moved(KEPT[how])), torch.randn(3, 5, 6)
+    with torch.no_grad(), pool.mixed(["a", None, "b"]) as model:
+        mixed = model(x)
+    assert torch.allclose(mixed, one_by_one(pool, ["a", None, "b"], x), atol=1e-5)
+
+
+class Aliased(nn.Module):
+    """A weight that is also known by another name of its memory, or goes into code that is no Python."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.how = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False), how
+        self.scale = nn.Parameter(torch.randn(6))
+        self.views = [self.embed.weight.t()]
+        if how == "another parameter":
+            self.head.weight.data = self.embed.weight.data
+
+    def forward(self, ids):
+        states = torch.tanh(self.embed(ids))
+        if self.how == "a view":
+            return states @ self.views[0]
+        return self.head(scaled(states, self.scale) if self.how == "scripted" else states)
+
+
+@torch.jit.script
+def scaled(x, weight):
+    return x * weight
+
+
+@pytest.mark.parametrize("how", ["another parameter", "a view", "scripted"])
+def test_a_changed_weight_that_is_used_unseen_is_refused(how):
+    pool, refused = pool_of(lambda: Aliased(how)), "by another name of its memory|failed in the TorchScript interpreter"
+    with pytest.raises(RuntimeError, match=refused), torch.no_grad(), pool.mixed(["a", None, "b"]) as model:
+        model(torch.randint(0, 12, (3, 5)))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_cast_weight_of_a_module_with_parts_is_not_laid_out_by_its_inputs(rows):
+    """Of three dimensions, where the weight meets four: the rows' weights would go to the heads."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.scale, self.map = nn.Parameter(torch.randn(4)), nn.Linear(12, 12)
+
+        def forward(self, x):
+            heads = self.map(x).view(len(x), -1, 3, 4).transpose(1, 2)
+            return (heads * self.scale.to(x.dtype)).transpose(1, 2).reshape(x.shape)
+
+    pool, names = pool_of(Heads), ["a", "b", None][:rows]
+    with pytest.raises(CannotMixError, match="scale goes into to"), torch.no_grad(), pool.mixed(names) as model:
+        model(torch.randn(rows, 5, 12))
