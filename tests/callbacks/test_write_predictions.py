@@ -173,3 +173,11 @@ def test_a_tokenizer_in_a_delta_is_warned_of_where_data_is_made_by_another(tmp_p
     module = GLUEModule("cola", base, seed=0)
     with pytest.warns(UserWarning, match=r"has a tokenizer of its own \(.*tokenizer_config.json.*--model.pretrained"):
         ApplyDelta(str(tmp_path / "delta")).setup(trainer(), module, "test")
+
+
+def test_the_delta_of_an_adapter_is_not_put_onto_a_base(tmp_path):
+    """A new adapter begins at random, so that its base is not that of the delta."""
+    base = {"q.lora_A.weight": torch.zeros(2, 8), "q.weight": torch.zeros(8, 8)}
+    prune(base, {**base, "q.lora_A.weight": torch.ones(2, 8)}, "dare", 0.5).save_pretrained(tmp_path / "delta")
+    with pytest.raises(ValueError, match=r"is the delta of a LoRA adapter, .*lora=merged"):
+        ApplyDelta(str(tmp_path / "delta")).setup(trainer(), Doubles(), "test")
