@@ -12,6 +12,7 @@ from tiny_causal import make_rows, save_decoder, write_rows
 from tiny_glue import make_data, make_model
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpp_lightning import prune
 from dpp_lightning.callbacks import WritePredictions
 from dpp_lightning.callbacks.apply_delta import ApplyDelta
 from dpp_lightning.cli import main
