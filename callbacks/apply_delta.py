@@ -58,7 +58,7 @@ class ApplyDelta(pl.Callback):
         task = self.task or (module_task if module_task in delta_tasks else None)
         if task is not None and module_task is not None and task != module_task:
             raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {module_task!r}")
-        if any(".lora_" in name for name in delta.tensors):
+        if any(part.startswith("lora_") for name in delta.tensors for part in name.split(".")):
             raise ValueError(
                 f"{self.folder} is the delta of a LoRA adapter, which begins elsewhere in every model: load its folder "
                 "adapter by peft, or prune with lora=merged (--trainer.callbacks.lora merged)"

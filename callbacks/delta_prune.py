@@ -282,7 +282,7 @@ class DeltaPruneCallback(pl.Callback):
             check_loads(pl_module)
         if not self._monitor_checked:
             check_logged(trainer, self.settings.monitor)
-        check_evaluation(trainer)
+        check_evaluation(trainer, trying=True)
         self._take_calibration_data(trainer, pl_module)
 
     def on_train_batch_start(
@@ -314,6 +314,7 @@ class DeltaPruneCallback(pl.Callback):
         """Prune, calibrate, score, save; then put the fine-tuned weights back."""
         self._training_ended = True
         reshard(pl_module)
+        check_evaluation(trainer, trying=False)
         self._run(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

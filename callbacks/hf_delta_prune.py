@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.calibration_data import measured_on, try_training
+from dpp_lightning.callbacks.prune_run.evaluation_trial import check_evaluated_weights
 from dpp_lightning.callbacks.prune_run.exchanged_models import can_be_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import check_several, tell_earlier_run
 from dpp_lightning.callbacks.prune_run.hf_base import check_base, settle_base
@@ -204,6 +205,7 @@ class HFDeltaPruneCallback(TrainerCallback):
             self._check_scope(base)
             passes = self._passes()
             passes.check_monitor()
+            check_evaluated_weights(self._model, passes.score_first)
             self._take_calibration_data(passes)
         self._goes_on = True
 
@@ -238,6 +240,7 @@ class HFDeltaPruneCallback(TrainerCallback):
                 return
             labelled = self.calibration_dataset if settings.fits and settings.objective == "metric" else None
             passes, folder = self._passes(), hf_folder(settings, self._trainer)
+            check_evaluated_weights(self._model, passes.score_first)
             shown = passes.is_first and not self._trainer.args.disable_tqdm
             alone = alone_in(folder, rank_zero_warn) if passes.is_first else nullcontext()
             with alone, rows_reporter(self.reporter, shown=shown) as reporter:

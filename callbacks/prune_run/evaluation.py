@@ -315,15 +315,19 @@ def check_logged(trainer: pl.Trainer, monitor: str) -> None:
     warn_of_several_loaders(passes, monitor)
 
 
-def check_evaluation(trainer: pl.Trainer) -> None:
+def check_evaluation(trainer: pl.Trainer, *, trying: bool) -> None:
     """Evaluate one validation batch to see that it is done with the weights that the module holds.
+
+    Args:
+        trainer: in a fit.
+        trying: before training; an average that is kept beside the weights may be made only in it.
 
     Raises:
         ValueError: as :func:`dpp_lightning.callbacks.prune_run.evaluation_trial.check_evaluated_weights`.
     """
-    passes = EvaluationPasses(trainer, "", trying=True)
+    passes = EvaluationPasses(trainer, "", trying=trying)
     with _one_batch(trainer), training_as_it_was(trainer):
-        check_evaluated_weights(trainer, passes.evaluate)
+        check_evaluated_weights(trainer.lightning_module, passes.evaluate)
 
 
 @contextmanager

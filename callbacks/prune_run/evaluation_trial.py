@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -58,35 +57,46 @@ def check_optimizers(trainer: pl.Trainer) -> None:
             )
 
 
-def check_evaluated_weights(trainer: pl.Trainer, evaluate: Callable[[], object]) -> None:
+def check_evaluated_weights(module: nn.Module, evaluate: Callable[[], object]) -> None:
     """Refuse a module whose evaluation puts other weights, such as their average, in the place of its own.
 
-    Some entries are changed for one pass; what a submodule then finds in their place is what they were before where
-    the weights of another set have been copied over them. Compiled modules and parameters in shards are passed over.
+    An entry of every parameter is changed for one pass, and otherwise for a second: where a submodule finds the same
+    value both times, it is not that of the module. Compiled modules and parameters in shards are passed over.
 
     Args:
-        trainer: at the start of a fit.
+        module: that is trained.
         evaluate: a pass over some validation data. What goes wrong in it is not looked at here.
 
     Raises:
         ValueError: with the names of such parameters.
     """
-    module = trainer.lightning_module
     if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()):
         return
-    marks = {id(p): _Mark.of(name, p) for name, p in module.named_parameters() if _can_be_marked(p)}
-    replaced: set[str] = set()
+    marks = {id(p): _Mark(name, p) for name, p in module.named_parameters() if _can_be_marked(p)}
+    first, second = (_seen(marks, evaluate, change) for change in (1 / 16, 1 / 8))
+    replaced = [marks[key].name for key in first.keys() & second.keys() if torch.equal(first[key], second[key])]
+    if replaced:
+        raise ValueError(
+            f"the evaluation puts other weights in the place of {few_names(sorted(replaced))} of "
+            f"{type(module).__name__}, such as an average that is kept beside them, so that it would not score pruned "
+            "models: average by a callback, such as Lightning's WeightAveraging, or prune the averaged weights with "
+            "dpp prune"
+        )
+
+
+def _seen(marks: Mapping[int, _Mark], evaluate: Callable[[], object], change: float) -> dict[int, Tensor]:
+    """The first entry of every marked parameter as its submodule meets it first in an evaluation of changed ones."""
+    seen: dict[int, Tensor] = {}
 
     def look(owner: nn.Module, inputs: object) -> None:
-        for parameter in owner._parameters.values():
-            mark = marks.get(id(parameter))
-            if mark is not None and torch.equal(mark.entry(), mark.before):
-                replaced.add(mark.name)
+        for key in map(id, owner._parameters.values()):
+            if key in marks and key not in seen:
+                seen[key] = marks[key].entry().clone()
 
     hook = register_module_forward_pre_hook(look)
     try:
         for mark in marks.values():
-            mark.put()
+            mark.put(change)
         evaluate()
     except Exception:  # of the user's step; it is told where the score or the data is tried
         pass
@@ -94,35 +104,24 @@ def check_evaluated_weights(trainer: pl.Trainer, evaluate: Callable[[], object])
         hook.remove()
         for mark in marks.values():
             mark.remove()
-    if replaced:
-        raise ValueError(
-            f"the evaluation of {type(module).__name__} puts other weights in the place of "
-            f"{few_names(sorted(replaced))}, such as an average that it keeps, so that it would not score pruned "
-            "models: average by Lightning's WeightAveraging, or prune the averaged weights with dpp prune"
-        )
+    return seen
 
 
-@dataclass(frozen=True)
 class _Mark:
     """The first entry of a parameter, which is changed and put back."""
 
-    name: str
-    parameter: Tensor
-    before: Tensor
-
-    @classmethod
-    def of(cls, name: str, parameter: Tensor) -> _Mark:
-        mark = cls(name, parameter, torch.empty(0))
-        return cls(name, parameter, mark.entry().clone())
+    def __init__(self, name: str, parameter: Tensor) -> None:
+        self.name, self._parameter = name, parameter
+        self._before = self.entry().clone()
 
     def entry(self) -> Tensor:
-        return self.parameter.detach()[(0,) * self.parameter.dim()]
+        return self._parameter.detach()[(0,) * self._parameter.dim()]
 
-    def put(self) -> None:
-        self.entry().add_((self.before.abs() + 1) / 16)
+    def put(self, change: float) -> None:
+        self.entry().add_((self._before.abs() + 1) * change)
 
     def remove(self) -> None:
-        self.entry().copy_(self.before)
+        self.entry().copy_(self._before)
 
 
 def _can_be_marked(parameter: Tensor) -> bool:

@@ -98,16 +98,23 @@ class HFPasses:
             )
         return float(from_first(self.trainer, metrics[self.monitor]))
 
+    def score_first(self) -> float:
+        """The score of the first items of the evaluation data, of all where these cannot be taken.
+
+        Raises:
+            ValueError: if the metric is not among those returned.
+        """
+        data, _ = self._scored()
+        return self.score(_first_items(data, self.trainer.args.eval_batch_size))
+
     def check_monitor(self) -> None:
         """Evaluate one batch of data to see that the metric is there; all of the data where one batch does not do.
 
         Raises:
             ValueError: if it is not.
         """
-        data, _ = self._scored()
-        first = _first_items(data, self.trainer.args.eval_batch_size)
         try:
-            self.score(first)
+            self.score_first()
         except ValueError as error:
             if str(error).startswith("monitor="):
                 raise

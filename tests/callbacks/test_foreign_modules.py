@@ -258,3 +258,27 @@ def test_what_a_module_does_at_the_end_of_a_validation_is_not_done_by_the_passes
         ends.append((module.net[0].weight.detach().clone(), module.waited))
     assert torch.equal(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1] == 4
+
+
+def test_an_average_that_is_made_in_training_is_refused_before_anything_is_pruned(tmp_path):
+    class Later(OwnAverage):
+        average, kept = (), ()
+
+        def setup(self, stage):
+            """Nothing."""
+
+        def on_train_batch_end(self, *arguments):
+            self.average = self.average or [p.detach().clone() for p in self.parameters()]
+            super().on_train_batch_end()
+
+        def on_validation_epoch_start(self):
+            if self.average:
+                super().on_validation_epoch_start()
+
+        def on_validation_epoch_end(self):
+            if self.average:
+                super().on_validation_epoch_end()
+
+    with pytest.raises(ValueError, match="puts other weights in the place of net"):
+        trainer(prune_at_the_end(tmp_path)).fit(Later(), train_loader(), val_loader())
+    assert not (tmp_path / "deltas" / "results.jsonl").exists()

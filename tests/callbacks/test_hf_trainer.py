@@ -281,3 +281,31 @@ def test_an_adapter_beside_the_active_one_is_not_pruned(tmp_path):
     delta = SparseDelta.from_pretrained(tmp_path / "out" / "deltas" / "dare-p0.5-seed0")
     assert delta.tensors
     assert not [name for name in delta.tensors if ".other." in name]
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_trainer_that_evaluates_an_average_of_its_own_is_refused(tmp_path, from_the_start):
+    class Averaging(Trainer):
+        average = None
+
+        def training_step(self, *arguments, **settings):
+            loss = super().training_step(*arguments, **settings)
+            self.average = self.average or values_of(self.model)
+            return loss
+
+        def evaluate(self, *arguments, **settings):
+            if self.average is None:
+                return super().evaluate(*arguments, **settings)
+            kept = values_of(self.model)
+            self.model.load_state_dict(self.average)
+            try:
+                return super().evaluate(*arguments, **settings)
+            finally:
+                self.model.load_state_dict(kept)
+
+    trainer = make_trainer(tmp_path, trainer_class=Averaging)
+    trainer.average = values_of(trainer.model) if from_the_start else None
+    HFDeltaPruneCallback("dare", 0.5).attach(trainer)
+    with pytest.raises(ValueError, match="puts other weights in the place of"):
+        trainer.train()
+    assert (trainer.state.global_step == 0) is from_the_start
