@@ -35,7 +35,7 @@ _LOOKED_UP = {"wte", "wpe", "shared"}  # tables of embeddings whose names do not
 _BUFFERS = re.compile(  # statistics and constants that models keep among their weights, by the last part of the name
     r"(?:^|\.)(?:running_(?:mean|var)|num_batches_tracked|final_logits_bias|e_score_correction_bias|cluster_size|embed_avg"
     r"|inited|initialized|(?:in|out)put_(?:min|max)|latent_(?:mean|std)|global_(?:mean|invstd)|norm_(?:mean|std)|std_scale"
-    r"|std_bias|inv_freq|inv_timescales|mup_vector|slope_rate|masked_bias|relative_position_index)$"
+    r"|std_bias|_[uv]|weight_u|inv_freq|inv_timescales|mup_vector|slope_rate|masked_bias|relative_position_index)$"
 )
 _EXPERTS = re.compile(
     r"(?:^|[._])(?:experts|moe)\.(?:\w+\.)*(?:[vw]\d+|fc\d+|\w+_proj|\w+_linear)(?:[._]weight)?$|"
