@@ -53,7 +53,8 @@ class RowMarks:
         given = list(_tensors((*args, *kwargs.values())))
         if not given:
             return
-        if getattr(func, "__name__", "") in _JOINING and _are_all_in_order(given):
+        joins = getattr(func, "__name__", "") in _JOINING and kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0
+        if joins and _are_all_in_order(given):
             return
         marks = [self._mark_of(tensor) for tensor in given]
         picked = _PICKED in marks or self._picks(func, args, kwargs) or self._regroups(func, given[0], result)

@@ -401,6 +401,7 @@ REORDERED = {
     "take_along_dim": lambda h: h.take_along_dim(ORDER.expand_as(h), 0),
     "scatter": lambda h: torch.zeros_like(h).scatter(0, ORDER.expand_as(h), h),
     "index_copy": lambda h: torch.zeros_like(h).index_copy(0, ORDER.flatten(), h),
+    "pieces beside each other": lambda h: torch.cat(h.split(1), 1).view(h.shape),
     "reshape": lambda h: h.permute(1, 0, 2).reshape(h.shape),
 }
 
