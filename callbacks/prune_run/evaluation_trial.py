@@ -73,6 +73,8 @@ def check_evaluated_weights(module: nn.Module, evaluate: Callable[[], object]) -
     if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()):
         return
     marks = {id(p): _Mark(name, p) for name, p in module.named_parameters() if _can_be_marked(p)}
+    if not marks:
+        return
     first, second = (_seen(marks, evaluate, change) for change in (1 / 16, 1 / 8))
     replaced = [marks[key].name for key in first.keys() & second.keys() if torch.equal(first[key], second[key])]
     if replaced:
