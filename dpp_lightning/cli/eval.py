@@ -207,7 +207,7 @@ def _make_harness(
     logging.getLogger(HFLM.__module__).addFilter(lambda record: "`pretrained`" not in str(record.msg))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     harness.pretrained = source  # by which the result names the commit
-    if harness.prefix_token_id is None:
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
             f"MODEL {source}: its tokenizer has neither a bos_token nor an eos_token, with which the harness begins a "
             "text: save it with one"
