@@ -186,6 +186,6 @@ class HFPruneRun:
 
 
 def _precision(arguments: TrainingArguments) -> str:
-    """What a Trainer evaluates in."""
-    named = ("bf16_full_eval", "fp16_full_eval", "bf16", "fp16")
+    """What a Trainer evaluates in while it trains; ``bf16_full_eval`` and its kin cast the model only outside."""
+    named = ("bf16", "fp16")
     return next((name for name in named if getattr(arguments, name, False)), "float32")
