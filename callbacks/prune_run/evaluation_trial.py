@@ -21,8 +21,8 @@ _PLAIN = (bool, int, float, str, type(None))
 def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
     """Undo what the module's own hooks do to the training in a pass before it.
 
-    Put back are the settings of optimizers and schedules, the module's numbers and words, such as a best score or how
-    long it has not risen, and whether training is to stop.
+    Put back are the settings of optimizers and schedules, the module's buffers, its numbers and words, such as a best
+    score or how long it has not risen, what it had not made yet (None), and whether training is to stop.
     """
     module: Any = trainer.lightning_module
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -30,6 +30,7 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     states = [dict(scheduler.state_dict()) for scheduler in schedulers]
     attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_dtensor(buffer)]
     should_stop = trainer.should_stop
     try:
         yield
@@ -38,7 +39,14 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
             group.update(before)
         for scheduler, state in zip(schedulers, states, strict=True):
             scheduler.load_state_dict(state)
+        for made in (module._modules, module._parameters, module._buffers):
+            for name in attributes.keys() & made.keys():
+                del made[name]
         vars(module).update(attributes)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                    buffer.copy_(before)
         trainer.should_stop = should_stop
 
 

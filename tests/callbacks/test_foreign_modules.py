@@ -1,5 +1,6 @@
 """DeltaPruneCallback in modules and trainers as people have them: flags, loggers, loaders and DataModules of their own."""
 
+import copy
 import time
 
 import lightning.pytorch as pl
@@ -282,3 +283,25 @@ def test_an_average_that_is_made_in_training_is_refused_before_anything_is_prune
     with pytest.raises(ValueError, match="puts other weights in the place of net"):
         trainer(prune_at_the_end(tmp_path)).fit(Later(), train_loader(), val_loader())
     assert not (tmp_path / "deltas" / "results.jsonl").exists()
+
+
+def test_what_a_module_makes_in_its_first_validation_is_not_made_of_a_trial(tmp_path):
+    class Lazy(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.teacher = None
+            self.register_buffer("seen", torch.tensor(0))
+
+        def validation_step(self, batch, batch_idx):
+            if self.teacher is None:
+                self.teacher = copy.deepcopy(self.net)
+            self.seen += 1
+            super().validation_step(batch, batch_idx)
+
+        def on_train_start(self):
+            states.append((self.teacher, int(self.seen)))
+
+    states = []
+    for callbacks in ([], [prune_at_the_end(tmp_path)]):
+        trainer(*callbacks, num_sanity_val_steps=0, max_epochs=1).fit(Lazy(), train_loader(), val_loader())
+    assert states == [(None, 0), (None, 0)]
