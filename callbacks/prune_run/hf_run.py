@@ -116,10 +116,9 @@ class HFPruneRun:
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)
         replaced = [name for name, fate in fates.items() if fate != "carry"]
-        carried = {name: tensors[name] for name, fate in fates.items() if fate == "carry"}
-        report_carried(carried, self.reporter)
         with self.base.exchanged(self.module, replaced):
             plan = exchanged_plan(self.module, self.base, replaced, self.scope, settings.pretrained, settings.revision)
+            report_carried(plan.carried, self.reporter)
             experiment = self._experiment(with_known_inputs(plan, inputs, settings), change)
             experiment.gradients, experiment.distillation = gradients, distillation
             curves = self.rows.make(experiment, finetuned)

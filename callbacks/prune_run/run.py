@@ -113,10 +113,10 @@ class PruneRun:
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)
         replaced = [name for name, fate in fates.items() if fate != "carry"]
-        carried = {name: tensors[name] for name, fate in fates.items() if fate == "carry"}
-        report_carried(carried, self.reporter)
         with self.base.exchanged(self.module, replaced):
-            experiment = self._experiment(self._plan(replaced))
+            plan = self._plan(replaced)
+            report_carried(plan.carried, self.reporter)
+            experiment = self._experiment(plan)
             curves = self.rows.make(experiment, finetuned)
         if settings.apply:
             assert experiment.last is not None  # apply is not combined with resume, so a row was made

@@ -12,6 +12,7 @@ from tiny import Foreign, blobs, train_loader, trainer, val_loader
 from torch.utils.data import DataLoader
 
 from dpp_lightning import SparseDelta
+from dpp_lightning.callbacks import DeltaPruneCallback
 
 
 def test_a_methods_own_settings_and_integers_reach_the_deltas(tmp_path):
@@ -307,3 +308,13 @@ def test_an_error_in_the_extra_passes_leaves_the_finetuned_weights(tmp_path):
             module, train_loader(), val_loader()
         )
     assert equal(weights(module), spy.weights)
+
+
+def test_what_is_carried_and_did_not_change_is_not_said_to_be_stored(tmp_path, caplog):
+    module = Foreign()
+    module.net[0].requires_grad_(False)
+    prune = DeltaPruneCallback("dare", 0.5, monitor="acc", output_dir=str(tmp_path / "deltas"), carry=["0.*", "3.*"])
+    with caplog.at_level("INFO"):
+        trainer(prune).fit(module, train_loader(), val_loader())
+    (said,) = [record.message for record in caplog.records if "stored dense" in record.message]
+    assert said == f"stored dense in every delta, {(64 * 64 + 64) * 4:,} bytes: 3.bias, 3.weight"
