@@ -317,4 +317,4 @@ def test_what_is_carried_and_did_not_change_is_not_said_to_be_stored(tmp_path, c
     with caplog.at_level("INFO"):
         trainer(prune).fit(module, train_loader(), val_loader())
     (said,) = [record.message for record in caplog.records if "stored dense" in record.message]
-    assert said == f"stored dense in every delta, {(64 * 64 + 64) * 4:,} bytes: 3.bias, 3.weight"
+    assert said == f"stored dense in every delta, {(64 * 64 + 64) * 4:,} bytes: 3.weight, 3.bias"
