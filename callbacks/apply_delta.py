@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dpp_lightning.callbacks.prune_run.lora_view import is_lora_parameter
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.storage.file_content import read_json_object
 from dpp_lightning.storage.locate import few_names
@@ -58,7 +59,7 @@ class ApplyDelta(pl.Callback):
         task = self.task or (module_task if module_task in delta_tasks else None)
         if task is not None and module_task is not None and task != module_task:
             raise ValueError(f"task {task!r} of the delta was asked for, but the model's task is {module_task!r}")
-        if any(part.startswith("lora_") for name in delta.tensors for part in name.split(".")):
+        if any(map(is_lora_parameter, delta.tensors)):
             raise ValueError(
                 f"{self.folder} is the delta of a LoRA adapter, which begins elsewhere in every model: load its folder "
                 "adapter by peft, or prune with lora=merged (--trainer.callbacks.lora merged)"

@@ -88,11 +88,11 @@ def _loss(trainer: pl.Trainer, batch: Any, index: int) -> Tensor:
 
 @contextmanager
 def _apart_from_training(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode and no logging; modes, random states, metrics, parameters and buffers, which a training step may
-    change as it does averages and queues, are as before afterwards."""
+    """Evaluation mode and no logging; modes, random states, metrics and parameters, which a training step may change as
+    it does those of an average, are as before afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     counts = {child: child.update_count for child in module.modules() if isinstance(child, Metric)}
-    held = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+    held = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     module.eval()
     module.__dict__["log"] = lambda *_, **__: None  # log_dict calls it as well
     try:
@@ -103,9 +103,9 @@ def _apart_from_training(module: pl.LightningModule) -> Iterator[None]:
         for child, training in modes:
             child.training = training
         with torch.no_grad():
-            for tensor, before in held:
-                if not torch.equal(tensor, before):
-                    tensor.copy_(before)
+            for parameter, before in held:
+                if not torch.equal(parameter, before):
+                    parameter.copy_(before)
         for metric, count in counts.items():
             if metric.update_count != count:
                 metric.reset()

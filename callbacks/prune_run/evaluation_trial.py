@@ -108,7 +108,7 @@ def _seen(marks: Mapping[int, _Mark], evaluate: Callable[[], object], change: fl
         for mark in marks.values():
             mark.put(change)
         evaluate()
-    except Exception:  # of the user's step; it is told where the score or the data is tried
+    except Exception:  # a step that fails is reported by the trials of the score and of the calibration data
         pass
     finally:
         hook.remove()

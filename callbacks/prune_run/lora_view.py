@@ -95,7 +95,7 @@ def adapter_view(
     else:
         active = adapter.active_adapters[0]
         tensors = canonical_tensors(module)
-        zeros = {name: torch.zeros_like(t) for name, t in tensors.items() if _is_lora_parameter(name, active)}
+        zeros = {name: torch.zeros_like(t) for name, t in tensors.items() if is_lora_parameter(name, active)}
         yield BaseWeights({**base.tensors, **zeros}, explicit=base.explicit, saved=base.saved)
 
 
@@ -121,10 +121,15 @@ def save_adapter(adapter: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(temporary))
 
 
-def _is_lora_parameter(name: str, adapter: str) -> bool:
-    """Whether a parameter is of the adapter of that name, as ``lora_A.default.weight``; others are not trained."""
-    components = name.split(".")
-    return any(a.startswith(_LORA_PREFIX) and b == adapter for a, b in pairwise(components))
+def is_lora_parameter(name: str, adapter: str | None = None) -> bool:
+    """Whether a tensor is of an adapter, as ``lora_A.default.weight``.
+
+    Args:
+        name: of the tensor.
+        adapter: name of the only adapter that counts; None for any.
+    """
+    parts = name.split(".")
+    return any(a.startswith(_LORA_PREFIX) and adapter in (None, b) for a, b in pairwise([*parts, ""]))
 
 
 def _lora_layers(adapter: nn.Module) -> list[Any]:

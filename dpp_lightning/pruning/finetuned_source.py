@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors
+from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.model_folder import side_files
 from dpp_lightning.storage.source_kind import check_model
 from dpp_lightning.tensors.name_matching import SeveralModelsError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from dpp_lightning.tensors.hf_architecture import Architecture
-
-_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _base_config(base: str | Path | None, revision: str | None) -> PretrainedCon
     """The base's configuration; None where it has none that transformers knows."""
     if base is None or Path(base).is_file():
         return None
-    path = side_files(base, revision).get(_CONFIG)
+    path = side_files(base, revision).get(CONFIG)
     if path is None:
         return None
     from transformers import AutoConfig
@@ -158,4 +157,4 @@ def _changed_config(found: Architecture, config: PretrainedConfig, untied: list[
         for section in (found.config, found.config.get_text_config()):
             section.tie_word_embeddings = False
     content = json.loads(found.config.to_json_string(use_diff=True)) | {"architectures": [found.name]}
-    return {_CONFIG: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
+    return {CONFIG: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dpp_lightning.storage.checkpoints import load_tensors
 from dpp_lightning.storage.file_content import read_json
 from dpp_lightning.storage.locate import local_folder
-
-_CONFIG = "config.json"
+from dpp_lightning.storage.model_configuration import CONFIG
 
 
 @dataclass
@@ -87,7 +86,7 @@ def is_timm(source: str, revision: str | None) -> bool:
 def read_timm_config(source: str, revision: str | None) -> dict[str, Any]:
     """A folder's ``config.json``; empty where it is not to be read."""
     try:
-        config = read_json(local_folder(source, revision, [_CONFIG]) / Path(_CONFIG))
+        config = read_json(local_folder(source, revision, [CONFIG]) / Path(CONFIG))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -78,7 +78,7 @@ class BaseCheckpoint:
         self._source = str(source)
         named = named_tensors(load_tensors(source, revision))
         self.tensors = {n.source: n.tensor for n in named}
-        self._canonical = {n.name: n.source for n in named}
+        self._by_name = {n.name: n.tensor for n in named}
 
     def changes(
         self, delta: str | Path, *, revision: str | None = None, task: str | None = None, force: bool = False
@@ -131,8 +131,7 @@ class BaseCheckpoint:
         """Canonical name of each tensor of a delta to the name in the base's files."""
         shapes: dict[str, tuple[int, ...] | None] = dict(contents.table)
         shapes |= {name: tuple(tensor.shape) for name, tensor in contents.carried.items()}
-        by_name = {name: self.tensors[file_name] for name, file_name in self._canonical.items()}
-        found = find_tensors(shapes, by_name, self._source, contents.info())
+        found = find_tensors(shapes, self._by_name, self._source, contents.info())
         by_tensor = {id(tensor): file_name for file_name, tensor in self.tensors.items()}
         return {name: by_tensor[id(tensor)] for name, tensor in found.items()}
 
@@ -148,8 +147,7 @@ class BaseCheckpoint:
             if held.numel():
                 changes[names[name]] = _change(name, base, held, sparse, info)
         if not force:
-            by_name = {name: self.tensors[file_name] for name, file_name in self._canonical.items()}
-            check_digest(check, info, base_samples(contents, by_name, self._source), self._source)
+            check_digest(check, info, base_samples(contents, self._by_name, self._source), self._source)
         return changes
 
     def _carried(self, carried: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, TensorChange]:

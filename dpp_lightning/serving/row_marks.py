@@ -16,14 +16,14 @@ from torch import Tensor
 
 _PICKED, _OWN = "picked or put into another order", "made of the model's own tensors alone"
 _MARK, _PIECE = "_dpp_no_rows", "_dpp_piece_of_rows"
-_PICKING = frozenset({torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero})
-_BY_INDEX = frozenset({torch.index_select, Tensor.index_select})
-# Names of functions that move what lies along a dimension, and where that comes among the arguments.
+# Functions by their names, which torch's own and a tensor's have in common.
+_PICKING = ("masked_select", "nonzero")
+# Those that move what lies along a dimension, and where that comes among the arguments.
 _MOVING = {
     "flip": 1, "roll": 2, "rot90": 2, "sort": 1, "topk": 2, "gather": 1, "scatter": 1, "scatter_": 1, "index_copy": 1,
     "index_copy_": 1, "index_add": 1, "index_add_": 1, "take_along_dim": 2,
 }  # fmt: skip
-_WITHOUT_DIM = {"flip": True, "roll": True, "rot90": True, "take_along_dim": True}  # others take the last
+_WITHOUT_DIM = ("flip", "roll", "rot90", "take_along_dim")  # others take the last
 _PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "narrow": 1, "select": 1}
 _RESHAPING = ("reshape", "view", "flatten", "unflatten")
 _SPLITTING, _JOINING = ("unbind", "split", "chunk", "tensor_split"), ("cat", "concat", "stack")
@@ -50,42 +50,41 @@ class RowMarks:
 
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Mark what a function gave, by what it was given."""
-        given = list(_tensors((*args, *kwargs.values())))
+        given, name = list(_tensors((*args, *kwargs.values()))), getattr(func, "__name__", "")
         if not given:
             return
-        joins = getattr(func, "__name__", "") in _JOINING and kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0
+        joins = name in _JOINING and kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0
         if joins and _are_all_in_order(given):
             return
         marks = [self._mark_of(tensor) for tensor in given]
-        picked = _PICKED in marks or self._picks(func, args, kwargs) or self._regroups(func, given[0], result)
+        picked = _PICKED in marks or self._picks(name, args, kwargs) or self._regroups(name, given[0], result)
         mark = _PICKED if picked else None
         if mark is None and all(found == _OWN for found in marks):
             mark = _OWN
         if mark is not None:
-            written = args[:1] if getattr(func, "__name__", "") in _WRITING and mark == _PICKED else ()
+            written = args[:1] if name in _WRITING and mark == _PICKED else ()
             for tensor in _tensors(written):
                 setattr(tensor, _MARK, mark)
             for tensor in _tensors((result,)):
                 if not any(tensor is one for one in given):  # what was written in place stays what it was
                     setattr(tensor, _MARK, mark)
-        if getattr(func, "__name__", "") in _SPLITTING and mark == _PICKED and _PICKED not in marks:
+        if name in _SPLITTING and mark == _PICKED and _PICKED not in marks:
             for index, piece in enumerate(result):
                 setattr(piece, _PIECE, (given[0], index, len(result)))
 
     def _mark_of(self, tensor: Tensor) -> str | None:
         return _OWN if id(tensor) in self._own else getattr(tensor, _MARK, None)
 
-    def _picks(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a function takes some of the rows, or all of them in another order; a table of the model has none."""
         if args and isinstance(args[0], Tensor) and self._mark_of(args[0]) == _OWN:
             return False
-        if func in _PICKING:
+        if name in _PICKING:
             return True
-        if func in _BY_INDEX:
+        if name == "index_select":
             axis = args[1] if len(args) > 1 else kwargs.get("dim")
             index = args[2] if len(args) > 2 else kwargs.get("index")
             return axis == 0 and self._reorders(index)
-        name = getattr(func, "__name__", "")
         if name in ("__getitem__", "__setitem__"):
             first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
             written = name == "__setitem__"
@@ -94,10 +93,10 @@ class RowMarks:
             return not written and self._takes_some(args[0], first)
         return self._moves(name, args, kwargs)
 
-    def _regroups(self, func: Callable[..., Any], given: Tensor, result: Any) -> bool:
+    def _regroups(self, name: str, given: Tensor, result: Any) -> bool:
         """Whether a reshape gives as many rows out of a first dimension that is no multiple of them."""
         shape = given.shape
-        if getattr(func, "__name__", "") not in _RESHAPING or not isinstance(result, Tensor) or not shape:
+        if name not in _RESHAPING or not isinstance(result, Tensor) or not shape:
             return False
         return result.shape[:1] == (self._rows,) and shape[0] != 1 and shape[0] % self._rows != 0
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.model_folder import copy_files
 from dpp_lightning.storage.safetensors_writer import Entry
 
-CONFIG_FILE = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers from version 5 on, and before
 _MODULES_FILE = "modules.json"
 
@@ -37,7 +37,7 @@ def write_dense_files(files: Mapping[str, Path], folder: Path, weights: Sequence
         OSError: it cannot be written.
     """
     copy_files(files, folder)
-    replaced = match_dtype(folder / CONFIG_FILE, weights)
+    replaced = match_dtype(folder / CONFIG, weights)
     if replaced is not None:
         warnings.warn(
             f"the fine-tuned model's config.json names {replaced[0]}; the weights are written in the base's dtype, "

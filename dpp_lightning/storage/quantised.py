@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.tensors.quantised import StoredForm, check_not_quantised
 
-_CONFIG_FILE = "config.json"
 _SECTIONS = ("quantization_config", "compression_config")
 
 
@@ -25,7 +25,7 @@ def check_plain_weights(tensors: Mapping[str, StoredForm], source: str | Path, f
     Raises:
         ValueError: one line with the source, the schemes, the number of tensors, the first names and the cure.
     """
-    scheme = declared_scheme(folder / _CONFIG_FILE) if folder is not None else None
+    scheme = declared_scheme(folder / CONFIG) if folder is not None else None
     check_not_quantised(tensors, str(source), declared=scheme)
     if scheme is not None:
         warnings.warn(
