@@ -20,7 +20,7 @@ from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.experiments.terminal_tables import Column, show_table
 from dpp_lightning.storage.atomic_write import atomic_file, check_writable
-from dpp_lightning.storage.checkpoints import only_dtype
+from dpp_lightning.storage.checkpoints import common_dtype
 from dpp_lightning.storage.locate import not_found
 from dpp_lightning.storage.model_folder import copy_files, dense_side_files, side_files
 from dpp_lightning.storage.output_file import check_output_file
@@ -66,7 +66,7 @@ def evaluate_model(
         log_samples: also write every prompt and answer into the file
         delta: a delta folder or hub id whose base is MODEL
         task: of a merged delta, the task whose head is used
-        dtype: of the weights; null for the checkpoint's
+        dtype: of the weights; null for the checkpoint's, with a delta that of its files, of several the wider
         device: cpu, cuda, cuda:1; null for cuda where there is one
         batch_size: examples at a time
         max_length: tokens of prompt and answer at most; null for the model's own limit
@@ -294,14 +294,14 @@ def load_tokenizer(model: str, folder: str, chat: bool) -> Any:
 
 
 def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str | None) -> Any:
-    """A causal language model, with the delta put onto it in the checkpoint's own dtype and only then cast.
+    """A causal language model, with the delta put onto it in a dtype that its files fit and only then cast.
 
     Args:
         source: folder or hub id of the base, or of a dense model where there is no delta.
         delta: put on for good, since the model is not used as a base again.
         folder: as :func:`side_folder` gives it.
-        dtype: of the weights; None for the one that the base's files have, as ``dpp apply`` writes it; where these are
-            several, for the one that its configuration names.
+        dtype: of the weights; None for the one that the base's files have, as ``dpp apply`` writes it, of several the
+            wider.
 
     Raises:
         ValueError: a delta of another base, or weights without the tensors of a causal language model.
@@ -313,7 +313,7 @@ def load_model(source: str, delta: SparseDelta | None, folder: str, dtype: str |
     if delta is not None:  # the base as it is: the delta is checked against its values and may add rows
         config.dtype, config.get_text_config().vocab_size = base_config.dtype, base_config.get_text_config().vocab_size
     # its configuration may name another dtype than its files have, which dpp apply goes by
-    own = dtype or "auto" if delta is None else only_dtype(source) or "auto"
+    own = dtype or "auto" if delta is None else common_dtype(source, delta.contents.shapes_in_base) or "auto"
     with without_load_report(bar=False):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=own, output_loading_info=True)
     model, carried = loaded[0], delta.carried if delta else {}

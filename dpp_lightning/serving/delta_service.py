@@ -9,8 +9,9 @@ from typing import Any
 
 import transformers
 
+from dpp_lightning.delta.folder import DeltaReader
 from dpp_lightning.serving.delta_pool import DeltaPool
-from dpp_lightning.storage.checkpoints import only_dtype
+from dpp_lightning.storage.checkpoints import common_dtype
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.storage.quiet_loading import without_load_report
 from dpp_lightning.tensors.names import canonical_names
@@ -87,7 +88,7 @@ class DeltaService:
 
     def __init__(self, served: Served, device: str) -> None:
         self._served = served
-        model, self._missing = _load(served.base, served.task)
+        model, self._missing = _load(served)
         self.pool = DeltaPool(model.to(device).eval(), served.memory)
         for name, source in served.sources.items():
             self.pool.add(name, source, force=served.force)
@@ -160,11 +161,12 @@ def _failure(error: Exception) -> Refusal:
     return Refusal(_BROKEN, "the model failed; the server's log says where")
 
 
-def _load(base: str, task: str) -> tuple[Any, frozenset[str]]:
-    """The base for a task, in its own dtype, and the canonical names of those tensors that its files lack."""
+def _load(served: Served) -> tuple[Any, frozenset[str]]:
+    """The base in the dtype that the deltas fit, and the canonical names of those tensors that its files lack."""
+    changed = {name for source in served.sources.values() for name in DeltaReader.open(source).contents.shapes_in_base}
     with without_load_report(bar=False):
-        loaded: Any = getattr(transformers, MODEL_CLASSES[task]).from_pretrained(
-            base, dtype=only_dtype(base) or "auto", output_loading_info=True
+        loaded: Any = getattr(transformers, MODEL_CLASSES[served.task]).from_pretrained(
+            served.base, dtype=common_dtype(served.base, changed) or "auto", output_loading_info=True
         )
     model, info = loaded
     canonical = canonical_names(model)

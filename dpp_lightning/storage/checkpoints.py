@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from functools import partial, reduce
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,7 +18,7 @@ from dpp_lightning.storage.quantised import check_plain_weights, refuse_gguf
 from dpp_lightning.storage.safetensors_writer import INDEX_FILE, SINGLE_FILE
 from dpp_lightning.storage.sharded_checkpoint import is_sharded, load_sharded, read_sharded
 from dpp_lightning.storage.tied_tensors import share_tied
-from dpp_lightning.tensors.names import TensorSource
+from dpp_lightning.tensors.names import TensorSource, canonical_tensors
 
 Progress = Callable[[int, int], None]  # called with the bytes that are done, and all of them
 Weights = TensorSource | str | Path  # a module, a state dict, or what load_tensors takes
@@ -156,11 +156,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def only_dtype(source: str | Path, revision: str | None = None) -> torch.dtype | None:
-    """The dtype of all floating-point tensors of a model's files; None where they have several.
+def common_dtype(source: str | Path, names: Collection[str], revision: str | None = None) -> torch.dtype | None:
+    """The dtype that holds the floating-point tensors of a model's files exactly: their own, or of several the wider.
+
+    transformers loads all weights of a model in one dtype, which need not be one that a delta fits: where norms are in
+    float32 and the rest in bfloat16, the norms would be rounded.
 
     Args:
         source, revision: as for :func:`load_tensors`.
+        names: canonical names of the tensors that count, as files may have buffers in another dtype. Where the files
+            have none of them, every tensor counts.
+
+    Returns:
+        None where they are of fewer than 16 bits, which is a quantised model.
     """
-    dtypes = {tensor.dtype for tensor in load_tensors(source, revision).values() if tensor.is_floating_point()}
-    return dtypes.pop() if len(dtypes) == 1 else None
+    tensors = canonical_tensors(load_tensors(source, revision))
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if known := [tensors[name].dtype for name in names if name in tensors and tensors[name].is_floating_point()]:
+        dtypes = {*known}
+    if not dtypes or min(dtype.itemsize for dtype in dtypes) < 2:
+        return None
+    return reduce(torch.promote_types, dtypes)

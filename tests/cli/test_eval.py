@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_causal import make_decoder, make_tokenizer, save_decoder, write_rows
+from tiny_causal import make_decoder, make_tokenizer, save_decoder, widen_norms, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from dpp_lightning import SparseDelta
@@ -263,6 +263,22 @@ def test_a_configuration_that_names_another_dtype_than_the_files_have(of_files, 
         model = load_model(base, SparseDelta.from_pretrained(folder), beside, None)
     assert model.dtype == dense.dtype == of_files
     assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
+
+
+def test_a_base_whose_norms_have_another_dtype_than_its_maps(tmp_path):
+    base, tuned = make_pair(tmp_path, torch.bfloat16)
+    widen_norms(base)
+    widen_norms(tuned)
+    folder = make_delta(base, tuned, tmp_path / "delta", 0.5)
+    assert main(["apply", base, folder, "--output", str(tmp_path / "dense")]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    with side_folder(base, folder, None) as beside:
+        model = load_model(base, SparseDelta.from_pretrained(folder), beside, "bfloat16")
+        wide = load_model(base, SparseDelta.from_pretrained(folder), beside, None)
+    assert torch.equal(model(WORDS).logits, dense(WORDS).logits)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+    assert wide.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(w.bfloat16(), m) for w, m in zip(wide.parameters(), model.parameters(), strict=True))
 
 
 def test_a_base_s_generation_settings_are_not_those_of_a_fine_tuned_model_without_any(tmp_path):

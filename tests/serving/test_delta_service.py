@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from served_deltas import LABELS, TEXTS, close, dense_pipeline, fine_tune, make_deltas
-from tiny_causal import save_decoder
+from tiny_causal import save_decoder, widen_norms
 from tiny_glue import make_model
-from transformers import BertForTokenClassification, BertModel
+from transformers import AutoModelForCausalLM, BertForTokenClassification, BertModel
 
 from dpp_lightning.cli.serve import _read_deltas
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
@@ -74,6 +75,17 @@ def test_a_delta_larger_than_the_memory_is_refused_and_the_others_are_served(pla
     assert small.status == 503
     assert "sst2 takes" in small.reason
     assert close(base, dense_pipeline(place, None)(["w1"]))
+
+
+def test_a_base_whose_norms_have_another_dtype_than_its_maps(tmp_path):
+    base, tuned = save_decoder(tmp_path / "base"), save_decoder(tmp_path / "tuned/x", seed=1)
+    for place in (base, tuned):
+        AutoModelForCausalLM.from_pretrained(place).bfloat16().save_pretrained(place)
+        widen_norms(place)
+    prune_checkpoint(base, tuned, tmp_path / "delta/x", PruningSpec("dare", 0.5))
+    served = service(tmp_path, ["x"], "text-generation")
+    assert served.pool.model.dtype == torch.float32
+    assert not isinstance(served.answer([Request("7 + 8", "x")])[0], Refusal)
 
 
 def test_the_base_of_an_encoder_has_no_head_and_says_so(tmp_path):

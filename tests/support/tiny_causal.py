@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -70,6 +71,13 @@ def save_decoder(folder: Path, kind: str = "qwen2", **settings) -> str:
     make_decoder(kind, **settings).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def widen_norms(folder: str | Path) -> None:
+    """Norms of a saved decoder in float32, with values that bfloat16 would round; the rest stays as it is."""
+    file = Path(folder) / "model.safetensors"
+    tensors = {n: t.float() + 1e-4 if "norm" in n else t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
