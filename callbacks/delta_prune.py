@@ -77,7 +77,7 @@ class DeltaPruneCallback(pl.Callback):
       seconds, and the name of its ``folder``. The first line also has ``run``, what all rows have in common.
     - a folder ``{method}-p{pruning_rate}-seed{seed}`` per pruned model, which ``SparseDelta.from_pretrained``,
       ``dpp apply`` and ``dpp inspect`` read: the delta in ``delta_model.safetensors`` and ``delta_config.json``, a
-      model card, a transformers model's ``config.json``, and a pruned LoRA adapter in ``adapter``.
+      model card, ``config.json`` of a model of transformers or timm, and a pruned LoRA adapter in ``adapter``.
     - ``q_curve.png``, with ``plot``.
     - folders ``earlier-1``, ``earlier-2``, …, each with all that one earlier run left in ``output_dir``; it is moved
       there when the first row of the next run is made.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -96,21 +93,3 @@ def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope, callback: 
     if reason := checks.nothing_changed():
         rank_zero_warn(f"{reason}: every delta is empty. Did the training take a step, and train what is in scope?")
     return True
-
-
-def transformers_config(module: nn.Module) -> dict[str, bytes]:
-    """``config.json`` of the outermost transformers model in a module, for the delta's folder; empty without one.
-
-    With it ``dpp apply`` writes a dense folder that ``from_pretrained`` loads. It names the dtype that the model has
-    now, and not where the model was loaded from, which may be a path of this machine.
-    """
-    for child in module.modules():
-        config = getattr(child, "config", None)
-        # a PeftModel passes its model's attributes on, so its class is asked whether it is a transformers model
-        if hasattr(type(child), "base_model_prefix") and hasattr(config, "to_json_string"):
-            copied: Any = deepcopy(config)
-            copied.architectures, copied.dtype = [type(child).__name__], child.dtype
-            values = json.loads(copied.to_json_string(use_diff=False))
-            values.pop("_name_or_path", None)
-            return {"config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
-    return {}

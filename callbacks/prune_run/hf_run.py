@@ -14,12 +14,13 @@ from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.pieces import pieces_of
 from dpp_lightning.callbacks.prune_run.base_weights import BaseWeights
 from dpp_lightning.callbacks.prune_run.calibration_data import measured_on, with_known_inputs
-from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
+from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned
 from dpp_lightning.callbacks.prune_run.fit_notices import prefix_of
 from dpp_lightning.callbacks.prune_run.hf_passes import HFPasses, from_first
 from dpp_lightning.callbacks.prune_run.hf_trainer_checks import hf_folder, pruning_callbacks
 from dpp_lightning.callbacks.prune_run.hub_upload import push_deltas
 from dpp_lightning.callbacks.prune_run.logger_report import RunReport, boards_of_transformers, show_run
+from dpp_lightning.callbacks.prune_run.model_config import model_config_file
 from dpp_lightning.callbacks.prune_run.progress import (
     RESULTS_FILE,
     Reporter,
@@ -159,7 +160,7 @@ class HFPruneRun:
         """Configuration and tokenizer for the deltas' folders; with ``pretrained`` only what is not the base's."""
         settings, model = self.settings, self.module
         with TemporaryDirectory() as folder:
-            for name, content in transformers_config(model).items():
+            for name, content in model_config_file(model).items():
                 (Path(folder) / name).write_bytes(content)
             parts: tuple[Any, ...] = (self.passes.trainer.processing_class, getattr(model, "generation_config", None))
             for part in parts:

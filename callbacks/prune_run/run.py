@@ -15,7 +15,8 @@ from dpp_lightning.callbacks.prune_run.evaluation import (
     read_monitor,
     warn_of_several_loaders,
 )
-from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned, transformers_config
+from dpp_lightning.callbacks.prune_run.exchanged_models import exchanged_plan, leave_pruned
+from dpp_lightning.callbacks.prune_run.model_config import model_config_file
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter, report_carried, report_results
 from dpp_lightning.callbacks.prune_run.run_identity import check_score, run_identity
 from dpp_lightning.callbacks.prune_run.run_rows import RunRows
@@ -152,7 +153,7 @@ class PruneRun:
             method_settings=settings.method_settings,
             split=self.passes.split,
             q_split=self.calibration.source,
-            side_files=transformers_config(self.module),
+            side_files=model_config_file(self.module),
             monitor=self.passes.monitor,
         )
 

@@ -3,6 +3,8 @@
 import json
 
 import lightning.pytorch as pl
+import pytest
+import timm
 import torch
 from prune_fits import callback
 from torch.utils.data import DataLoader
@@ -24,6 +26,11 @@ class Classifier(pl.LightningModule):
     def test_step(self, batch, index):
         tokens, labels = batch[:, :-1], batch[:, -1]
         self.log("acc", (self.model(tokens).logits.argmax(-1) == labels).float().mean())
+
+
+class Images(Classifier):
+    def test_step(self, batch, index):
+        self.log("acc", (self.model(batch).argmax(-1) == 0).float().mean())
 
 
 def test_config_json_has_the_dtype_of_the_model_and_no_path(tmp_path):
@@ -53,3 +60,36 @@ def test_config_json_has_the_dtype_of_the_model_and_no_path(tmp_path):
     dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert dense.dtype == torch.bfloat16  # the base's, which the tensors have
     assert json.loads((tmp_path / "dense/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def timm_delta(folder, model):
+    """The folder of a delta of a model of timm that was moved a little from a base in ``folder / "base"``."""
+    base = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
+    timm.models.save_for_hf(base, str(folder / "base"), safe_serialization=True)
+    model.load_state_dict({n: t for n, t in base.state_dict().items() if not n.startswith("head.")}, strict=False)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.add_(0.01)
+    prune = callback(folder / "deltas", pretrained=str(folder / "base"), pruning_rate=0.5)
+    pl.Trainer(**QUIET, callbacks=[prune]).test(Images(model), DataLoader(torch.randn(4, 3, 32, 32), 2), verbose=False)
+    return next((folder / "deltas").glob("*/delta_config.json")).parent
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+def test_the_dense_model_of_a_timm_delta_is_built_by_its_config_json(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **SMALL)
+    apply_checkpoint(tmp_path / "base", timm_delta(tmp_path, model), tmp_path / "dense")
+    dense = timm.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True)
+    assert dense.num_classes == 5
+    assert dense.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(dense.head.weight, model.head.weight)
+
+
+def test_a_head_that_was_put_in_by_hand_is_not_in_timm_s_configuration(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
+    model.head = torch.nn.Linear(16, 5)
+    folder = timm_delta(tmp_path, model)
+    assert not (folder / "config.json").exists()
+    with pytest.warns(UserWarning, match="does not fit head.bias .5 rows, there 3."):
+        apply_checkpoint(tmp_path / "base", folder, tmp_path / "dense")
