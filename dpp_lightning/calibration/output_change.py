@@ -13,7 +13,8 @@ Measure = Literal["mean", "top-logits"]
 MEASURES: tuple[str, ...] = get_args(Measure)
 Reduce = Callable[[int, Tensor], Tensor]
 
-_TOP = 5  # logits that count in the squared error
+TOP_OF_CODE = 5  # logits that count in the squared error, as in the released code for decoders
+_MANY_CLASSES = 4096  # from which on an output is treated as logits over a vocabulary
 
 
 class OutputChange:
@@ -31,7 +32,7 @@ class OutputChange:
     def __init__(self, run: Callable[[Reduce], list[Tensor]], measure: Measure = "mean") -> None:
         self.run, self.measure = run, measure
         self._reference: list[Tensor] = []
-        self._top: list[Tensor] = []
+        self._top: list[Tensor | None] = []
 
     def take_reference(self) -> None:
         """Remember the outputs of the fine-tuned model, which the model holds now."""
@@ -42,14 +43,13 @@ class OutputChange:
         """The change of the outputs; more is worse."""
         if self.measure == "mean":
             return output_change(self._reference, self.run(_whole))
-        outputs = self.run(lambda number, output: output.gather(-1, self._top[number]).float())
+        outputs = self.run(lambda number, output: _taken(output, self._top[number]).float())
         total = sum(_difference(a, b).square().sum().item() for a, b in zip(self._reference, outputs, strict=True))
         return float(total) / max(sum(t.numel() for t in outputs), 1)
 
     def _largest(self, number: int, output: Tensor) -> Tensor:
-        top = output.topk(min(_TOP, output.shape[-1]), dim=-1)
-        self._top.append(top.indices)
-        return top.values.float()
+        self._top.append(largest(output, TOP_OF_CODE))
+        return _taken(output, self._top[-1]).float()
 
 
 def _whole(number: int, output: Tensor) -> Tensor:
@@ -79,15 +79,49 @@ def output_change(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> flo
     return float(total) / max(sum(t.numel() for t in reference), 1)
 
 
-def top_logits_error(reference: Tensor, outputs: Tensor) -> Tensor:
+def top_logits_error(reference: Tensor, outputs: Tensor, most: int = TOP_OF_CODE) -> Tensor:
     """Mean squared difference over the fine-tuned model's top-min(5, classes) logits (released code for decoders).
 
     Args:
-        reference: the fine-tuned model's logits, (..., classes).
+        reference: the fine-tuned model's logits, (..., classes), or one number a sample.
         outputs: the pruned model's, of the same shape; may carry gradients.
+        most: logits that count.
     """
-    top = reference.topk(min(_TOP, reference.shape[-1]), dim=-1)
-    return (outputs.gather(-1, top.indices) - top.values).square().mean()
+    top = largest(reference, most)
+    return (_taken(outputs, top) - _taken(reference, top)).square().mean()
+
+
+def largest(output: Tensor, most: int) -> Tensor | None:
+    """Places of the largest numbers along the last dimension, shape (..., most); None where all of them count.
+
+    Args:
+        output: shape (..., classes); of one dimension it is a number of each sample, which all count.
+        most: how many.
+    """
+    if output.dim() < 2 or output.shape[-1] <= most:
+        return None
+    return output.float().topk(most, dim=-1).indices
+
+
+def logits_that_count(module: nn.Module, output: Tensor, most: int) -> int:
+    """How many numbers along an output's last dimension are compared in training.
+
+    Of logits over a vocabulary the largest say what is predicted. Of other outputs, such as classes, embeddings,
+    reconstructed inputs or maps of an image, every number does.
+
+    Args:
+        module: whose output it is. A vocabulary has as many entries as its largest embedding has rows, or more than
+            4,096.
+        output: shape (..., classes).
+        most: of a vocabulary's.
+    """
+    rows = max((part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)), default=0)
+    width = output.shape[-1] if output.dim() else 1
+    return most if width == rows or width > _MANY_CLASSES else width
+
+
+def _taken(output: Tensor, places: Tensor | None) -> Tensor:
+    return output if places is None else output.gather(-1, places)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dpp_lightning.calibration.output_change import top_logits_error
+from dpp_lightning.calibration.output_change import TOP_OF_CODE, logits_that_count, top_logits_error
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import gather_entries
 from dpp_lightning.tensors.name_matching import match_names
@@ -39,7 +39,7 @@ class BatchGradients:
     def loss(self, delta: SparseDelta, batch: int) -> float:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
         with delta.applied(self.module, force=True), torch.no_grad():
-            return float(top_logits_error(self.reference[batch], self._forward(self.pieces[batch])))
+            return float(self._error(self.reference[batch], self._forward(self.pieces[batch])))
 
     def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
@@ -52,7 +52,7 @@ class BatchGradients:
                 for tensor in frozen:
                     tensor.requires_grad_(True)
                 piece, reference = tree_map(_normal, (self.pieces[batch], self.reference[batch]))
-                loss = top_logits_error(reference, self._forward(piece))
+                loss = self._error(reference, self._forward(piece))
                 gradients = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
             finally:
                 for tensor in frozen:
@@ -63,6 +63,9 @@ class BatchGradients:
             for name, target in targets.items()
             if all(id(owner) in of_owner for owner, _ in target.pieces)
         }
+
+    def _error(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        return top_logits_error(reference, outputs, logits_that_count(self.module, reference, TOP_OF_CODE))
 
     def _forward(self, piece: Any) -> Tensor:
         training = self.module.training

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dpp_lightning.calibration.output_change import largest, logits_that_count
 from dpp_lightning.calibration.padding import Padding
 from dpp_lightning.tensors.blocks import block_of
 
-TOP_LOGITS = 32  # of a token, in descending order of the fine-tuned model's; those of fewer classes are all kept
+TOP_LOGITS = 32  # of a token that are kept of the fine-tuned model's logits over a vocabulary
 _LEAST = 1e-12  # of a normaliser: a part of the model in which nothing was trained
 
 Forward = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -40,7 +41,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The fine-tuned model's outputs on one piece, the largest of many classes with their places."""
+    """The fine-tuned model's outputs on one piece, of logits over a vocabulary the largest with their places."""
 
     outputs: list[tuple[Tensor, Tensor | None]]
     states: dict[int, Tensor]
@@ -178,11 +179,9 @@ class Teacher:
     def _referred(self, found: Outputs) -> _Reference:
         outputs: list[tuple[Tensor, Tensor | None]] = []
         for output in found.outputs:
-            if output.dim() and output.shape[-1] > TOP_LOGITS:
-                top = output.float().topk(TOP_LOGITS, dim=-1)
-                outputs.append((top.values.cpu(), top.indices.to(torch.int32).cpu()))
-            else:
-                outputs.append((output.float().cpu(), None))
+            places = largest(output, logits_that_count(self.module, output, TOP_LOGITS))
+            taken = output if places is None else output.gather(-1, places)
+            outputs.append((taken.float().cpu(), None if places is None else places.to(torch.int32).cpu()))
         return _Reference(outputs, {index: state.cpu() for index, state in found.states.items()})
 
     def _errors(self, found: Outputs, number: int) -> tuple[Tensor, dict[int, Tensor]]:
