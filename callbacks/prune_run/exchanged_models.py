@@ -14,7 +14,7 @@ from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.tensors.interrupts import restored_after
 from dpp_lightning.tensors.name_matching import saved_names
-from dpp_lightning.tensors.names import canonical_tensors, has_file_names, named_tensors
+from dpp_lightning.tensors.names import has_file_names, named_tensors
 
 
 def exchanged_plan(
@@ -43,6 +43,7 @@ def exchanged_plan(
         {**in_base, **{name: in_module[name] for name in replaced}},
         {**in_module, **{name: in_base[name] for name in replaced}},
         scope,
+        named,
         base_name=base_name,
         base_revision=base_revision,
         saved=saved_names(named, base.saved, exact=has_file_names(module)),
@@ -86,7 +87,8 @@ def can_be_pruned(base: BaseWeights, module: nn.Module, scope: Scope, callback: 
         scope: what is pruned.
         callback: name of the callback's class, for the warning.
     """
-    checks = PruningPlan.matched(base.tensors, canonical_tensors(module), scope).checks
+    named = named_tensors(module)
+    checks = PruningPlan.matched(base.tensors, {n.name: n.tensor for n in named}, scope, named).checks
     if fault := checks.not_finite():
         rank_zero_warn(f"{callback} did not prune: {fault}")
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
@@ -23,6 +23,7 @@ from dpp_lightning.pruning.expert_forms import check_expert_forms
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
+from dpp_lightning.pruning.unchanged import is_same, without_idle
 from dpp_lightning.pruning.value_checks import ValueChecks
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safe_text import printable
@@ -30,12 +31,17 @@ from dpp_lightning.tensors.dtypes import FLOATS, exact_dtype, to_dtype
 from dpp_lightning.tensors.fingerprint import combine_hashes, hash_tensor
 from dpp_lightning.tensors.flat_entries import EntriesHash, gather_entries, samples_of
 from dpp_lightning.tensors.name_matching import match_models, match_names, saved_names
-from dpp_lightning.tensors.names import TensorSource, buffers_among, check_prunable, has_file_names, named_tensors
+from dpp_lightning.tensors.names import (
+    NamedTensor,
+    TensorSource,
+    buffers_among,
+    check_prunable,
+    has_file_names,
+    named_tensors,
+)
 from dpp_lightning.tensors.quantised import check_not_quantised
-from dpp_lightning.tensors.shards import equal_shards, full_tensor, is_dtensor
+from dpp_lightning.tensors.shards import full_tensor, is_dtensor
 from dpp_lightning.tensors.threads import in_order, over_threads
-
-_PROBE = 4096  # entries compared before whole tensors are
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class PruningPlan:
         ignored = {n.name: n.tensor for n in all_base if n.name not in known}
         check_expert_forms([n.name for n in named if n.name not in base_named], ignored)
         weights, scope = {n.name: n.tensor for n in named}, scope.carrying(buffers_among(named, finetuned))
-        plan = cls.matched(matched, weights, scope, ignored, base_name=base_name, base_revision=base_revision)
+        plan = cls.matched(matched, weights, scope, named, ignored, base_name=base_name, base_revision=base_revision)
         return replace(plan, prefix=prefix, names=file_names)
 
     @classmethod
@@ -108,6 +114,7 @@ class PruningPlan:
         base: dict[str, Tensor],
         finetuned: dict[str, Tensor],
         scope: Scope,
+        named: Iterable[NamedTensor],
         ignored: Mapping[str, Tensor] | None = None,
         *,
         base_name: str | None = None,
@@ -119,6 +126,7 @@ class PruningPlan:
         Args:
             base, finetuned: canonical name to tensor; the fine-tuned model may have further ones.
             scope, base_name, base_revision: as for :meth:`of`.
+            named: the fine-tuned tensors, which say what is no part of the model proper.
             ignored: tensors of the base that the fine-tuned model does not have.
             saved: the fine-tuned model's names, of :func:`dpp_lightning.tensors.name_matching.saved_names`.
 
@@ -129,11 +137,12 @@ class PruningPlan:
         check_not_quantised({**(ignored or {}), **base}, "the base")
         check_shapes(base, finetuned, scope)
         fates = scope.fates(base, finetuned, ignored)
+        finetuned = without_idle(finetuned, named, base)
         return cls(
             base=base,
             finetuned=finetuned,
-            fates=fates,
-            unchanged=frozenset(n for n, t in finetuned.items() if n in base and _same(t, base[n])),
+            fates={name: fates[name] for name in finetuned},
+            unchanged=frozenset(n for n, t in finetuned.items() if n in base and is_same(t, base[n])),
             scope=scope,
             base_name=base_name,
             base_revision=base_revision,
@@ -437,14 +446,3 @@ class PruningPlan:
             prefix=self.prefix,
             names=dict(sorted((self.names or {}).items())),
         )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if is_dtensor(a) and is_dtensor(b):
-        return equal_shards(a, b)
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
-    if not torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)):  # most tensors differ at once: the rest is not read
-        return False
-    return torch.equal(a, b.to(a.device))

@@ -1,11 +1,16 @@
 """prune(): works with its own defaults, and says what calibration data a method cannot do without."""
 
+import copy
+
 import pytest
 import torch
 from tiny import pair
+from tiny_glue import bert_config
+from transformers import BertForSequenceClassification
 
 from dpp_lightning import METHODS, prune
 from dpp_lightning.calibration import Calibration
+from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 from dpp_lightning.methods import PruningSpec
 from dpp_lightning.pruning.plan import PruningPlan
 from dpp_lightning.pruning.scope import Scope
@@ -54,3 +59,27 @@ def test_what_is_found_on_one_mask_serves_the_next_without_another_search():
     assert first.q == second.q == pytest.approx(0.3, rel=0.02)
     name = "layers.0.0.weight"
     assert not torch.equal(first.tensors[name].indices, second.tensors[name].indices)
+
+
+class Weighted(torch.nn.Module):
+    """A classifier of transformers with a loss that has class weights, as in many LightningModules."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_constants_beside_a_transformers_model_are_no_part_of_its_delta(tmp_path):
+    model = BertForSequenceClassification(bert_config(num_labels=3))
+    model.save_pretrained(tmp_path / "base")
+    base, finetuned = Weighted(model), copy.deepcopy(Weighted(model))
+    with torch.no_grad():
+        finetuned.model.classifier.weight.add_(1)
+    prune(base, finetuned, pruning_rate=0).save_pretrained(tmp_path / "delta")
+    apply_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "dense")
+    dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense").state_dict()
+    assert dense.keys() == finetuned.model.state_dict().keys()
+    assert all(torch.equal(dense[name], value) for name, value in finetuned.model.state_dict().items())
+    finetuned.loss.weight.mul_(2)  # one that changed is stored whole
+    changed = prune(base, finetuned, pruning_rate=0)
+    assert torch.equal(changed.carried["loss.weight"], finetuned.loss.weight)
