@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
 from dpp_lightning.callbacks.prune_run.base_weights import (
@@ -44,18 +46,21 @@ from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_vie
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter
 from dpp_lightning.callbacks.prune_run.rows_bar import rows_reporter
 from dpp_lightning.callbacks.prune_run.run import PruneRun
+from dpp_lightning.callbacks.prune_run.scope_checks import (
+    check_inputs,
+    check_methods,
+    tensors_to_prune,
+    warn_of_own_base,
+)
 from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_bar import finish_bar, shows_bars
 from dpp_lightning.callbacks.prune_run.trainer_checks import check_shards, check_trainer
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.run_lock import alone_in
 from dpp_lightning.experiments.sweep_worker import Worker
-from dpp_lightning.methods.block_checks import check_method
-from dpp_lightning.methods.registry import METHODS
-from dpp_lightning.pruning.coverage import check_rates
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
-from dpp_lightning.tensors.names import buffer_names, canonical_tensors
+from dpp_lightning.tensors.names import buffer_names
 from dpp_lightning.tensors.shards import reshard
 
 _CHECKPOINT_KEY = "dpp_base_fingerprints"  # in a checkpoint: the carried names to the fingerprint of the base
@@ -278,6 +283,8 @@ class DeltaPruneCallback(pl.Callback):
             base.check_complete(pl_module, new)
             self._base_fingerprint = base.verified_fingerprint(pl_module, new, carry, self._checkpoint_fingerprint)
             self._check_scope(trainer, pl_module, base)
+            if not base.explicit and find_adapter(pl_module) is None:
+                warn_of_own_base(self._to_prune(trainer, pl_module, base), pl_module)
         if self.settings.ckpt == "best":
             check_loads(pl_module)
         if not self._monitor_checked:
@@ -411,8 +418,11 @@ class DeltaPruneCallback(pl.Callback):
 
     def _take_calibration_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take and try the data that the methods need, so that what is wrong with it is known now."""
-        with self._adapter_view(module):
-            self._calibration = CalibrationData(self.settings, trainer)
+        with self._adapter_view(module) as base:
+            data = self._calibration = CalibrationData(self.settings, trainer)
+            if data.batch is not None:
+                scope, pruned = self._scope(trainer, module), self._to_prune(trainer, module, base)
+                check_inputs(self.settings, scope, pruned, data.inputs, data.all_inputs)
 
     def _adapter_view(self, module: pl.LightningModule, *, keep: bool = False) -> AbstractContextManager[BaseWeights]:
         """Module and base as they are pruned: a LoRA adapter's parameters against zero, or its merged weights."""
@@ -420,15 +430,13 @@ class DeltaPruneCallback(pl.Callback):
         return adapter_view(module, self._base, self.settings.lora, keep=keep)
 
     def _check_scope(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> None:
-        """Refuse a scope that leaves nothing to prune, a method by blocks if none of what is trained is in one, and
-        a rate that leaves a method nothing to hold."""
-        scope, tensors = self._scope(trainer, module), canonical_tensors(module)
-        pruned = {n: tensors[n] for n, fate in scope.fates(base.tensors, tensors).items() if fate == "prune"}
-        trained = {} if self.settings.lora == "merged" else {n: t for n, t in pruned.items() if t.requires_grad}
-        for method in self.settings.methods:
-            if METHODS[method].by_blocks:
-                check_method(f"{method} goes", scope.placed(trained or pruned))
-        check_rates(self.settings.specs, {name: tuple(tensor.shape) for name, tensor in pruned.items()})
+        """Refuse what cannot be pruned; see :mod:`dpp_lightning.callbacks.prune_run.scope_checks`."""
+        check_methods(self.settings, self._scope(trainer, module), self._to_prune(trainer, module, base))
+
+    def _to_prune(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseWeights) -> dict[str, Tensor]:
+        later = any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        scope, frozen = self._scope(trainer, module), later or self.settings.lora == "merged"
+        return tensors_to_prune(scope, base.tensors, module, frozen=frozen)
 
     def _scope(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scope:
         """The scope with buffers, and heads that were new in this training, carried."""

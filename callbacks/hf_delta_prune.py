@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpp_lightning.calibration.output_change import Measure, resolve_layer
+from dpp_lightning.calibration.pieces import pieces_of
+from dpp_lightning.calibration.teacher import CannotTrain
 from dpp_lightning.callbacks.prune_run.base_weights import ASK_FOR_PRETRAINED, BaseWeights, has_weights, new_names
 from dpp_lightning.callbacks.prune_run.calibration_data import measured_on, try_training
 from dpp_lightning.callbacks.prune_run.evaluation_trial import check_evaluated_weights
@@ -30,16 +32,14 @@ from dpp_lightning.callbacks.prune_run.hub_upload import check_can_upload
 from dpp_lightning.callbacks.prune_run.lora_view import AdapterView, adapter_view, find_adapter
 from dpp_lightning.callbacks.prune_run.progress import RESULTS_FILE, Reporter
 from dpp_lightning.callbacks.prune_run.rows_bar import rows_reporter
-from dpp_lightning.callbacks.prune_run.settings import PruneSettings, as_tuple
+from dpp_lightning.callbacks.prune_run.scope_checks import check_inputs, check_methods, tensors_to_prune
+from dpp_lightning.callbacks.prune_run.settings import SAMPLES, PruneSettings, as_tuple
 from dpp_lightning.callbacks.prune_run.trainer_checks import warn_of_direction
 from dpp_lightning.experiments.grid import Result
 from dpp_lightning.experiments.run_lock import alone_in
-from dpp_lightning.methods.block_checks import check_method
-from dpp_lightning.methods.registry import METHODS
-from dpp_lightning.pruning.coverage import check_rates
 from dpp_lightning.pruning.scope import Scope
 from dpp_lightning.storage.atomic_write import check_writable
-from dpp_lightning.tensors.names import buffer_names, canonical_tensors
+from dpp_lightning.tensors.names import buffer_names
 
 _ATTACH = "prune = HFDeltaPruneCallback(...); prune.attach(trainer); trainer.train()"
 
@@ -202,11 +202,11 @@ class HFDeltaPruneCallback(TrainerCallback):
         self._take_base(model, state)
         with self._adapter_view() as base:
             check_base(base, model, new_names(model, optimizers), settings, state)
-            self._check_scope(base)
+            check_methods(settings, self._scope(), self._to_prune(base))
             passes = self._passes()
             passes.check_monitor()
             check_evaluated_weights(self._model, passes.score_first)
-            self._take_calibration_data(passes)
+            self._take_calibration_data(passes, base)
         self._goes_on = True
 
     def on_train_end(
@@ -295,15 +295,8 @@ class HFDeltaPruneCallback(TrainerCallback):
         model = self._model
         return self.settings.scope.carrying(new_names(model, self._optimizers()) | buffer_names(model))
 
-    def _check_scope(self, base: BaseWeights) -> None:
-        """Refuse a scope that leaves nothing to prune, a method by blocks if none of what is trained is in one, and
-        a rate that leaves a method nothing to hold."""
-        scope, tensors = self._scope(), canonical_tensors(self._model)
-        pruned = {n: tensors[n] for n, fate in scope.fates(base.tensors, tensors).items() if fate == "prune"}
-        for method in self.settings.methods:
-            if METHODS[method].by_blocks:
-                check_method(f"{method} goes", scope.placed(pruned))
-        check_rates(self.settings.specs, {name: tuple(tensor.shape) for name, tensor in pruned.items()})
+    def _to_prune(self, base: BaseWeights) -> dict[str, Tensor]:
+        return tensors_to_prune(self._scope(), base.tensors, self._model, frozen=self.settings.lora == "merged")
 
     def _check_output(self, trainer: Trainer) -> None:
         """Refuse a folder that cannot be written or that another callback writes into, and an upload that must fail."""
@@ -318,7 +311,7 @@ class HFDeltaPruneCallback(TrainerCallback):
         if settings.push_to_hub is not None:
             check_can_upload()
 
-    def _take_calibration_data(self, passes: HFPasses) -> None:
+    def _take_calibration_data(self, passes: HFPasses, base: BaseWeights) -> None:
         """Take and try the data that the methods need, so that what is wrong with it is known now."""
         settings = self.settings
         self._batch, self._source = None, ""
@@ -336,7 +329,10 @@ class HFDeltaPruneCallback(TrainerCallback):
             if settings.methods_with_gradients:
                 passes.output_gradients(measured_on(self._batch))
             if settings.methods_that_train:
-                try_training(passes.distillation, self._batch)
+                try_training(passes.distillation, self._batch, settings)
+            inputs = passes.layer_inputs([measured_on(self._batch)]) if settings.needs_inputs else {}
+        except CannotTrain:  # whatever the data
+            raise
         except Exception as error:  # of the user's model, in any way
             fault = " ".join(str(error).split())
             cure = (
@@ -347,3 +343,8 @@ class HFDeltaPruneCallback(TrainerCallback):
             raise ValueError(
                 f"the calibration batch ({source}) cannot be used: {type(error).__name__}: {fault}{cure}"
             ) from error
+        whole = self._batch
+        check_inputs(
+            settings, self._scope(), self._to_prune(base), inputs,
+            lambda: passes.layer_inputs(pieces_of(whole, SAMPLES)),
+        )  # fmt: skip

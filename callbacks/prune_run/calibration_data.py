@@ -18,6 +18,7 @@ from dpp_lightning.calibration.distillation import Distillation
 from dpp_lightning.calibration.output_change import OutputChange
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.pieces import pieces_of, samples_of
+from dpp_lightning.calibration.teacher import CannotTrain
 from dpp_lightning.callbacks.prune_run.calibration_batch import (
     CURE,
     CalibrationBatch,
@@ -45,6 +46,7 @@ class CalibrationData:
         batch: for the output change, inputs and gradients; None where no method needs one, or until training draws its
             first batch, where only that will do.
         labelled: a loader and the name of its data for the objective ``metric``; None where it is not needed.
+        inputs: of the layers, on some of the batch; empty where no method goes by them.
         waiting: whether :meth:`take_first` must be called once training has drawn its first batch.
 
     Raises:
@@ -55,6 +57,7 @@ class CalibrationData:
         self._settings, self._trainer = settings, trainer
         self.batch: CalibrationBatch | None = None
         self.labelled: tuple[Any, str] | None = None
+        self.inputs: dict[str, InputStatistics] = {}
         self._first: FirstTrainingBatch | None = None
         if settings.fits and settings.objective == "metric":
             self.labelled = labelled_loader(trainer, settings.calibration_dataloader)
@@ -85,6 +88,13 @@ class CalibrationData:
         batch, self._first = self._first.take(), None
         self.batch = self._tried(batch)
 
+    def all_inputs(self) -> dict[str, InputStatistics]:
+        """Inputs of the layers on all of the batch, with the weights that the module holds."""
+        assert self.batch is not None
+        passes = EvaluationPasses(self._trainer, self._settings.monitor)
+        with _as_it_was(self._trainer), isolate_rng():
+            return passes.layer_inputs(pieces_of(self.batch.batch, SAMPLES), self._settings.forward_fn)
+
     def _take_batch(self) -> None:
         trainer, samples = self._trainer, self._settings.samples
         loaders, source = _calibration_loaders(trainer, self._settings.calibration_dataloader)
@@ -108,6 +118,8 @@ class CalibrationData:
         fault = self._fault(taken.batch)
         if fault is None:
             return replace(taken, parts=())
+        if isinstance(fault, CannotTrain):  # whatever the data
+            raise fault
         for part in taken.parts:
             if self._fault(part.batch) is None:
                 rank_zero_warn(
@@ -131,10 +143,12 @@ class CalibrationData:
                 passes.outputs(measured_on(batch), layer, settings.forward_fn, lambda _, output: output)
                 if settings.methods_with_gradients:
                     passes.output_gradients(measured_on(batch), settings.forward_fn)
-                if settings.needs_inputs and not passes.layer_inputs([measured_on(batch)], settings.forward_fn):
-                    return ValueError(_NO_INPUTS.format(type(module).__name__))
+                if settings.needs_inputs:
+                    self.inputs = passes.layer_inputs([measured_on(batch)], settings.forward_fn)
+                    if not self.inputs:
+                        return ValueError(_NO_INPUTS.format(type(module).__name__))
                 if settings.methods_that_train:
-                    try_training(lambda some: passes.distillation(some, settings.forward_fn), batch)
+                    try_training(lambda some: passes.distillation(some, settings.forward_fn), batch, settings)
         except Exception as error:  # of the user's step, in any way
             return error
         return None
@@ -212,16 +226,22 @@ def measured_on(batch: Any) -> Any:
     return pieces_of(batch, SAMPLES)[0] if samples_of(batch) > SAMPLES else batch
 
 
-def try_training(make: Callable[[Any], object], batch: Any) -> None:
+def try_training(make: Callable[[Any], Distillation], batch: Any, settings: PruneSettings) -> None:
     """Try on some samples what training is made of, without what it warns of, which is said when it is made.
 
     Args:
         make: makes it of a batch.
         batch: the calibration data.
+        settings: of the methods that train.
+
+    Raises:
+        CannotTrain: settings by which the model cannot be trained.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        make(measured_on(batch))
+        training = make(measured_on(batch))
+    for method in settings.methods_that_train:
+        training.check_settings(settings.method_settings.get(method, {}))
 
 
 def labelled_loader(trainer: pl.Trainer, dataloader: Iterable[Any] | None) -> tuple[Any, str]:

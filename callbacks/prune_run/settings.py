@@ -192,12 +192,12 @@ class PruneSettings:
             if name not in self.methods:
                 faults.append(f"method_settings name {name!r}, which is not among the methods {list(self.methods)}")
         for name in self.methods:
-            if name in METHODS:
-                faults += _refused(partial(METHODS[name].check, 0), [self.method_settings.get(name, {})])
+            for rate in self.rates if name in METHODS and not _refused(exact_rate, self.rates) else ():
+                faults += _refused(partial(METHODS[name].check, rate), [self.method_settings.get(name, {})])
         for name in self.methods if self.dtype in DTYPES else ():
             if name in METHODS:
                 faults += _refused(partial(METHODS[name].check_dtype, name), [self.dtype])
-        return faults
+        return [*dict.fromkeys(faults)]
 
     def _plot_faults(self) -> list[str]:
         """A curve over q of a method that is not run, or that has more than one q."""

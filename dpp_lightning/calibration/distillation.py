@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dpp_lightning.calibration.teacher import Forward, Teacher, take_gradients
+from dpp_lightning.calibration.teacher import CannotTrain, Forward, Teacher, take_gradients
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.delta.contents import DeltaInfo
 from dpp_lightning.delta.sparse_delta import SparseDelta
@@ -121,6 +121,18 @@ class Distillation:
         self.teacher, self._normalised = Teacher(module, forward), False
         with _evaluating(module):
             self.teacher.learn(self.pieces)
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a method's settings that the module cannot be trained by.
+
+        Raises:
+            CannotTrain: ``loss="block"`` or ``activations="recomputed"`` of a model for which they are not.
+        """
+        given = Training.of(settings)
+        if given.loss == "block":
+            self.teacher.check_blocks()
+        if given.activations == "recomputed":
+            _with_checkpointing(self.module)
 
     def loss(self, delta: SparseDelta) -> float:
         """The loss of base plus delta on the held-out pieces: 0 is the fine-tuned model's, 2 the base's."""
@@ -260,9 +272,7 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
     Raises:
         ValueError: a model without such layers.
     """
-    models = [part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable")]
-    if not models or not getattr(models[0], "supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(module).__name__} has no gradient checkpointing: train without it")
+    model = _with_checkpointing(module)
     settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
     before = [(part, _switches(part), set(part._forward_hooks)) for part in module.modules()]
 
@@ -276,10 +286,22 @@ def _checkpointed(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]
                 del part._forward_hooks[number]
 
     with restored_after(restore):
-        _enabling(models[0])(settings)
-        for part in models[0].modules():
+        _enabling(model)(settings)
+        for part in model.modules():
             part.training = part.training or bool(getattr(part, "gradient_checkpointing", False))
         yield
+
+
+def _with_checkpointing(module: nn.Module) -> nn.Module:
+    """The model of transformers in a module.
+
+    Raises:
+        CannotTrain: there is none, or it has no gradient checkpointing.
+    """
+    models = [part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable")]
+    if not models or not getattr(models[0], "supports_gradient_checkpointing", False):
+        raise CannotTrain(f"{type(module).__name__} has no gradient checkpointing: leave activations=recomputed out")
+    return models[0]
 
 
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")

@@ -91,6 +91,16 @@ class Teacher:
         """Whether the module has blocks of which each runs once, as the last pass has shown."""
         return bool(self._references and self._references[0].states) and not self._repeated
 
+    def check_blocks(self) -> None:
+        """Refuse to train block by block where that cannot be.
+
+        Raises:
+            CannotTrain: a model whose blocks are not found, or of which one runs several times.
+        """
+        if not self.knows_blocks:
+            why = "of which a block runs several times" if self._repeated else "whose blocks go by no known names"
+            raise CannotTrain(f"loss=block is not for {type(self.module).__name__}, {why}: leave it out")
+
     def normalise(self, pieces: Sequence[Any], numbers: Sequence[int]) -> None:
         """Take the base's error as 1; the module holds the base's weights.
 
@@ -129,10 +139,8 @@ class Teacher:
         Raises:
             CannotTrain: a model whose blocks are not found, or of which one runs several times.
         """
+        self.check_blocks()
         known, keep = self._references[number].states, _tokens_of(piece)
-        if not self.knows_blocks:
-            why = "of which a block runs several times" if known else "whose blocks go by no known names"
-            raise CannotTrain(f"loss=block is not for {type(self.module).__name__}, {why}: leave it out")
         first, errors = next(iter(known)), dict[int, Tensor]()
 
         def hook(index: int, output: Any) -> Any:

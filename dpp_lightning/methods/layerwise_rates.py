@@ -1,9 +1,9 @@
 """OWL and DP: magnitude pruning whose rate differs from block to block, by what the delta has of large entries."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -217,7 +217,16 @@ def _within(fluctuation: float, pruning_rate: float) -> float:
     return min(fluctuation, pruning_rate, float(1 - exact_rate(pruning_rate)))
 
 
-def _check(*, fluctuation: float, outlier_factor: float) -> None:
+def verify(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of OWL and DP that are out of their range.
+
+    Raises:
+        ValueError: a fluctuation below 0, an outlier factor that is not above 0, or one that is not finite.
+    """
+    _check(**{name: settings[name] for name in ("fluctuation", "outlier_factor") if name in settings})
+
+
+def _check(*, fluctuation: float = 0.08, outlier_factor: float = 5.0) -> None:
     if not 0 <= fluctuation < float("inf"):
         raise ValueError(f"fluctuation (lambda) must be a number >= 0, usually 0.08; got {fluctuation!r}")
     if not 0 < outlier_factor < float("inf"):

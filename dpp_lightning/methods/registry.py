@@ -106,6 +106,7 @@ class Method:
         dtype: of the kept values where none is asked for; None for the fine-tuned dtype.
         factors_dtype: of the numbers of factors, for a method that has them, unless the settings have another.
         verify: refuses settings that are out of their range by a ValueError.
+        verify_at: the same of settings that do not go with the rate, which comes first.
     """
 
     select: selections.Selection
@@ -125,6 +126,7 @@ class Method:
     dtype: str | None = None
     factors_dtype: str | None = None
     verify: Callable[[Mapping[str, Any]], None] | None = None
+    verify_at: Callable[[float, Mapping[str, Any]], None] | None = None
 
     def check(self, pruning_rate: float, settings: Mapping[str, Any]) -> None:
         """Refuse a rate or settings that the method does not have.
@@ -148,6 +150,8 @@ class Method:
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
         if self.verify is not None:
             self.verify(settings)
+        if self.verify_at is not None:
+            self.verify_at(pruning_rate, settings)
 
     def needs_inputs(self, settings: Mapping[str, Any]) -> bool:
         """Whether selection or fit need the layers' inputs on calibration data, under these settings."""
@@ -289,14 +293,23 @@ METHODS = MethodTable({
     "darex-learned": Method(selections.random, rescaling.keep_rate, *_DAREX, fit=_LEARNED, seeded=True),
     "magnitude": Method(selections.magnitude, rescaling.no_rescaling, *_DAREX, random=False),
     "wanda": Method(wanda.wanda, rescaling.no_rescaling, *_WANDA, inputs=True, random=False),
-    "owl": Method(layerwise_rates.owl, rescaling.no_rescaling, *_OWL, random=False, by_blocks=True),
-    "dp": Method(layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, random=False, by_blocks=True),
+    "owl": Method(
+        layerwise_rates.owl, rescaling.no_rescaling, *_OWL, random=False, by_blocks=True, verify=layerwise_rates.verify
+    ),
+    "dp": Method(
+        layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, random=False, by_blocks=True, verify=layerwise_rates.verify
+    ),
     "dppa": Method(
-        layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fit=_PARTITIONS, random=False, by_blocks=True
+        layerwise_rates.dp, rescaling.no_rescaling, *_DPPA, fit=_PARTITIONS, random=False, by_blocks=True,
+        verify=layerwise_rates.verify,
     ),
     "dare-dpa": Method(selections.random, rescaling.keep_rate, *_DPPA, fit=_PARTITIONS, seeded=True),
-    "struct-dare": Method(structured.structured, rescaling.keep_rate, *_DAREX, by_blocks=True),
-    "struct-darex-q": Method(structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q, by_blocks=True),
+    "struct-dare": Method(
+        structured.structured, rescaling.keep_rate, *_DAREX, by_blocks=True, verify_at=structured.verify_at
+    ),
+    "struct-darex-q": Method(
+        structured.structured, rescaling.keep_rate, *_DAREX, fit=_ONE_Q, by_blocks=True, verify_at=structured.verify_at
+    ),
     "importance": Method(
         selections.importance, rescaling.keep_rate, *_HORVITZ, fit=replace(_ONE_Q, required=False), weighs=True
     ),

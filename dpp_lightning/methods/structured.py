@@ -1,7 +1,8 @@
 """Structured random selection: whole input columns of the linear maps are dropped (DAREx, Table 9)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ def structured(
         positions = torch.from_numpy(_inside(pair.name, matrix, axis, chosen, float(1 - inside), seed))
         weight = float(keep / (Fraction(len(chosen), matrix[axis]) * inside))
         yield KeptEntries(positions, _delta(pair, positions) * weight)
+
+
+def verify_at(pruning_rate: float, settings: Mapping[str, Any]) -> None:
+    """Refuse shares that do not give the rate.
+
+    Raises:
+        ValueError: as :func:`column_shares`.
+    """
+    column_shares(pruning_rate, settings.get("a"), settings.get("b"))
 
 
 def column_shares(pruning_rate: float, a: float | None, b: float | None) -> tuple[Fraction, Fraction]:
