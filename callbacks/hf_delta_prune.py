@@ -329,7 +329,7 @@ class HFDeltaPruneCallback(TrainerCallback):
             if settings.methods_with_gradients:
                 passes.output_gradients(measured_on(self._batch))
             if settings.methods_that_train:
-                try_training(passes.distillation, self._batch, settings)
+                try_training(lambda some: passes.distillation(some, settings.scope.blocks), self._batch, settings)
             inputs = passes.layer_inputs([measured_on(self._batch)]) if settings.needs_inputs else {}
         except CannotTrain:  # whatever the data
             raise

@@ -148,7 +148,10 @@ class CalibrationData:
                     if not self.inputs:
                         return ValueError(_NO_INPUTS.format(type(module).__name__))
                 if settings.methods_that_train:
-                    try_training(lambda some: passes.distillation(some, settings.forward_fn), batch, settings)
+                    blocks = settings.scope.blocks
+                    try_training(lambda some: passes.distillation(some, settings.forward_fn, blocks), batch, settings)
+                if settings.methods_with_gradients or settings.methods_that_train:
+                    passes.check_forward(measured_on(batch), settings.forward_fn)
         except Exception as error:  # of the user's step, in any way
             return error
         return None
@@ -200,7 +203,7 @@ class CalibrationPasses:
         if settings.methods_with_gradients:
             self.gradients = passes.output_gradients(batch, settings.forward_fn)
         if settings.methods_that_train:
-            self.distillation = passes.distillation(self._batch, settings.forward_fn)
+            self.distillation = passes.distillation(self._batch, settings.forward_fn, settings.scope.blocks)
 
     def with_inputs(self, plan: PruningPlan) -> PruningPlan:
         """See :func:`with_known_inputs`."""

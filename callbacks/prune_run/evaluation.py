@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ class EvaluationPasses:
 
     Args:
         trainer: inside a fit, a validate or a test.
-        monitor: name of the logged metric that is the score; ``val_x`` means ``test_x`` where the trainer is testing.
+        monitor: name of the logged metric that is the score; ``val_x``, ``val/x``, ``valid_x``, ``validation_x`` mean
+            ``test_x``, ``test/x`` where the trainer is testing.
         trying: the passes are made before training, to see what they need; the module takes them for a sanity check.
 
     Attributes:
@@ -54,11 +56,9 @@ class EvaluationPasses:
     """
 
     def __init__(self, trainer: pl.Trainer, monitor: str, *, trying: bool = False) -> None:
-        self.trainer, self._trying = trainer, trying
+        self.trainer, self._asked, self._trying = trainer, monitor, trying
         self.testing = trainer.state.fn == TrainerFn.TESTING
-        self.monitor = monitor
-        if self.testing and monitor.startswith("val_"):
-            self.monitor = "test_" + monitor.removeprefix("val_")
+        self.monitor = re.sub(r"^val(id(ation)?)?(?=[_/.-])", "test", monitor) if self.testing else monitor
         self.num_loaders = 1
 
     @property
@@ -73,7 +73,12 @@ class EvaluationPasses:
             ValueError: if the metric was not logged.
         """
         metrics = self._run_loop(loader)
-        self.monitor = full_name(metrics, self.monitor)
+        try:
+            self.monitor = full_name(metrics, self.monitor)
+        except ValueError:
+            if self._asked not in metrics:
+                raise
+            self.monitor = self._asked  # a test step that logs as the validation step does
         # rank 0's value on all ranks, so that all of them come to the same decisions
         return float(self.trainer.strategy.broadcast(float(metrics[self.monitor])))
 
@@ -151,15 +156,19 @@ class EvaluationPasses:
         trainer, module = self.trainer, self.trainer.lightning_module
 
         def forward(smaller_batch: Any) -> Tensor:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), isolate_rng():
                 return forward_fn(module, smaller_batch) if forward_fn else _logits(module, smaller_batch)
 
         return BatchGradients(module, self._ready(batch), forward)
 
-    def distillation(self, batch: Any, forward_fn: ForwardFn | None) -> SharedDistillation:
+    def distillation(self, batch: Any, forward_fn: ForwardFn | None, blocks: Sequence[str] = ()) -> SharedDistillation:
         """Training toward the outputs of the weights as they stand, on pieces of one batch.
 
         The output is as for :meth:`output_gradients`. The first process trains, and all have its numbers.
+
+        Args:
+            batch, forward_fn: as for :meth:`output_gradients`.
+            blocks: where the module's blocks are, if names do not tell.
 
         Raises:
             ValueError: if the module cannot be called so, or the batch cannot be cut.
@@ -167,11 +176,42 @@ class EvaluationPasses:
         trainer, module = self.trainer, self.trainer.lightning_module
 
         def forward(piece: Any) -> Tensor:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), isolate_rng():
                 output = forward_fn(module, piece) if forward_fn else _logits(module, piece)
             return without_padding(output, piece.get("attention_mask") if isinstance(piece, Mapping) else None)
 
-        return SharedDistillation(module, self._ready(batch), forward, self.from_first)
+        return SharedDistillation(module, self._ready(batch), forward, self.from_first, blocks)
+
+    def check_forward(self, batch: Any, forward_fn: ForwardFn | None) -> None:
+        """Refuse a module whose evaluation step calls it with more than the first element of a batch.
+
+        Raises:
+            ValueError: the outputs differ.
+        """
+        module, seen = self.trainer.lightning_module, list[Tensor]()
+        if forward_fn is not None:
+            return
+
+        def note(_module: Any, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+            if len(args) + len(named) > 1:
+                seen.append(output)
+
+        hook = module.register_forward_hook(note, with_kwargs=True)
+        try:
+            for _ in self._evaluation_steps(batch):
+                pass
+        finally:
+            hook.remove()
+        with self._evaluating(module):
+            output = _logits(module, self._ready(batch))
+        alike = [other for other in seen if isinstance(other, Tensor) and other.shape == output.shape]
+        if alike and not any(torch.allclose(other, output, 1e-2, 1e-3, equal_nan=True) for other in alike):
+            name = type(module).__name__
+            raise ValueError(
+                f"the evaluation step calls {name} with more than the first element of a batch, of which alone its "
+                f"outputs are others, and methods that train would go by these: pass {name}'s call as "
+                "DeltaPruneCallback(forward_fn=lambda module, batch: logits)"
+            )
 
     def _evaluation_steps(self, batch: Any) -> Iterator[Tensor | None]:
         """Put one batch through the module's ``calibration_steps`` if it has them, else through its evaluation step.
@@ -202,10 +242,11 @@ class EvaluationPasses:
     @contextmanager
     def _evaluating(self, module: pl.LightningModule) -> Iterator[None]:
         training = module.training
-        module.eval()
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with isolate_rng(), training_as_it_was(self.trainer), torch.no_grad():
+            module.eval()
             try:
-                yield
+                with self.trainer.precision_plugin.forward_context():
+                    yield
             finally:
                 module.train(training)
                 reshard(module)
@@ -215,7 +256,7 @@ class EvaluationPasses:
         loop = self.trainer.test_loop if self.testing else self.trainer.validate_loop
         given = loop._data_source.instance  # a module makes loaders anew, as it does in training
         held = () if isinstance(given, pl.LightningModule | pl.LightningDataModule) else given
-        with isolate_rng(), generators_kept(held):
+        with isolate_rng(), generators_kept(held), training_as_it_was(self.trainer):
             index = int(self.monitor.partition(LOADER_SUFFIX)[2] or 0)
             metrics, self.num_loaders = run_evaluation_loop(
                 self.trainer, testing=self.testing, loader=loader, index=index, trying=self._trying
@@ -306,7 +347,7 @@ def check_logged(trainer: pl.Trainer, monitor: str) -> None:
     for trying in (True, False):  # a sanity check keeps no metrics of several loaders, and some modules log none in it
         passes = EvaluationPasses(trainer, monitor, trying=trying)
         try:
-            with _one_batch(trainer), training_as_it_was(trainer):
+            with _one_batch(trainer):
                 passes.score()
             break
         except Exception:
@@ -326,7 +367,7 @@ def check_evaluation(trainer: pl.Trainer, *, trying: bool) -> None:
         ValueError: as :func:`dpp_lightning.callbacks.prune_run.evaluation_trial.check_evaluated_weights`.
     """
     passes = EvaluationPasses(trainer, "", trying=trying)
-    with _one_batch(trainer), training_as_it_was(trainer):
+    with _one_batch(trainer):
         check_evaluated_weights(trainer.lightning_module, passes.evaluate)
 
 

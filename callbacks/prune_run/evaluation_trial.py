@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torchmetrics import Metric
 
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.tensors.shards import is_dtensor
@@ -19,10 +20,11 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
-    """Undo what the module's own hooks do to the training in a pass before it.
+    """Undo what the module's own steps and hooks do in a pass that is no part of its training.
 
     Put back are the settings of optimizers and schedules, the module's buffers, its numbers and words, such as a best
-    score or how long it has not risen, what it had not made yet (None), and whether training is to stop.
+    score or how long it has not risen, the states of its metrics, what it had not made yet (None), and whether training
+    is to stop.
     """
     module: Any = trainer.lightning_module
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -31,6 +33,7 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
     states = [dict(scheduler.state_dict()) for scheduler in schedulers]
     attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_dtensor(buffer)]
+    metrics = [(part, _state_of(part)) for part in module.modules() if isinstance(part, Metric)]
     should_stop = trainer.should_stop
     try:
         yield
@@ -43,11 +46,26 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
             for name in attributes.keys() & made.keys():
                 del made[name]
         vars(module).update(attributes)
+        for metric, values in metrics:
+            vars(metric).update(values)
         with torch.no_grad():
             for buffer, before in buffers:
                 if buffer.shape == before.shape and not torch.equal(buffer, before):
                     buffer.copy_(before)
         trainer.should_stop = should_stop
+
+
+def _state_of(metric: Metric) -> dict[str, Any]:
+    """What a metric has counted and computed, copied, since it counts in place."""
+    kept: dict[str, Any] = {}
+    for name, value in vars(metric).items():
+        if isinstance(value, Tensor):
+            kept[name] = value.detach().clone()
+        elif isinstance(value, list):
+            kept[name] = [*value]
+        elif isinstance(value, _PLAIN):
+            kept[name] = value
+    return kept
 
 
 def check_optimizers(trainer: pl.Trainer) -> None:

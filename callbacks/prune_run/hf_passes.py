@@ -169,7 +169,7 @@ class HFPasses:
 
         return BatchGradients(self.module, self.trainer._prepare_inputs(batch), forward)
 
-    def distillation(self, batch: Any) -> SharedDistillation:
+    def distillation(self, batch: Any, blocks: Sequence[str] = ()) -> SharedDistillation:
         """Training toward the logits of the weights as they stand, on pieces of one batch; the first process trains,
         and all have its numbers.
 
@@ -181,7 +181,7 @@ class HFPasses:
             mask = self._token_mask(piece)
             return [without_padding(logits, mask) for logits in self._logits(piece)]
 
-        return SharedDistillation(self.module, self.trainer._prepare_inputs(batch), forward, self.from_first)
+        return SharedDistillation(self.module, self.trainer._prepare_inputs(batch), forward, self.from_first, blocks)
 
     def _scored(self) -> tuple[Any, str | None]:
         """The evaluation data that the monitor is of, and its name where there are several sets."""

@@ -112,7 +112,8 @@ class HFPruneRun:
         pieces = pieces_of(self.batch, SAMPLES) if uses_inputs else []
         inputs = passes.layer_inputs(pieces, products=settings.uses_moments) if uses_inputs else {}
         gradients = passes.output_gradients(measured_on(self.batch)) if settings.methods_with_gradients else None
-        distillation = passes.distillation(self.batch) if settings.methods_that_train else None
+        blocks = settings.scope.blocks
+        distillation = passes.distillation(self.batch, blocks) if settings.methods_that_train else None
         finetuned = self.rows.reference("fine-tuned")
         tensors = canonical_tensors(self.module)
         fates = self.scope.fates(self.base.tensors, tensors)

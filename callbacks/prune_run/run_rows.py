@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from dpp_lightning.callbacks.prune_run.lora_view import ADAPTER_FOLDER, find_adapter, save_adapter
@@ -131,6 +132,11 @@ class RunRows:
     def _record_references(self, experiment: Experiment, finetuned: Result) -> None:
         """The rows of the base (the whole delta dropped, carried tensors kept) and of the fine-tuned model."""
         base = self.reference("base")
+        if base.score == finetuned.score and self.resumed("base") is None:
+            rank_zero_warn(
+                f"the base and the fine-tuned model have one score, {base.score:g}: fine-tuning does not change it, or "
+                f"monitor={self.passes.monitor!r} is carried from one evaluation to the next, as the best one so far is"
+            )
         experiment.reference_scores = {"base": base.score, "fine-tuned": finetuned.score}
         dense = total_bytes(experiment.plan.finetuned)
         for result in (base, replace(finetuned, density=1.0, num_bytes=dense, ratio=1.0)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,19 +23,22 @@ class SharedDistillation(Distillation):
         batch: of calibration data, as ``forward`` takes it; it is cut into pieces.
         forward: a piece to the outputs that are compared, without padding.
         from_first: calls a function in the first process and gives what it returns to all.
+        blocks: where the module's blocks are, if names do not tell.
 
     Raises:
         ValueError: a batch that cannot be cut into two pieces.
     """
 
-    def __init__(self, module: nn.Module, batch: Any, forward: Forward, from_first: FromFirst) -> None:
+    def __init__(
+        self, module: nn.Module, batch: Any, forward: Forward, from_first: FromFirst, blocks: Sequence[str] = ()
+    ) -> None:
         samples = samples_of(batch)
         if not samples:
             raise ValueError(
                 "the calibration batch cannot be cut into pieces to train on, as its tensors do not have one row for "
                 "each sample: leave out the methods that train, or give other calibration data"
             )
-        super().__init__(module, training_pieces(batch, IN_A_STEP), forward, samples=samples)
+        super().__init__(module, training_pieces(batch, IN_A_STEP), forward, samples=samples, blocks=blocks)
         self._from_first = from_first
 
     def loss(self, delta: SparseDelta) -> float:

@@ -93,6 +93,7 @@ class Distillation:
         pieces: batches as ``forward`` takes them, of about 8 samples each, at least 2; every eighth is held out.
         forward: a piece to the outputs that are compared, without padding, gradients flowing.
         samples: how many samples the pieces have together.
+        blocks: where the module's blocks are, if names do not tell.
 
     Raises:
         ValueError: fewer than two pieces.
@@ -101,7 +102,9 @@ class Distillation:
         UserWarning: fewer than 128 samples, or a model whose blocks are not found.
     """
 
-    def __init__(self, module: nn.Module, pieces: Sequence[Any], forward: Forward, *, samples: int) -> None:
+    def __init__(
+        self, module: nn.Module, pieces: Sequence[Any], forward: Forward, *, samples: int, blocks: Sequence[str] = ()
+    ) -> None:
         if len(pieces) < 2:
             raise ValueError(
                 "training needs at least two batches of calibration data, one of which is held out: give more "
@@ -118,7 +121,7 @@ class Distillation:
         self.module, self.samples = module, samples
         self.held_out = [i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2] or [len(pieces) - 1]
         self.training = [i for i in range(len(pieces)) if i not in self.held_out]
-        self.teacher, self._normalised = Teacher(module, forward), False
+        self.teacher, self._normalised = Teacher(module, forward, blocks), False
         with _evaluating(module):
             self.teacher.learn(self.pieces)
 
@@ -251,14 +254,19 @@ def _plain(leaf: Any) -> Any:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every part of the module is in the mode it was in."""
-    before = {part: part.training for part in module.modules()}
+    """Evaluation mode inside the block; afterwards every part of the module is in the mode it was in.
+
+    torch's fast path of attention is off, whose nested tensors are only of passes without gradients.
+    """
+    before, fast = {part: part.training for part in module.modules()}, torch.backends.mha.get_fastpath_enabled()
 
     def restore() -> None:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for part, training in before.items():
             part.training = training
 
     with restored_after(restore):
+        torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
         yield
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from dpp_lightning.calibration.output_change import largest, logits_that_count
 from dpp_lightning.calibration.padding import Padding
 from dpp_lightning.tensors.blocks import block_of
+from dpp_lightning.tensors.names import canonical_names
 
 TOP_LOGITS = 32  # of a token that are kept of the fine-tuned model's logits over a vocabulary
 _LEAST = 1e-12  # of a normaliser: a part of the model in which nothing was trained
@@ -57,6 +58,7 @@ class Teacher:
     Args:
         module: holds the fine-tuned weights when :meth:`learn` is called, and the base's at :meth:`normalise`.
         forward: a piece to the outputs that are compared, without padding, each of shape (..., classes).
+        patterns: where the blocks are, as for :func:`dpp_lightning.tensors.blocks.block_of`; none for known names.
 
     Attributes:
         blocks: the modules whose outputs are hidden states; none where they are not found.
@@ -64,6 +66,7 @@ class Teacher:
 
     module: nn.Module
     forward: Forward
+    patterns: Sequence[str] = ()
     blocks: list[nn.Module] = field(default_factory=list)
     _references: list[_Reference] = field(default_factory=list)
     _of_outputs: float = 1.0
@@ -76,7 +79,7 @@ class Teacher:
         Warns:
             UserWarning: the model's blocks are not found, so that only its outputs are compared.
         """
-        self.blocks = blocks_in(self.module)
+        self.blocks = blocks_in(self.module, self.patterns)
         with torch.no_grad():
             self._references = [self._referred(self.run(piece)) for piece in pieces]
         if not any(reference.states for reference in self._references):
@@ -203,9 +206,21 @@ class Teacher:
         return torch.stack(errors).mean(), states
 
 
-def blocks_in(module: nn.Module) -> list[nn.Module]:
-    """The modules inside a model that are its numbered blocks, in the order of their names in it."""
-    return [child for name, child in module.named_modules() if name and block_of(f"{name}.") == f"{name}."]
+def blocks_in(module: nn.Module, patterns: Sequence[str] = ()) -> list[nn.Module]:
+    """The modules inside a model that are its numbered blocks, in the order of their names in it.
+
+    Args:
+        module: the model.
+        patterns: where the blocks are, by canonical names; none for the names that are known.
+    """
+    if not patterns:
+        return [child for name, child in module.named_modules() if name and block_of(f"{name}.") == f"{name}."]
+    found: dict[str, None] = {}
+    for name, canonical in canonical_names(module).items():
+        block = block_of(canonical, patterns)
+        if block is not None and name.endswith(inside := canonical.removeprefix(block)):
+            found[name.removesuffix(inside).rstrip(".")] = None
+    return [module.get_submodule(name) for name in found]
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def prune_to_folder(
     check_output(output, DELTA, overwrite=overwrite, inputs=inputs, argument="--output")
     check_model(base, "BASE", base_revision, order=_ORDER)
     check_model(finetuned, "FINETUNED", finetuned_revision, order=_ORDER, config=calibration is not None)
-    place = {"device": device, "streamed": Training.of(all_settings).loss == "block"}
+    place = {"device": device, "streamed": Training.of(all_settings).loss == "block", "blocks": blocks}
     data = _read_calibration(spec, calibration, calibration_samples, finetuned, finetuned_revision, **place)
     with progress_bar("pruning") as progress:
         folder = prune_checkpoint(

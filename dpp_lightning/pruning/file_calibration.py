@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class FileCalibration:
         device: where the model runs, such as ``cuda``.
         streamed: on that device are only the blocks that run, one after the other, and what is in no block; for
             training with ``loss=block``.
+        blocks: where the model's blocks are, if names do not tell.
 
     Raises:
         FileNotFoundError: no such file or model.
@@ -66,11 +67,13 @@ class FileCalibration:
         revision: str | None = None,
         device: str = "cpu",
         streamed: bool = False,
+        blocks: Sequence[str] = (),
     ) -> None:
         samples = SAMPLES if samples is None else samples
         if samples < 1:
             raise ValueError(f"calibration needs at least 1 example, got {samples}")
         self.device, self.streamed, self.data = torch.device(usable_device(device)), streamed, Path(data)
+        self.blocks = blocks
         if not self.data.is_file():
             raise FileNotFoundError(f"{data}: no such calibration file")
         self.model_class = ModelClass.of(str(finetuned), revision)
@@ -122,7 +125,9 @@ class FileCalibration:
         """Training toward the model as it stands, on pieces of examples of similar length."""
         self._check_rows(batch, "trains on pieces of it", "take a method that does not train, such as 'importance'")
         pieces = training_pieces(batch, IN_A_STEP)
-        return Distillation(model, pieces, lambda piece: self._outputs(model, piece), samples=samples_of(batch))
+        return Distillation(
+            model, pieces, lambda piece: self._outputs(model, piece), samples=samples_of(batch), blocks=self.blocks
+        )
 
     def _ready(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The fine-tuned model and the batch as it takes it."""
@@ -132,7 +137,7 @@ class FileCalibration:
             text.pad_token_id = _padding_token(self.batch)
         batch = prepared(model, self.batch)
         if self.streamed and self.device.type != "cpu":
-            stream_blocks(model, blocks_in(model), self.device)
+            stream_blocks(model, blocks_in(model, self.blocks), self.device)
         else:
             model.to(self.device)
         return model, {name: tensor.to(self.device) for name, tensor in batch.items()}
