@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,7 +34,8 @@ class WritePredictions(BasePredictionWriter):
 
     Raises:
         OSError: in ``setup``, if the file cannot be written.
-        ValueError: if ``predict_step`` returns anything but a tensor of shape (samples, ...) or a list of samples.
+        ValueError: at the first batch, if ``predict_step`` returns anything but a tensor of shape (samples, ...), a
+            list with an item for each sample, or a tuple or dict of tensors of shape (samples, ...).
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -46,6 +48,22 @@ class WritePredictions(BasePredictionWriter):
         path = self._path(trainer)
         if stage == "predict" and trainer.is_global_zero:
             check_writable(path.parent)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Refuse predictions that cannot be written when the first batch of them is there."""
+        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        if batch_idx > 0:
+            return
+        found, seen = _samples(outputs), trainer.predict_loop.epoch_batch_indices[dataloader_idx]
+        if seen and len(seen[-1]) != len(found):  # of a stream there are none
+            raise ValueError(
+                f"predict_step returned {len(found)} predictions for a batch of {len(seen[-1])}: expected a tensor "
+                "(samples, ...), a list with an item for each sample, or a tuple or dict of such tensors"
+            )
+        json.dumps(found)
 
     def write_on_epoch_end(
         self,
@@ -106,14 +124,44 @@ def _indices(trainer: pl.Trainer, batches: Sequence[Any], indices: Sequence[Any]
 
 
 def _samples(batch: Any) -> list[Any]:
-    """The predictions of a batch as plain values, one per sample."""
-    if isinstance(batch, Tensor):
-        return batch.tolist()  # type: ignore[no-any-return]
-    if isinstance(batch, list | tuple):
-        return [value.tolist() if isinstance(value, Tensor) else value for value in batch]
+    """The predictions of a batch as plain values, one per sample.
+
+    Raises:
+        ValueError: of which no sample can be told.
+    """
+    if isinstance(batch, Mapping) and batch:
+        return [dict(zip(batch, values, strict=True)) for values in _rows([*batch.values()])]
+    if isinstance(batch, tuple) and batch:
+        return [list(values) for values in _rows(batch)]
+    if isinstance(batch, list) or (_has_rows(batch) and len(batch.shape)):
+        return [_plain(value) for value in batch]
     raise ValueError(
-        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...) or a list of samples"
+        f"predict_step returned {type(batch).__name__}, expected a tensor (samples, ...), a list with an item for each "
+        "sample, or a tuple or dict of such tensors"
     )
+
+
+def _rows(columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What several tensors or lists hold of each sample."""
+    of_each = [_samples(column) for column in columns]
+    if len({*map(len, of_each)}) > 1:
+        raise ValueError(
+            f"predict_step returned columns of {[*map(len, of_each)]} items: expected one item for each sample in each"
+        )
+    return [*zip(*of_each, strict=True)]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON, whatever tensors are in it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.tolist() if _has_rows(value) or isinstance(value, np.generic) else value
 
 
 def _gathered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

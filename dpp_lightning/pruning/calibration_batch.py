@@ -112,7 +112,8 @@ def read_batch(model: ModelClass, data: Path, samples: int, max_length: int) -> 
             f"{data}: calibration data is text ({', '.join(_TEXT)}), pairs of texts ({_PAIRS}) or a batch in "
             ".safetensors"
         )
-    lines = [line.strip() for line in read_utf8(data).splitlines() if line.strip()][:samples]
+    text = read_utf8(data).replace("\r\n", "\n").replace("\r", "\n")  # other breaks are part of a text
+    lines = [line.strip() for line in text.split("\n") if line.strip()][:samples]
     if not lines:
         raise ValueError(f"{data} has no text in it")
     columns = [lines] if data.suffix in _TEXT else _two_columns(lines, data)

@@ -40,7 +40,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("form", [lambda value: value, list, lambda value: value.tolist()])
+@pytest.mark.parametrize("form", [lambda value: value, list, lambda value: value.tolist(), lambda value: value.numpy()])
 def test_one_line_a_sample_in_the_datas_order(tmp_path, form):
     shuffled = numbers(
         10, sampler=torch.utils.data.RandomSampler(range(10), generator=torch.Generator().manual_seed(1))
@@ -65,10 +65,40 @@ def test_by_default_the_file_lies_in_the_trainers_folder(tmp_path):
 def test_what_is_no_prediction_leaves_the_old_file(tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_text("old")
-    with pytest.raises(ValueError, match="predict_step returned dict, expected a tensor"):
-        trainer(WritePredictions(str(file))).predict(Doubles(lambda value: {"a": value}), numbers(5))
+    with pytest.raises(ValueError, match="predict_step returned str, expected a tensor"):
+        trainer(WritePredictions(str(file))).predict(Doubles(str), numbers(5))
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("form", "predicted"),
+    [
+        (lambda value: (value, value + 1), lambda i: [2 * i, 2 * i + 1]),
+        (lambda value: {"a": value, "b": value.numpy()}, lambda i: {"a": 2 * i, "b": 2 * i}),
+        (lambda value: [{"boxes": torch.stack([v, v])} for v in value], lambda i: {"boxes": [2 * i, 2 * i]}),
+    ],
+)
+@pytest.mark.parametrize("count", [8, 10])  # batches of 4, or of 4 and 2: as many samples as columns
+def test_a_tuple_or_dict_of_tensors_holds_columns(tmp_path, form, predicted, count):
+    trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(Doubles(form), numbers(count))
+    expected = [{"index": i, "prediction": predicted(i)} for i in range(count)]
+    assert lines_of(tmp_path / "out.jsonl") == expected
+
+
+@pytest.mark.parametrize(
+    "form", [lambda value: None, lambda value: value.sum(), lambda value: value[:2], lambda v: (v, v[:1])]
+)
+def test_what_is_not_one_prediction_a_sample_is_refused_at_the_first_batch(tmp_path, form):
+    made = []
+
+    def counted(value):
+        made.append(value)
+        return form(value)
+
+    with pytest.raises(ValueError, match="predict_step returned"):
+        trainer(WritePredictions(str(tmp_path / "out.jsonl"))).predict(Doubles(counted), numbers(12))
+    assert len(made) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
