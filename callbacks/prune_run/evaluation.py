@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from dpp_lightning.calibration.input_collector import collected_inputs
-from dpp_lightning.calibration.output_change import Reduce, recorded_outputs
+from dpp_lightning.calibration.output_change import Reduce, recorded_outputs, resolve_layer
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.callbacks.prune_run.calibration_batch import generators_kept
 from dpp_lightning.callbacks.prune_run.evaluation_loop import OneBatch, run_evaluation_loop
@@ -141,7 +141,8 @@ class EvaluationPasses:
                     # (samples, tokens, ...) becomes (tokens that are no padding, ...)
                     reduced.append(reduce(len(reduced), without_padding(output, mask)))
         if not reduced:
-            raise ValueError(f"the output layer {layer!r} was not called in the evaluation step; set output_layer=")
+            name = resolve_layer(self.trainer.lightning_module, layer)
+            raise ValueError(f"the output layer {name!r} was not called in the evaluation step; set output_layer=")
         return reduced
 
     def output_gradients(self, batch: Any, forward_fn: ForwardFn | None) -> BatchGradients:

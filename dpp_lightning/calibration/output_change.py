@@ -145,12 +145,17 @@ def recorded_outputs(module: nn.Module, layer: str | None) -> Iterator[list[Tens
 
 
 def resolve_layer(module: nn.Module, layer: str | None) -> str:
-    """The name of the submodule whose output is compared; default the last with parameters of its own.
+    """The name of the submodule whose output is compared; default the last with parameters of its own that is called.
 
     Raises:
         ValueError: no such submodule, with the nearest names.
     """
-    names = [name for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    names = [
+        name
+        for name, m in module.named_modules()
+        if next(m.parameters(recurse=False), None) is not None
+        and not isinstance(m, nn.ParameterList | nn.ParameterDict)
+    ]
     if layer is None:
         if not names:
             raise ValueError(f"{type(module).__name__} has no submodule with parameters")

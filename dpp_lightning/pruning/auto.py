@@ -150,7 +150,10 @@ class _Search:
                 refusals.append(f"{name}: {refusal}")
                 self.left_out.append(f"{name}: none within {max_bytes:,} bytes")
         if not forms:
-            raise ValueError(f"auto found no form of at most {max_bytes:,} bytes: {'; '.join(refusals)}")
+            raise ValueError(
+                f"auto found no form of at most {max_bytes:,} bytes, {_COMPARED} of them for what the delta says of the "
+                f"forms: {'; '.join(refusals)}"
+            )
         return forms
 
     def _families(self) -> Iterator[tuple[str, Callable[[float], PruningSpec]]]:
@@ -181,8 +184,8 @@ class _Search:
         covered = self.plan.covering(factors)
         of_maps = sum(pair.numel for pair in covered.pairs if len(pair.shape) > 1)
         rest = max(1 - size / 2 * 8 / _BITS["int2"] / max(of_maps, 1), _LEAST_REST)
-        if rest == 1:
-            raise ValueError("there is no map to sample a rest of")
+        if rest >= 1:
+            raise ValueError("there is no map to sample a rest of, or no room for one")
         trained = Training.among(factors.method_settings)
         untrained = {name: value for name, value in factors.method_settings.items() if name not in trained}
         return replace(factors, method_settings={**untrained, "rest": round(rest, 9)})

@@ -277,12 +277,14 @@ def test_an_interrupted_fit_says_what_was_not_done_and_leaves_no_delta(tmp_path)
 
 
 def test_an_interrupt_while_pruning_keeps_the_finished_deltas_and_the_finetuned_weights(tmp_path):
-    class Impatient(Foreign):
-        passes = 0
+    passes = []
 
+    class Impatient(Foreign):
         def on_validation_epoch_end(self):
-            self.passes += 1
-            if self.passes == 7:  # after the monitor check, two epochs, fine-tuned, base, first pruned
+            passes.append(self.trainer.current_epoch)
+            # after one pass and two of one batch before training, two epochs, two of one batch again, fine-tuned, base
+            # and the first pruned model
+            if len(passes) == 11:
                 raise KeyboardInterrupt
 
     module, spy = Impatient(), Spy()
@@ -294,12 +296,12 @@ def test_an_interrupt_while_pruning_keeps_the_finished_deltas_and_the_finetuned_
 
 
 def test_an_error_in_the_extra_passes_leaves_the_finetuned_weights(tmp_path):
-    class Fragile(Foreign):
-        passes = 0
+    passes = []
 
+    class Fragile(Foreign):
         def on_validation_epoch_end(self):
-            self.passes += 1
-            if self.passes == 6:
+            passes.append(self.trainer.current_epoch)
+            if len(passes) == 10:
                 raise RuntimeError("out of memory")
 
     module, spy = Fragile(), Spy()
