@@ -23,7 +23,7 @@ from dpp_lightning.pruning.expert_forms import check_expert_forms
 from dpp_lightning.pruning.known_inputs import unknown_inputs
 from dpp_lightning.pruning.scope import Fate, Scope
 from dpp_lightning.pruning.shape_check import check_shapes
-from dpp_lightning.pruning.unchanged import is_same, without_idle
+from dpp_lightning.pruning.unchanged import same_values, without_idle
 from dpp_lightning.pruning.value_checks import ValueChecks
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safe_text import printable
@@ -142,7 +142,7 @@ class PruningPlan:
             base=base,
             finetuned=finetuned,
             fates={name: fates[name] for name in finetuned},
-            unchanged=frozenset(n for n, t in finetuned.items() if n in base and is_same(t, base[n])),
+            unchanged=frozenset(n for n, t in finetuned.items() if n in base and same_values(t, base[n])),
             scope=scope,
             base_name=base_name,
             base_revision=base_revision,

@@ -7,22 +7,34 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from dpp_lightning.tensors.finite import is_finite
 from dpp_lightning.tensors.names import NamedTensor
 from dpp_lightning.tensors.shards import equal_shards, is_dtensor
 
 _PROBE = 4096  # entries compared before whole tensors are
 
 
-def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and equal values."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+def same_values(finetuned: Tensor, base: Tensor) -> bool:
+    """Whether a fine-tuned tensor is the base's, so that it needs no delta.
+
+    It is where dtype, shape and all values are equal. In another dtype a tensor has a delta, which is what the cast
+    rounded, but for one with infinities, such as a mask: that has no delta, and is the base's if it is what the base's
+    becomes by the cast, with the infinities in the same places.
+
+    Args:
+        finetuned, base: of one name; of two in shards a collective.
+    """
+    if finetuned.shape != base.shape:
         return False
-    if is_dtensor(a) and is_dtensor(b):
-        return equal_shards(a, b)
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
-    if not torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)):  # most tensors differ at once: the rest is not read
+    cast = finetuned.dtype != base.dtype
+    if is_dtensor(finetuned) and is_dtensor(base):
+        return not cast and equal_shards(finetuned, base)
+    if cast and (is_dtensor(finetuned) or is_dtensor(base)):
         return False
-    return torch.equal(a, b.to(a.device))
+    a, b = finetuned.detach().reshape(-1), base.detach().reshape(-1)
+    if not cast:  # most tensors differ at once: the rest is not read
+        return torch.equal(a[:_PROBE], b[:_PROBE].to(a.device)) and torch.equal(a, b.to(a.device))
+    return _same_after_cast(a[:_PROBE], b[:_PROBE]) and not is_finite(a) and _same_after_cast(a, b)
 
 
 def without_idle(
@@ -44,5 +56,13 @@ def without_idle(
     return {
         name: tensor
         for name, tensor in finetuned.items()
-        if not (name in beside and name in base and is_same(tensor, base[name]))
+        if not (name in beside and name in base and same_values(tensor, base[name]))
     }
+
+
+def _same_after_cast(a: Tensor, b: Tensor) -> bool:
+    """Whether the first is what the second becomes in its dtype, and none of its infinities came about by that."""
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return False
+    b = b.to(a.device)
+    return torch.equal(a, b.to(a.dtype)) and torch.equal(a.isinf(), b.isinf())

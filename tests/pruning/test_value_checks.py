@@ -175,3 +175,39 @@ def test_a_delta_that_changes_something_is_not_warned_of(tmp_path):
         head.head = nn.Linear(8, 5)
         delta = prune(base, head, "dare", 0.9)
         delta.save_pretrained(tmp_path / "delta")
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_mask_with_infinities_is_unchanged_in_another_dtype(tmp_path, dtypes):
+    """Its other entries may be rounded by the cast; what base plus delta holds are the base's."""
+    base, finetuned = pair()
+    for model, dtype in zip((base, finetuned), dtypes, strict=True):
+        mask = torch.full((5, 5), -torch.inf).triu(1)
+        mask[1, 0] = 0.1 if dtypes[0] == torch.float32 else 0.5
+        model.register_buffer("mask", mask)
+        model.to(dtype)
+    delta = prune(base, finetuned, "dare", 0.5)
+    assert "mask" in delta.info.unchanged
+    assert "mask" not in {**delta.tensors, **delta.carried}
+    assert prune(*saved(tmp_path, base=base, tuned=finetuned), "dare", 0.5).info.unchanged == delta.info.unchanged
+    before = base.mask.clone()
+    with delta.applied(base):
+        assert torch.equal(base.mask, before)
+
+
+@pytest.mark.parametrize("change", ["place", "sign", "value", "overflow"])
+def test_a_mask_with_other_infinities_or_values_is_none_that_is_unchanged(change):
+    base, finetuned = pair()
+    base.register_buffer("mask", torch.full((5, 5), -torch.inf).triu(1))
+    other = base.mask.clone()
+    if change == "place":
+        other[4, 0] = -torch.inf
+    elif change == "sign":
+        other[0, 1] = torch.inf
+    elif change == "value":
+        other[4, 4] = 1.0
+    else:  # finite in the base, beyond the other dtype's numbers
+        base.mask[4, 4], other[4, 4] = -1e30, -torch.inf
+    finetuned.register_buffer("mask", other)
+    with pytest.raises(ValueError, match=r"not finite .*mask"):
+        prune(base.state_dict(), finetuned.to(torch.float16).state_dict(), "dare", 0.5)
