@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpp_lightning.pruning.adapter_check import check_merged
 from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors
 from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.model_folder import side_files
@@ -68,11 +69,12 @@ def read_finetuned(
     """
     check_model(source, "finetuned", revision)
     tensors = load_tensors(source, revision)
+    if base is not None:
+        check_merged(tensors, load_tensors(base, base_revision), str(source))
     if prefix:
         tensors = _under(tensors, prefix, str(source))
     if has_hf_names(source):
         return FinetunedSource(tensors, exact=True)
-    _refuse_adapters(tensors, str(source))
     config = _base_config(base, base_revision)
     read = None if config is None else _as_files(tensors, config, chosen=bool(prefix))
     if read is None or base is None:
@@ -88,15 +90,6 @@ def _under(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str,
         first = ", ".join(sorted({f"{name.partition('.')[0]}." for name in tensors})[:8])
         raise ValueError(f"{source} has no tensor under the prefix {start!r}; its names begin with {first}")
     return chosen
-
-
-def _refuse_adapters(tensors: Mapping[str, Tensor], source: str) -> None:
-    adapters = [name for name in tensors if ".lora_" in name]
-    if adapters:
-        raise ValueError(
-            f"{source} holds LoRA adapters beside the weights, such as {adapters[0]}: dpp export merges them "
-            "(dpp export CHECKPOINT --base BASE writes the delta)"
-        )
 
 
 def _base_config(base: str | Path | None, revision: str | None) -> PretrainedConfig | None:

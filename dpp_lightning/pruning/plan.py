@@ -18,6 +18,7 @@ from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.methods.input_statistics import InputStatistics
 from dpp_lightning.methods.pruning_spec import PruningSpec
 from dpp_lightning.methods.tensor_pair import TensorPair
+from dpp_lightning.pruning.adapter_check import check_merged
 from dpp_lightning.pruning.coverage import rate_among, uncovered
 from dpp_lightning.pruning.expert_forms import check_expert_forms
 from dpp_lightning.pruning.known_inputs import unknown_inputs
@@ -94,8 +95,10 @@ class PruningPlan:
             files: the fine-tuned names are those of the model's own files, to the letter.
 
         Raises:
-            ValueError: weights that cannot be pruned, layers that only one side has, or nothing to prune in common.
+            ValueError: weights that cannot be pruned, layers that only one side has, adapters that are not merged, or
+                nothing to prune in common.
         """
+        check_merged(finetuned, base)
         all_base = named_tensors(base, like=finetuned)
         named, base_named = match_models(named_tensors(finetuned, like=base), all_base)
         exact, in_base = files or has_file_names(finetuned), {name: n.saved for name, n in base_named.items()}
