@@ -1,8 +1,9 @@
 """The fine-tuned weights as a model's own files would hold them, whatever they were saved by.
 
-A folder in Hugging Face's layout is in that form already. A trainer's checkpoint names tensors as they are in memory,
-behind the parts of what held the model (``model.``), perhaps beside a second copy of it (an average, a teacher), and
-says nothing of the model's class. The base's configuration tells what the model is.
+A folder that ``save_pretrained`` wrote is in that form already; one with the state dict of the model, as
+``torch.save`` or Accelerate's ``save_model`` writes it, has the names that tensors have in memory. So has a trainer's
+checkpoint, behind the parts of what held the model (``model.``), perhaps beside a second copy of it (an average, a
+teacher). Where nothing beside the weights tells what the model is, the base's configuration does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dpp_lightning.storage.checkpoints import has_hf_names, load_tensors
 from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.model_folder import side_files
 from dpp_lightning.storage.source_kind import check_model
-from dpp_lightning.tensors.name_matching import SeveralModelsError
-from dpp_lightning.tensors.names import in_new_spelling, without_wrappers
+from dpp_lightning.tensors.name_matching import SeveralModelsError, match_names
+from dpp_lightning.tensors.names import in_new_spelling, named_tensors, without_wrappers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,7 +59,8 @@ def read_finetuned(
 
     Args:
         source, revision: as for :func:`dpp_lightning.storage.checkpoints.load_tensors`.
-        base, base_revision: folder or hub id of the base, whose configuration says what a checkpoint's tensors are.
+        base, base_revision: folder or hub id of the base, whose configuration says what a checkpoint's tensors are, and
+            those of a folder that has none of its own and not the names of the base.
         prefix: what stands before the names of the model that is meant, such as ``student.``, where the source holds
             several; the tensors of the others are left out.
 
@@ -68,19 +70,39 @@ def read_finetuned(
         FileNotFoundError: as :func:`dpp_lightning.storage.checkpoints.load_tensors`.
     """
     check_model(source, "finetuned", revision)
-    tensors = load_tensors(source, revision)
+    tensors, in_base = load_tensors(source, revision), {} if base is None else load_tensors(base, base_revision)
     if base is not None:
-        check_merged(tensors, load_tensors(base, base_revision), str(source))
+        check_merged(tensors, in_base, str(source))
     if prefix:
         tensors = _under(tensors, prefix, str(source))
-    if has_hf_names(source):
-        return FinetunedSource(tensors, exact=True)
-    config = _base_config(base, base_revision)
-    read = None if config is None else _as_files(tensors, config, chosen=bool(prefix))
-    if read is None or base is None:
-        return FinetunedSource(tensors, exact=False)
-    spelling = {in_new_spelling(name): name for name in load_tensors(base, base_revision)}
-    return replace(read, tensors={spelling.get(name, name): tensor for name, tensor in read.tensors.items()})
+    as_it_is = FinetunedSource(tensors, exact=has_hf_names(source))
+    if base is None or (as_it_is.exact and _in_common(tensors, in_base)[1]):
+        return as_it_is
+    own = _configuration(source, revision) if as_it_is.exact else None
+    config = own or _configuration(base, base_revision)
+    try:
+        read = None if config is None else _as_files(tensors, config, chosen=bool(prefix))
+    except SeveralModelsError:
+        if not as_it_is.exact:
+            raise
+        read = None
+    if read is None:
+        return as_it_is
+    spelling = {in_new_spelling(name): name for name in in_base}
+    spelled = {spelling.get(name, name): tensor for name, tensor in read.tensors.items()}
+    if as_it_is.exact and _in_common(spelled, in_base)[0] <= _in_common(tensors, in_base)[0]:
+        return as_it_is
+    return replace(read, tensors=spelled, files={} if own else read.files)
+
+
+def _in_common(finetuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[int, bool]:
+    """How many tensors two models have in common by their names, and whether these are all of one of them."""
+    names = [[named.name for named in named_tensors(source)] for source in (finetuned, base)]
+    try:
+        matched = len(match_names(*names))
+    except SeveralModelsError:  # one may be any of several
+        matched = 0
+    return matched, matched == min(map(len, names))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
@@ -92,11 +114,9 @@ def _under(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str,
     return chosen
 
 
-def _base_config(base: str | Path | None, revision: str | None) -> PretrainedConfig | None:
-    """The base's configuration; None where it has none that transformers knows."""
-    if base is None or Path(base).is_file():
-        return None
-    path = side_files(base, revision).get(CONFIG)
+def _configuration(source: str | Path, revision: str | None) -> PretrainedConfig | None:
+    """A model's configuration; None where it has none that transformers knows."""
+    path = side_files(source, revision).get(CONFIG)
     if path is None:
         return None
     from transformers import AutoConfig
@@ -109,7 +129,7 @@ def _base_config(base: str | Path | None, revision: str | None) -> PretrainedCon
 
 
 def _as_files(tensors: Mapping[str, Tensor], config: PretrainedConfig, *, chosen: bool) -> FinetunedSource | None:
-    """A checkpoint's tensors as the files of its model hold them; None where they are of no class of transformers.
+    """Tensors that are named as in memory as the model's files hold them; None if they are of no class of transformers.
 
     Tensors of the checkpoint that are not the model's, such as a head of the user's own, keep their names.
     """

@@ -75,7 +75,7 @@ def _load(path: Path, source: str | Path, revision: str | None) -> tuple[dict[st
 
 def has_hf_names(source: str | Path) -> bool:
     """Whether tensors in a source are named as in the model's Hugging Face files, to the letter: so in a hub folder or
-    a safetensors file, not in a trainer's checkpoint."""
+    a safetensors file, unless a state dict was put there as it is in memory; not in a trainer's checkpoint."""
     return Path(source).suffix not in (".ckpt", ".pt", ".pth") and not is_sharded(Path(source))
 
 

@@ -1,4 +1,4 @@
-"""A trainer's checkpoint as the fine-tuned model: names and class of the model's files, and which copy is meant."""
+"""Fine-tuned weights under the names of memory: names and class of the model's files, and which copy is meant."""
 
 import copy
 
@@ -12,8 +12,15 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -128,19 +135,82 @@ def test_adapters_are_named_with_the_way(qwen, capsys):
         prune(place / "base", place / "adapter", "dare", 0.5)
 
 
-def test_a_model_saved_with_fused_experts_is_told_from_one_saved_one_by_one(tmp_path, capsys):
+def test_a_model_saved_with_fused_experts_is_read_where_a_configuration_tells_of_it(tmp_path, capsys):
     torch.manual_seed(0)
     base = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4))
     tuned = perturbed(base)
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
     save_file(tuned.state_dict(), tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    path = checkpoint(tmp_path / "x.ckpt", model=tuned)  # in memory they are one tensor, which is known of checkpoints
+    expected = prune(base, tuned, "dare", 0.5).to_bytes()[0]
+    for source in (path, tmp_path / "tuned"):
+        assert prune(tmp_path / "base", source, "dare", 0.5).to_bytes()[0] == expected
+    for name in ("base", "tuned"):
+        (tmp_path / name / "config.json").unlink()
     error = refusal(capsys, tmp_path / "base", tmp_path / "tuned", output=tmp_path / "delta")
     assert "experts in one tensor" in error
     assert "save_pretrained" in error
-    path = checkpoint(tmp_path / "x.ckpt", model=tuned)  # in memory they are one tensor, which is known of checkpoints
-    expected = prune(base, tuned, "dare", 0.5).to_bytes()[0]
-    assert prune(tmp_path / "base", path, "dare", 0.5).to_bytes()[0] == expected
+
+
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TOWER |= {"image_size": 16, "patch_size": 8}
+RENAMED = {
+    "llava": lambda: LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={"model_type": "llama", **SIZES, "num_key_value_heads": 2},
+            vision_config={"model_type": "clip_vision_model", **TOWER, "projection_dim": 16},
+        )
+    ),
+    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**TOWER, num_labels=3)),
+    "nomic": lambda: NomicBertModel(NomicBertConfig(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors", "alone.bin", "alone.safetensors"])
+def test_a_folder_with_the_names_of_memory_is_read_as_one_with_those_of_the_files(tmp_path, name, file):
+    """As ``torch.save(model.state_dict(), …)`` and Accelerate's ``save_model`` write it, with config.json or without."""
+    torch.manual_seed(0)
+    base = RENAMED[name]()
+    tuned = perturbed(base)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "files")
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    state = {key: tensor.clone() for key, tensor in tuned.state_dict().items()}
+    assert not state.keys() <= load_file(tmp_path / "files" / "model.safetensors").keys()
+    if file.endswith(".bin"):
+        torch.save(state, folder / file)
+    else:
+        save_file(state, folder / file)
+    expected = prune(tmp_path / "base", tmp_path / "files", "dare", 0.5).to_bytes()[0]
+    source = folder if "model" in file else folder / file
+    assert prune(tmp_path / "base", source, "dare", 0.5).to_bytes()[0] == expected
+    assert run("prune", tmp_path / "base", source, method="dare", pruning_rate=0.5, output=tmp_path / "delta") == 0
+    assert (tmp_path / "delta" / "delta_model.safetensors").read_bytes() == expected
+    assert run("apply", tmp_path / "base", tmp_path / "delta", output=tmp_path / "dense") == 0
+    assert (
+        load_file(tmp_path / "dense" / "model.safetensors").keys()
+        == load_file(tmp_path / "files" / "model.safetensors").keys()
+    )
+    tuned.config.save_pretrained(folder)
+    assert prune(tmp_path / "base", source, "dare", 0.5).to_bytes()[0] == expected
+
+
+def test_a_new_head_in_a_folder_with_the_names_of_memory_is_carried(tmp_path):
+    """The fine-tuned folder's own configuration tells the class and its labels."""
+    torch.manual_seed(0)
+    base = Dinov2Model(Dinov2Config(**TOWER))
+    base.save_pretrained(tmp_path / "base")
+    tuned = Dinov2ForImageClassification(Dinov2Config(**TOWER, num_labels=5))
+    tuned.dinov2.load_state_dict(perturbed(base).state_dict())
+    tuned.save_pretrained(tmp_path / "files")
+    tuned.config.save_pretrained(tmp_path / "memory")
+    torch.save(tuned.state_dict(), tmp_path / "memory" / "pytorch_model.bin")
+    delta = prune(tmp_path / "base", tmp_path / "memory", "dare", 0.5)
+    assert delta.to_bytes() == prune(tmp_path / "base", tmp_path / "files", "dare", 0.5).to_bytes()
+    assert set(delta.carried) == {"classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize("method", ["dare", "magnitude", "importance", "struct-dare"])
