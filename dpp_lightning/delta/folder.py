@@ -63,6 +63,7 @@ def save_folder(
             dtype=saved.info().dtype,
             factors_dtype=saved.info().factors_dtype,
             rest=saved.info().rest,
+            seed_only=positions == "seed",
             side_files=side_files,
             scores=scores,
             reference_scores=reference_scores,
@@ -78,6 +79,7 @@ def write_files(
     dtype: str | None,
     factors_dtype: str | None = None,
     rest: bool = False,
+    seed_only: bool = False,
     side_files: Mapping[str, Path | bytes | None] | None = None,
     scores: Mapping[str, float] | None = None,
     reference_scores: Mapping[str, float] | None = None,
@@ -87,8 +89,9 @@ def write_files(
     Args:
         folder: exists; the caller makes it appear whole.
         contents: its description is asked for when all tensors have been read.
-        seeded: store no positions, as they follow from the seed.
+        seeded: store no positions, as they follow from the seed, if a reader would draw them.
         dtype, factors_dtype, rest: as of ``DeltaInfo``.
+        seed_only: refuse to store positions that follow from the seed.
         side_files, scores, reference_scores: as for
             :meth:`dpp_lightning.delta.sparse_delta.SparseDelta.save_pretrained`.
 
@@ -99,8 +102,8 @@ def write_files(
     copy_files(side_files or {}, folder)
     absent = tuple(sorted(name for name, content in (side_files or {}).items() if content is None))
     with (folder / MODEL_FILE).open("wb") as file:
-        table, checksum = write_model(
-            file, contents, seeded=seeded, dtype=dtype, factors_dtype=factors_dtype, rest=rest
+        table, checksum, seeded = write_model(
+            file, contents, seeded=seeded, dtype=dtype, factors_dtype=factors_dtype, rest=rest, seed_only=seed_only
         )
     info = replace(contents.info(), absent_files=absent)
     (folder / CONFIG_FILE).write_bytes(write_config(info, seeded=seeded, model_checksum=checksum))
@@ -142,8 +145,14 @@ def encode(
     """
     saved, seeded = _as_saved(contents, dtype, positions)
     file, info = BytesIO(), replace(saved.info(), absent_files=())
-    _, checksum = write_model(
-        file, saved, seeded=seeded, dtype=info.dtype, factors_dtype=info.factors_dtype, rest=info.rest
+    _, checksum, seeded = write_model(
+        file,
+        saved,
+        seeded=seeded,
+        dtype=info.dtype,
+        factors_dtype=info.factors_dtype,
+        rest=info.rest,
+        seed_only=positions == "seed",
     )
     return file.getvalue(), write_config(info, seeded=seeded, model_checksum=checksum)
 

@@ -17,7 +17,9 @@ from dpp_lightning.storage.safe_text import check_name
 from dpp_lightning.tensors.factors import matrix_shape, stored_numbers
 
 _LEVEL, _LEVEL_OF_LARGE, _LARGE = 19, 9, 1 << 19  # zstandard: the best, but of many experts' names it takes 10 s
+_LESS = (1, -5, -20, -100)  # levels, from one to the next with more bytes
 _MOST_BYTES = 1 << 24  # of the JSON: about 250,000 tensors
+_RAW_BLOCK, _ONE_SEGMENT = 1 << 17, 0b10100000  # of a frame: most bytes of a block; a size of 4 bytes, no window
 _MOST_SMALL, _MOST_RATIO = 1 << 16, 128  # regular names of 70,000 experts are compressed 100 times
 _MOST_ENTRIES = 1 << 36  # of one tensor; a file that claims more is refused before any position is drawn
 _MOST_DIMS = 16
@@ -54,8 +56,13 @@ class TensorTable:
         ]
 
 
-def write_table(table: TensorTable) -> bytes:
+def write_table(table: TensorTable, at_least: int = 0) -> bytes:
     """The blob's bytes.
+
+    Args:
+        table: what it says.
+        at_least: bytes that it has, if need be by being compressed less or not at all; no more than 8 for each of the
+            tensors.
 
     Raises:
         ValueError: names that no reader would take, or more of them than a file may have.
@@ -73,7 +80,8 @@ def write_table(table: TensorTable) -> bytes:
     }
     data = json.dumps({key: value for key, value in fields.items() if value}, separators=(",", ":")).encode()
     level = _LEVEL if len(data) < _LARGE else _LEVEL_OF_LARGE
-    blob = zstandard.ZstdCompressor(level=level).compress(data)
+    compressed = (zstandard.ZstdCompressor(level=tried).compress(data) for tried in (level, *_LESS))
+    blob = next((blob for blob in compressed if len(blob) >= at_least), None) or _uncompressed(data)
     if len(data) > _most(len(blob)):
         raise ValueError(f"a delta of {len(rows):,} tensors, whose names and shapes are more than a file may have")
     return blob
@@ -105,6 +113,14 @@ def read_table(blob: bytes | memoryview) -> TensorTable:
 def _most(stored: int) -> int:
     """The most bytes of JSON that a frame of so many bytes may give."""
     return min(_MOST_BYTES, _MOST_SMALL + _MOST_RATIO * stored)
+
+
+def _uncompressed(data: bytes) -> bytes:
+    """A zstandard frame (RFC 8878) that states its size and holds the bytes as they are."""
+    blocks = [data[start : start + _RAW_BLOCK] for start in range(0, len(data), _RAW_BLOCK)] or [b""]
+    heads = [len(block) << 3 | (index == len(blocks) - 1) for index, block in enumerate(blocks)]  # raw; 1: the last
+    frame = b"".join(head.to_bytes(3, "little") + block for head, block in zip(heads, blocks, strict=True))
+    return zstandard.FRAME_HEADER + bytes([_ONE_SEGMENT]) + len(data).to_bytes(4, "little") + frame
 
 
 def _parsed(blob: bytes | memoryview) -> dict[str, Any]:

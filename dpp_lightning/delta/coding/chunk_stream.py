@@ -35,6 +35,10 @@ from dpp_lightning.tensors.factors import matrix_shape
 _MOST_TOTAL = 1 << 42  # entries of all tensors: more than any model has, few enough to draw from in seconds
 
 
+class UndrawableError(ValueError):
+    """Positions that follow from a seed, so few in so many entries that no reader would draw them."""
+
+
 class ChunkWriter:
     """Appends tensors to a file of chunks, each encoded and written in a thread while the next tensors are made.
 
@@ -49,6 +53,7 @@ class ChunkWriter:
 
     Attributes:
         table: name and shape of every tensor so far.
+        stored: bytes of all chunks so far.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class ChunkWriter:
         self._positions: list[Int64Array] = []
         self._values: list[Tensor] = []
         self._chunk_dtype, self._span, self._kept = "float32", 0, 0
-        self._stored, self._memory = 0, 0  # bytes of all chunks so far, in the file and when they are read
+        self.stored, self._memory = 0, 0  # bytes of all chunks so far, in the file and when they are read
         self._blocks = 0  # of the sampler, in all tensors so far
         self._pool, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
@@ -109,14 +114,14 @@ class ChunkWriter:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: positions that follow from a seed, so few in so many entries that no reader would draw them.
+            UndrawableError: positions that follow from a seed, too many entries for so few bytes.
         """
         if self._span:
             self._flush()
         self._writing.result()
-        if self.seeded and self._blocks > most_blocks(self._stored):
-            raise ValueError(
-                f"a seed that draws from {self._blocks:,} blocks for {self._stored:,} bytes: give positions='index'"
+        if self.seeded and self._blocks > most_blocks(self.stored):
+            raise UndrawableError(
+                f"a seed that draws from {self._blocks:,} blocks for {self.stored:,} bytes: give positions='index'"
             )
 
     def _flush(self) -> None:
@@ -129,9 +134,9 @@ class ChunkWriter:
         encode = partial(encode_chunk, span, np.concatenate(positions), values, chunk_dtype, seeded=self.seeded)
         data = encode()
         self._memory += memory_of(kept, chunk_dtype)
-        if self._memory > most_memory(self._stored + len(data)):
+        if self._memory > most_memory(self.stored + len(data)):
             data = encode(compressed=False)
-        self._stored += len(data)
+        self.stored += len(data)
         self.sink.write(data)
 
 

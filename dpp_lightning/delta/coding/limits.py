@@ -32,6 +32,11 @@ def most_tensors(stored: int) -> int:
     return _FREE_TENSORS + stored // _BYTES_OF_TENSOR
 
 
+def least_bytes(tensors: int) -> int:
+    """The fewest bytes of tensors that a file with so many pruned tensors may have."""
+    return max(0, tensors - _FREE_TENSORS) * _BYTES_OF_TENSOR
+
+
 def most_blocks(stored: int) -> int:
     """The most blocks of the sampler that positions may be drawn from for ``stored`` bytes of chunks."""
     return _FREE_BLOCKS + stored // _BYTES_OF_BLOCK
