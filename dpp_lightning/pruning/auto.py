@@ -151,8 +151,8 @@ class _Search:
                 self.left_out.append(f"{name}: none within {max_bytes:,} bytes")
         if not forms:
             raise ValueError(
-                f"auto found no form of at most {max_bytes:,} bytes, {_COMPARED} of them for what the delta says of the "
-                f"forms: {'; '.join(refusals)}"
+                f"auto found no form of at most {max_bytes:,} bytes, {_COMPARED} of them for what the delta says "
+                f"of the forms: {'; '.join(refusals)}"
             )
         return forms
 

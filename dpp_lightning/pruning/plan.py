@@ -95,8 +95,7 @@ class PruningPlan:
             files: the fine-tuned names are those of the model's own files, to the letter.
 
         Raises:
-            ValueError: weights that cannot be pruned, layers that only one side has, adapters that are not merged, or
-                nothing to prune in common.
+            ValueError: weights that cannot be pruned, layers that only one side has, adapters, or nothing in common.
         """
         check_merged(finetuned, base)
         all_base = named_tensors(base, like=finetuned)
