@@ -1,15 +1,14 @@
 """A delta of low rank as an ordinary LoRA adapter of peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Every module has the rank of its own factors, and alpha is that rank, so that what peft adds is the product as it is.
-The bias of an adapted module is the bias of its ``lora_B``. Tensors that no LoRA layer has, of norms and of a head, are
-those of ``modules_to_save``: base plus delta, for which the base's values are needed.
+The bias of an adapted module is the bias of its ``lora_B``. Tensors that no LoRA layer has, of norms, of a head and
+of modules whose weight the model reads itself, are those of ``modules_to_save``: base plus delta, for which the base's
+values are needed.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
 from dpp_lightning.delta.match_tensors import base_samples, check_digest, find_tensors
+from dpp_lightning.export.lora_layers import CONVOLUTIONS, takes_lora
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.dtypes import FLOATS
@@ -36,7 +36,6 @@ from dpp_lightning.tensors.names import NamedTensor, named_tensors
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 _PREFIX = "base_model.model."  # before the names of the model in an adapter's file
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CURE = "dpp apply BASE DELTA writes the whole model"
 _SHOWN = 3
 
@@ -226,9 +225,9 @@ def _changes(factors: Factors) -> bool:
 
 
 def _in_lora(model: nn.Module, name: str) -> bool:
-    """Whether a LoRA layer holds a tensor: the weight or the bias of a module that peft has one for."""
+    """Whether a LoRA layer holds a tensor: the weight or the bias of a module that takes one."""
     path, _, leaf = name.rpartition(".")
-    return leaf in ("weight", "bias") and _takes_lora(model, path)
+    return leaf in ("weight", "bias") and takes_lora(model, path)
 
 
 def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
@@ -248,25 +247,6 @@ def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
         if both := [key for pair in tied.items() for key in pair if _lies_in(key, [module])]:
             raise ValueError(f"{both[0]} is tied to another tensor, so that no LoRA adapter changes it: {_CURE}")
     return list(outermost)
-
-
-def _takes_lora(model: nn.Module, path: str) -> bool:
-    """Whether peft has a LoRA layer that adds a product of two factors to a module's weight, and the model runs with
-    it: the layer around a convolution lacks what some models read of theirs, as Whisper ``self.conv1.stride``."""
-    module = model.get_submodule(path)
-    if isinstance(module, _CONVOLUTIONS):
-        parent, _, own = path.rpartition(".")
-        read = re.search(rf"self\.{own}\.(?!weight\b|bias\b)\w", _source(model.get_submodule(parent)))
-        return module.groups == 1 and module.padding_mode == "zeros" and read is None
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _source(module: nn.Module) -> str:
-    """The text of a module's class, as far as it is known."""
-    try:
-        return inspect.getsource(type(module))
-    except (OSError, TypeError):
-        return ""
 
 
 def _lies_in(name: str, modules: list[str]) -> bool:
@@ -299,7 +279,7 @@ def _sides(module: nn.Module, factors: Factors | None) -> tuple[Tensor, Tensor]:
     left, right = (factors.left, factors.right) if factors else (torch.zeros(rows, 1), torch.zeros(1, columns))
     if isinstance(module, Conv1D):  # its weight is (inputs, outputs)
         return left.t(), right.t()
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         ones = (1,) * (weight.dim() - 2)
         return right.reshape(-1, *weight.shape[1:]), left.reshape(*left.shape, *ones)
     return right, left

@@ -3,11 +3,10 @@
 import copy
 import json
 import re
-import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft_adapters import loaded, moved
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -50,29 +49,12 @@ MODELS = {
 }
 
 
-def moved(model, seed=1, scale=0.05):
-    """The model as if it had been fine-tuned."""
-    generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def make(kind):
     """Base and fine-tuned model."""
     cls, config, inputs = MODELS[kind]
     torch.manual_seed(0)
     base = moved(cls(copy.deepcopy(config)).eval(), seed=5)  # biases of a new model are 0
     return base, moved(base), inputs
-
-
-def loaded(base, folder):
-    """peft's model on a copy of the base, loaded without a complaint about keys."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing adapter keys|unexpected).*")
-        return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
 
 
 @torch.no_grad()
@@ -279,12 +261,15 @@ def test_linear_maps_beside_parameters_of_their_module_are_adapted_where_these_a
 
 
 def test_where_all_maps_lie_beside_such_parameters_that_is_said(tmp_path):
-    base = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=2))
+    base = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=2)).eval()
     delta = prune(base, moved(base), "lowrank", rank=2, include=["*.mixer.*"], outside="revert")
     said = refusal(delta, base, tmp_path)
     assert "A_log" in said
     assert "--lora_only leaves them out" in said
-    assert "incompatible with Mamba-based models" in refusal(delta, base, tmp_path, lora_only=True)
+    adapter = export_adapter(delta, base, tmp_path / "adapter", lora_only=True)
+    assert {path.rpartition(".")[2] for path in adapter.ranks} == {"in_proj"}  # the weights of the others are read
+    assert "12 tensors that no LoRA layer has (" in adapter.notes[0]
+    loaded(base, tmp_path / "adapter")(**TOKENS)
 
 
 def test_another_base_is_named_as_it_was_given(tmp_path):
