@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpp_lightning.export.lora_settings import MERGE_CURE, LoRASettings
 from dpp_lightning.storage.stored_tensor import StoredTensor
 from dpp_lightning.tensors.names import without_adapters, without_wrappers
 
 _FACTOR = re.compile(r"(?P<layer>.*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(?:\.weight)?")
 _SAVED = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)\.")
-_CURE = "merge them before saving, with model.merge_and_unload()"
+_PEFT_MODEL = re.compile(r"^(?:.*\.)?base_model\.model\.")  # before the names of the adapted model
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Adapter:
 
     Attributes:
         a, b: shapes (r, inputs) and (outputs, r).
-        scaling: alpha / r.
+        scaling: alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA.
         embedding: the weight lies as (inputs, outputs), one row a token.
     """
 
@@ -43,16 +44,18 @@ def split_adapters(
 
     Args:
         stored: the checkpoint's names and tensors.
-        hyper_parameters: of the checkpoint; ``lora`` has ``r`` and ``alpha``.
+        hyper_parameters: of the checkpoint; ``lora`` has ``r`` and ``alpha``, and may have ``use_rslora``,
+            ``rank_pattern`` and ``alpha_pattern`` as peft has them.
 
     Returns:
         Name, without the parts of wrappers and adapters, to tensor; name of the adapted weight to its adapter.
 
     Raises:
         ValueError: adapters of another kind than plain LoRA of linear and embedding layers, several of them, or
-            adapters without ``r`` and ``alpha``.
+            adapters whose hyper-parameters :class:`LoRASettings` refuses.
     """
     plain: dict[str, StoredTensor] = {}
+    modules: dict[str, str] = {}
     factors: dict[str, dict[str, StoredTensor]] = {}
     adapters, embeddings = set(), set()
     for name, tensor in stored.items():
@@ -60,11 +63,12 @@ def split_adapters(
         if match := _FACTOR.fullmatch(name):
             weight = f"{without_adapters(match['layer'] + '.')}weight"
             factors.setdefault(weight, {})[match["factor"]] = tensor
+            modules[weight] = _PEFT_MODEL.sub("", match["layer"])
             adapters.add(match["adapter"])
             if match["embedding"]:
                 embeddings.add(weight)
         elif ".lora_" in name:
-            raise ValueError(f"{name}: expected adapters of plain LoRA (without DoRA and bias); {_CURE}")
+            raise ValueError(f"{name}: expected adapters of plain LoRA (without DoRA and bias); {MERGE_CURE}")
         elif whole := _SAVED.search(name):
             adapters.add(whole["adapter"])
             plain[without_adapters(name)] = tensor
@@ -73,8 +77,12 @@ def split_adapters(
         else:
             plain[without_adapters(name)] = tensor
     if len(adapters) > 1:
-        raise ValueError(f"the checkpoint holds the adapters {', '.join(sorted(adapters))}, expected one; {_CURE}")
-    return plain, {w: _adapter(w, pair, hyper_parameters, w in embeddings) for w, pair in factors.items()}
+        raise ValueError(f"the checkpoint holds the adapters {', '.join(sorted(adapters))}, expected one; {MERGE_CURE}")
+    if not factors:
+        return plain, {}
+    settings = LoRASettings.read(hyper_parameters, next(iter(factors)))
+    settings.check_patterns(modules.values())
+    return plain, {w: _adapter(w, pair, settings, modules[w], w in embeddings) for w, pair in factors.items()}
 
 
 def merged_blocks(weight: StoredTensor, adapter: Adapter, *, transposed: bool) -> Iterator[Tensor]:
@@ -94,7 +102,7 @@ def merged_blocks(weight: StoredTensor, adapter: Adapter, *, transposed: bool) -
         left, right = right.T, left.T
     if (len(left), right.shape[-1]) != weight.shape:
         raise ValueError(
-            f"an adapter of {(len(left), right.shape[-1])} does not fit a weight of {weight.shape}; {_CURE}"
+            f"an adapter of {(len(left), right.shape[-1])} does not fit a weight of {weight.shape}; {MERGE_CURE}"
         )
     for start, stop in weight.spans(weight.shape[1] * wide.itemsize):
         change = left[start:stop] @ right
@@ -102,17 +110,13 @@ def merged_blocks(weight: StoredTensor, adapter: Adapter, *, transposed: bool) -
 
 
 def _adapter(
-    weight: str, pair: Mapping[str, StoredTensor], hyper_parameters: Mapping[str, Any], embedding: bool
+    weight: str, pair: Mapping[str, StoredTensor], settings: LoRASettings, module: str, embedding: bool
 ) -> Adapter:
-    setting = hyper_parameters.get("lora")
-    if not isinstance(setting, Mapping) or not all(isinstance(setting.get(n), int | float) for n in ("r", "alpha")):
-        raise ValueError(
-            f"the checkpoint holds LoRA adapters, of {weight} for one, but not their scale, the hyper-parameters "
-            f"lora = {{r, alpha}}; {_CURE}"
-        )
     if set(pair) != {"A", "B"} or any(len(t.shape) != 2 for t in pair.values()):
-        raise ValueError(f"{weight}: expected two matrices lora_A and lora_B, got {sorted(pair)}; {_CURE}")
-    rank = pair["A"].shape[0]
-    if not rank == pair["B"].shape[1] == setting["r"]:
-        raise ValueError(f"{weight}: adapters of rank {rank}, but the hyper-parameters say r = {setting['r']}; {_CURE}")
-    return Adapter(pair["A"], pair["B"], float(setting["alpha"]) / rank, embedding)
+        raise ValueError(f"{weight}: expected two matrices lora_A and lora_B, got {sorted(pair)}; {MERGE_CURE}")
+    rank, expected = pair["A"].shape[0], settings.rank(module)
+    if not rank == pair["B"].shape[1] == expected:
+        raise ValueError(
+            f"{weight}: adapters of rank {rank}, but the hyper-parameters say r = {expected}; {MERGE_CURE}"
+        )
+    return Adapter(pair["A"], pair["B"], settings.scaling(module), embedding)
