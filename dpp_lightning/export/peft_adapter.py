@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from dpp_lightning.delta.contents import DeltaContents, DeltaInfo
 from dpp_lightning.delta.match_tensors import base_samples, check_digest, find_tensors
 from dpp_lightning.export.lora_layers import CONVOLUTIONS, takes_lora
+from dpp_lightning.export.module_places import replaceable, shared_modules
 from dpp_lightning.storage.checkpoints import total_bytes
 from dpp_lightning.storage.safetensors_writer import write_tensors
 from dpp_lightning.tensors.dtypes import FLOATS
@@ -144,8 +145,9 @@ def make_adapter(
     changed = {**dict.fromkeys(carried), **dict.fromkeys(by_name)}
     if not by_name:
         raise ValueError(f"{where} changes no linear map or convolution: a LoRA adapter of it would be empty")
-    whole = [name for name in changed if name in carried or not _in_lora(model, name)]
-    saved = [] if lora_only else _saved_modules(model, whole)
+    shared = shared_modules(model)
+    whole = [name for name in changed if name in carried or _owner(name) in shared or not _in_lora(model, name)]
+    saved = [] if lora_only else _saved_modules(model, whole, shared)
     adapted = [name for name in by_name if name not in whole and not _lies_in(name, saved)]
     adapter = _adapted(model, {name: by_name[name] for name in adapted}, FLOATS[dtype], lora_only=lora_only)
     if not adapter.ranks:
@@ -227,10 +229,15 @@ def _changes(factors: Factors) -> bool:
 def _in_lora(model: nn.Module, name: str) -> bool:
     """Whether a LoRA layer holds a tensor: the weight or the bias of a module that takes one."""
     path, _, leaf = name.rpartition(".")
-    return leaf in ("weight", "bias") and takes_lora(model, path)
+    return leaf in ("weight", "bias") and replaceable(model, path) == path and takes_lora(model, path)
 
 
-def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
+def _owner(name: str) -> str:
+    """The module that a tensor lies in."""
+    return name.rpartition(".")[0]
+
+
+def _saved_modules(model: nn.Module, whole: list[str], shared: Collection[str]) -> list[str]:
     """The outermost modules of changed tensors that no LoRA layer holds.
 
     Raises:
@@ -238,7 +245,7 @@ def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
     """
     names: dict[str, str] = {}
     for name in whole:
-        names.setdefault(name.rpartition(".")[0], name)
+        names.setdefault(replaceable(model, _owner(name)), name)
     outermost = {m: n for m, n in names.items() if not any(_lies_in(m, [other]) for other in names if other != m)}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for module, name in outermost.items():
@@ -246,6 +253,10 @@ def _saved_modules(model: nn.Module, whole: list[str]) -> list[str]:
             raise ValueError(f"{name} is in no module of its own, so that no LoRA adapter changes it: {_CURE}")
         if both := [key for pair in tied.items() for key in pair if _lies_in(key, [module])]:
             raise ValueError(f"{both[0]} is tied to another tensor, so that no LoRA adapter changes it: {_CURE}")
+        if several := [path for path in shared if _lies_in(f"{path}.", [module])]:
+            raise ValueError(
+                f"{min(several)} is in several places of the model, so that no adapter changes it: {_CURE}"
+            )
     return list(outermost)
 
 
