@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
+from dpp_lightning.pruning.timm_model import is_timm
+from dpp_lightning.storage.model_configuration import CONFIG
 from dpp_lightning.storage.output_folder import DENSE, check_output
 from dpp_lightning.storage.source_kind import check_delta, check_model
 
@@ -54,7 +58,14 @@ def write_dense(
             overwrite=overwrite,
             progress=progress,
         )
-    say(f"{folder}: load it with from_pretrained")
+    say(f"{folder}: load it with {loader_of(folder)}")
+
+
+def loader_of(folder: Path) -> str:
+    """What loads a dense folder, as its ``config.json`` tells."""
+    if is_timm(str(folder), None):
+        return f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    return "from_pretrained" if (folder / CONFIG).is_file() else f"safetensors.torch.load_file, as there is no {CONFIG}"
 
 
 COMMAND = FunctionCommand(

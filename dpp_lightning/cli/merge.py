@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dpp_lightning.cli.apply import loader_of
 from dpp_lightning.cli.choices import DtypeName
 from dpp_lightning.cli.command import FunctionCommand, progress_bar, say
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
@@ -100,7 +101,7 @@ def merge_to_folder(
         f"({CONFIG_FILE} has the settings)"
     )
     for part in parts:
-        say(f"{part}: load it with from_pretrained")
+        say(f"{part}: load it with {loader_of(Path(part))}")
 
 
 COMMAND = FunctionCommand(

@@ -1,6 +1,7 @@
 """config.json of a delta that the callback writes: the model as it is now, and no path of the machine."""
 
 import json
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ from prune_fits import callback
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
+from dpp_lightning.cli import main
 from dpp_lightning.delta.apply_to_checkpoint import apply_checkpoint
 
 QUIET = {
@@ -93,3 +95,21 @@ def test_a_head_that_was_put_in_by_hand_is_not_in_timm_s_configuration(tmp_path)
     assert not (folder / "config.json").exists()
     with pytest.warns(UserWarning, match="does not fit head.bias .5 rows, there 3."):
         apply_checkpoint(tmp_path / "base", folder, tmp_path / "dense")
+
+
+def test_dpp_apply_says_what_loads_the_dense_folder(tmp_path, capsys):
+    folder = timm_delta(tmp_path, timm.create_model("vit_tiny_patch16_224", num_classes=5, **SMALL))
+    said = []
+    for file in (folder / "config.json", tmp_path / "base" / "config.json"):
+        assert (
+            main(["apply", str(tmp_path / "base"), str(folder), "--output", str(tmp_path / "dense"), "--overwrite"])
+            == 0
+        )
+        said.append(capsys.readouterr().err)
+        file.unlink()
+    shutil.copytree(tmp_path / "base", tmp_path / "bare")
+    assert main(["apply", str(tmp_path / "bare"), str(folder), "--output", str(tmp_path / "other")]) == 0
+    said.append(capsys.readouterr().err)
+    assert "timm.create_model('local-dir:" in said[0]
+    assert "timm.create_model('local-dir:" in said[1], "the base's config.json"
+    assert "safetensors.torch.load_file, as there is no config.json" in said[2]
