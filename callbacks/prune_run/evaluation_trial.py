@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torchmetrics import Metric
 
+from dpp_lightning.calibration.evaluation_mode import buffers_kept
 from dpp_lightning.storage.locate import few_names
 from dpp_lightning.tensors.shards import is_dtensor
 
@@ -32,7 +33,7 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     states = [dict(scheduler.state_dict()) for scheduler in schedulers]
     attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_dtensor(buffer)]
+    put_buffers_back = buffers_kept(module)
     metrics = [(part, _state_of(part)) for part in module.modules() if isinstance(part, Metric)]
     should_stop = trainer.should_stop
     try:
@@ -48,10 +49,7 @@ def training_as_it_was(trainer: pl.Trainer) -> Iterator[None]:
         vars(module).update(attributes)
         for metric, values in metrics:
             vars(metric).update(values)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        put_buffers_back()
         trainer.should_stop = should_stop
 
 

@@ -72,8 +72,7 @@ def check_inputs(
     Raises:
         ValueError: with the method and the names.
     """
-    methods = [name for name in settings.methods if METHODS[name].needs_inputs(settings.method_settings.get(name, {}))]
-    if not methods:
+    if not settings.needs_inputs:
         return
 
     def check(inputs: LayerInputs) -> None:
@@ -89,7 +88,7 @@ def check_inputs(
             )
             for name, tensor in pruned.items()
         ]
-        for method in methods:
+        for method in settings.methods:
             unknown_inputs(pairs, method, settings.method_settings.get(method, {}))
 
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dpp_lightning.calibration.evaluation_mode import evaluating
 from dpp_lightning.calibration.teacher import CannotTrain, Forward, Teacher, take_gradients
 from dpp_lightning.calibration.trained_tensors import TrainedTensors
 from dpp_lightning.delta.contents import DeltaInfo
@@ -122,7 +123,7 @@ class Distillation:
         self.held_out = [i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2] or [len(pieces) - 1]
         self.training = [i for i in range(len(pieces)) if i not in self.held_out]
         self.teacher, self._normalised = Teacher(module, forward, blocks), False
-        with _evaluating(module):
+        with evaluating(module):
             self.teacher.learn(self.pieces)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -167,7 +168,7 @@ class Distillation:
             of all that were looked at. Where no step was better it is the delta that was given, rounded.
         """
         self._normalise()
-        with _evaluating(self.module), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(self.module), torch.inference_mode(False), torch.enable_grad():
             tensors = TrainedTensors(self.module, delta, settings.dtype, settings.factors_dtype)
             with restored_after(tensors.put_back):
                 tensors.freeze()
@@ -230,14 +231,14 @@ class Distillation:
         return sum(losses) / len(losses)
 
     def _held_out_loss(self) -> float:
-        with _evaluating(self.module):
+        with evaluating(self.module):
             return self._held_out_in_training()
 
     def _normalise(self) -> None:
         """Take the base's error, which the module holds now, once."""
         if not self._normalised:
             numbers = list(range(len(self.pieces)))[:: -(-len(self.pieces) // _BASE_PIECES)]
-            with _evaluating(self.module):
+            with evaluating(self.module):
                 self.teacher.normalise([self.pieces[number] for number in numbers], numbers)
             self._normalised = True
 
@@ -250,25 +251,6 @@ def _schedule(step: int, steps: int) -> float:
 def _plain(leaf: Any) -> Any:
     """A tensor that autograd takes, though it was made in inference mode."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every part of the module is in the mode it was in.
-
-    torch's fast path of attention is off, whose nested tensors are only of passes without gradients.
-    """
-    before, fast = {part: part.training for part in module.modules()}, torch.backends.mha.get_fastpath_enabled()
-
-    def restore() -> None:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in before.items():
-            part.training = training
-
-    with restored_after(restore):
-        torch.backends.mha.set_fastpath_enabled(False)
-        module.eval()
-        yield
 
 
 @contextmanager

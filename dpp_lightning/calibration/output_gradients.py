@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dpp_lightning.calibration.evaluation_mode import evaluating
 from dpp_lightning.calibration.output_change import TOP_OF_CODE, logits_that_count, top_logits_error
 from dpp_lightning.delta.sparse_delta import SparseDelta
 from dpp_lightning.tensors.flat_entries import gather_entries
@@ -33,13 +34,14 @@ class BatchGradients:
     def __init__(self, module: nn.Module, batch: Any, forward: Callable[[Any], Tensor]) -> None:
         self.module, self.forward, self.pieces = module, forward, _cut(batch)
         self.batches = len(self.pieces)
-        with torch.no_grad():
-            self.reference = [self._forward(piece).detach().clone() for piece in self.pieces]
+        with evaluating(module), torch.no_grad():
+            self.reference = [self.forward(piece).detach().clone() for piece in self.pieces]
+        self._counted = logits_that_count(module, self.reference[0], TOP_OF_CODE)
 
     def loss(self, delta: SparseDelta, batch: int) -> float:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
-        with delta.applied(self.module, force=True), torch.no_grad():
-            return float(self._error(self.reference[batch], self._forward(self.pieces[batch])))
+        with delta.applied(self.module, force=True), evaluating(self.module), torch.no_grad():
+            return float(top_logits_error(self.reference[batch], self.forward(self.pieces[batch]), self._counted))
 
     def gradients(self, delta: SparseDelta, batch: int) -> dict[str, Tensor]:
         """See :class:`dpp_lightning.calibration.calibration_data.OutputGradients`."""
@@ -47,12 +49,13 @@ class BatchGradients:
         targets = {name: named[in_module] for name, in_module in match_names(delta.tensors, named).items()}
         owners = {id(owner): owner for target in targets.values() for owner, _ in target.pieces}
         frozen = [tensor for tensor in owners.values() if not tensor.requires_grad]
-        with delta.applied(self.module, force=True), torch.inference_mode(False), torch.enable_grad():
+        applied = delta.applied(self.module, force=True)
+        with applied, evaluating(self.module), torch.inference_mode(False), torch.enable_grad():
             try:
                 for tensor in frozen:
                     tensor.requires_grad_(True)
                 piece, reference = tree_map(_normal, (self.pieces[batch], self.reference[batch]))
-                loss = self._error(reference, self._forward(piece))
+                loss = top_logits_error(reference, self.forward(piece), self._counted)
                 gradients = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
             finally:
                 for tensor in frozen:
@@ -63,17 +66,6 @@ class BatchGradients:
             for name, target in targets.items()
             if all(id(owner) in of_owner for owner, _ in target.pieces)
         }
-
-    def _error(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        return top_logits_error(reference, outputs, logits_that_count(self.module, reference, TOP_OF_CODE))
-
-    def _forward(self, piece: Any) -> Tensor:
-        training = self.module.training
-        self.module.eval()
-        try:
-            return self.forward(piece)
-        finally:
-            self.module.train(training)
 
 
 def _cut(batch: Any) -> list[Any]:

@@ -170,10 +170,9 @@ def common_dtype(source: str | Path, names: Collection[str], revision: str | Non
     Returns:
         None where they are of fewer than 16 bits, which is a quantised model.
     """
-    tensors = canonical_tensors(load_tensors(source, revision))
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if known := [tensors[name].dtype for name in names if name in tensors and tensors[name].is_floating_point()]:
-        dtypes = {*known}
-    if not dtypes or min(dtype.itemsize for dtype in dtypes) < 2:
+    held = canonical_tensors(load_tensors(source, revision))
+    dtypes = {name: tensor.dtype for name, tensor in held.items() if tensor.is_floating_point()}
+    counted = {dtypes[name] for name in names if name in dtypes} or {*dtypes.values()}
+    if not counted or min(dtype.itemsize for dtype in counted) < 2:
         return None
-    return reduce(torch.promote_types, dtypes)
+    return reduce(torch.promote_types, counted)

@@ -5,7 +5,7 @@ import torch
 from tiny_causal import VOCABULARY, make_decoder
 from torch import nn
 
-from dpp_lightning.calibration.output_change import OutputChange, logits_that_count
+from dpp_lightning.calibration.output_change import OutputChange, logits_that_count, top_logits_error
 from dpp_lightning.calibration.output_gradients import BatchGradients
 from dpp_lightning.calibration.teacher import TOP_LOGITS, Teacher
 
@@ -57,7 +57,7 @@ def test_learned_rescaling_goes_by_every_sample_s_number():
     apart = [BatchGradients(m, batch, m).reference for m in (flat, flat[0])]
     moved = [[reference + torch.arange(16.0).view(reference.shape) for reference in references] for references in apart]
     errors = [
-        float(BatchGradients(m, batch, m)._error(reference[0], other[0]))
+        float(top_logits_error(reference[0], other[0], BatchGradients(m, batch, m)._counted))
         for m, reference, other in zip((flat, flat[0]), apart, moved, strict=True)
     ]
     assert errors == pytest.approx([float(torch.arange(16.0).square().mean())] * 2)

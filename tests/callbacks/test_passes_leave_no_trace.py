@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
@@ -25,7 +26,6 @@ class Counting(Foreign):
         self.highest = 0.0
         self.register_buffer("passes", torch.zeros(()))
         self.norm = nn.BatchNorm1d(3)
-        self.at_the_end = None
 
     def forward(self, rows):
         self.passes += 1
@@ -44,18 +44,27 @@ class Counting(Foreign):
         self.log("acc", accuracy)
         self.log("best", self.best.compute())
 
-    def on_train_end(self):
-        self.at_the_end = copy.deepcopy((self.state_dict(), float(self.best.compute()), self.highest))
+    def scores(self):
+        return float(self.best.compute()), self.highest
 
 
-@pytest.mark.parametrize("methods", ["dare", ["darex-q", "refit"]])
+class AtTheEnd(pl.Callback):
+    """What a module and the random numbers are when training ends, before anything is pruned."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.rng, self.weights = torch.get_rng_state(), copy.deepcopy(pl_module.state_dict())
+        self.scores = pl_module.scores() if isinstance(pl_module, Counting) else None
+
+
+@pytest.mark.parametrize("methods", ["dare", ["darex-q", "refit"], "darex-learned"])
 def test_buffers_metrics_and_numbers_are_those_of_the_end_of_training(tmp_path, methods):
-    module = Counting()
+    module, end = Counting(), AtTheEnd()
     settings = {"refit": {"steps": 3}} if "refit" in methods else {}
-    trainer(pruning(tmp_path, methods, method_settings=settings)).fit(module, train_loader(), val_loader())
-    state, best, highest = module.at_the_end
-    assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
-    assert (float(module.best.compute()), module.highest) == (best, highest)
+    callback = pruning(tmp_path, methods, method_settings=settings)
+    trainer(callback, end).fit(module, train_loader(), val_loader())
+    assert len(callback.results) == 2 + (2 if "refit" in methods else 1)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in end.weights.items())
+    assert module.scores() == end.scores
 
 
 def test_a_score_that_is_kept_over_evaluations_is_warned_of(tmp_path):
@@ -75,15 +84,9 @@ class Noisy(Foreign):
 
 @pytest.mark.parametrize("settings", [{}, {"forward_fn": lambda module, batch: module(batch[0])}])
 def test_random_numbers_are_drawn_anew_for_each_model(tmp_path, settings):
-    drawn = []
-
-    class Ending(Noisy):
-        def on_train_end(self):
-            drawn.append(torch.get_rng_state())
-
-    module, callback = Ending(), pruning(tmp_path, ["darex-q", "darex-learned"], **settings)
-    trainer(callback).fit(module, train_loader(), val_loader())
-    assert torch.equal(torch.get_rng_state(), drawn[0])
+    end, callback = AtTheEnd(), pruning(tmp_path, ["darex-q", "darex-learned"], **settings)
+    trainer(callback, end).fit(Noisy(), train_loader(), val_loader())
+    assert torch.equal(torch.get_rng_state(), end.rng)
 
 
 class Conditioned(Foreign):
